@@ -1,0 +1,34 @@
+# Sourced by the other scripts: a virtual environment in .venv with the locked requirements, made once.
+# Usage: setup_venv REQUIREMENTS_FILE...
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+find_python() {
+    local candidate
+    for candidate in "${PYTHON:-}" python3.11 python3 python3.12 python3.13 python; do
+        if [ -n "$candidate" ] && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    fail "no Python 3.11 or newer was found; install one, or name it: PYTHON=/path/to/python3.11 bash $0"
+}
+
+setup_venv() {
+    local python file
+    if [ ! -x .venv/bin/python ]; then
+        python=$(find_python) || exit 2
+        echo "making .venv with $("$python" --version)" >&2
+        "$python" -m venv .venv || fail "$python cannot make a virtual environment; install its venv module"
+    fi
+    for file in "$@"; do
+        cmp -s "$file" ".venv/installed-$file" && continue
+        echo "installing $file into .venv (the first time about a minute and 1.2 GB)" >&2
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$file" ||
+            fail "$file could not be installed; see pip's message above"
+        cp "$file" ".venv/installed-$file"
+    done
+}

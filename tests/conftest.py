@@ -1,0 +1,11 @@
+"""Tests run on the CPU, compile without optimisation (they check values, not speed), and refuse rank promotion."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILE}".strip()
+
+import jax
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
