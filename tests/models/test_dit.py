@@ -1,0 +1,226 @@
+"""The DiT as a whole: published sizes, dtypes, the zero start, and that recursion starts from the base model."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from trm_diffusion.models.dit import DiT, DiTConfig, dit_size, stack_layout
+from trm_diffusion.models.recursion import RecursionConfig
+from trm_diffusion.models.stack import from_per_layer, per_layer
+from trm_diffusion.runtime.parameters import PureModel, count
+
+TINY = dict(depth=3, width=16, heads=2, patch=2, dtype="float32")
+RECURSION = dict(blocks="1,2", rank=3, routing_group=2, remat="none")
+CLASSES, SIZE, IN, OUT = 5, 4, 2, 4
+
+
+def pure(config: DiTConfig, *, size=SIZE, channels=IN, out=OUT, classes=CLASSES) -> PureModel:
+    return PureModel(
+        lambda key: DiT(
+            config, image_size=size, in_channels=channels, out_channels=out, num_classes=classes, rngs=nnx.Rngs(key)
+        )
+    )
+
+
+def tiny(recursion: dict | None = RECURSION, **fields) -> DiTConfig:
+    return DiTConfig(**TINY | fields, recursion=RecursionConfig(**recursion or {}))
+
+
+def randomized(model: PureModel, *, keep_zero=(), seed=0) -> dict:
+    """Every parameter random, so that nothing hides behind a zero, but for names that end in one of `keep_zero`."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: jnp.zeros(shape.shape)
+        if name.endswith(tuple(keep_zero))
+        else jnp.asarray(0.3 * rng.standard_normal(shape.shape), jnp.float32)
+        for name, shape in model.shapes.items()
+    }
+
+
+def data(batch=4, seed=1):
+    rng = np.random.default_rng(seed)
+    images = jnp.asarray(rng.standard_normal((batch, SIZE, SIZE, IN)), jnp.float32)
+    return images, jnp.linspace(1.0, 999.0, batch), jnp.arange(batch) % (CLASSES + 1)
+
+
+def run(model: PureModel, parameters: dict, **options):
+    return model.bind(parameters)(*data(), **options)
+
+
+def published_count(depth, width, patch) -> int:
+    """Parameters of a DiT on 32 x 32 x 4 latents with learned variance and 1,000 classes, added up by hand."""
+    d, pixels = width, patch**2
+    block = (6 * d * d + 6 * d) + (3 * d * d + 3 * d) + (d * d + d) + (4 * d * d + 4 * d) + (4 * d * d + d)
+    embeddings = (pixels * 4 * d + d) + (256 * d + d + d * d + d) + 1001 * d
+    final = (2 * d * d + 2 * d) + (d * pixels * 8 + pixels * 8)
+    return depth * block + embeddings + final
+
+
+@pytest.mark.parametrize(("name", "millions"), [
+    ("S/2", 33), ("B/2", 130), ("L/2", 458), ("XL/2", 675), ("XL/8", 676), ("B/4", 130),
+])  # fmt: skip
+def test_published_sizes(name, millions):
+    """DiT, table 4 and appendix A; the fixed position table, a buffer of the published model, is no parameter here."""
+    size = dit_size(name)
+    model = pure(DiTConfig(**size), size=32, channels=4, out=8, classes=1000)
+    total = count(model.shapes)
+    assert total == published_count(size["depth"], size["width"], size["patch"])
+    assert abs(total / 1e6 - millions) < 1
+    if name == "XL/2":
+        assert total == 675_129_632 - 256 * 1152 == 674_834_720
+
+
+@pytest.mark.parametrize("name", ["XL", "XXL/2", "S/3", "s/2", "", "S/2/2"])
+def test_unknown_sizes_are_refused(name):
+    with pytest.raises(ValueError, match="is not one of S, B, L, XL with patch 2, 4 or 8"):
+        dit_size(name)
+
+
+@pytest.mark.parametrize(("blocks", "number"), [("middle", 1), ("0,2", 2), ("all", 3)])
+def test_recursion_adds_what_its_docstring_says_for_each_block(blocks, number):
+    recursion = RECURSION | dict(blocks=blocks, experts=5, rank=7, routing_scope="per_projection")
+    added = count(pure(tiny(recursion)).shapes) - count(pure(tiny(None)).shapes)
+    width = TINY["width"]
+    assert added == number * (6 * 5 * 7 * width + 2 * 3 * 5 * width)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parameters_and_output_are_float32_whatever_the_computation(dtype):
+    model = pure(tiny(dtype=dtype))
+    assert {shape.dtype for shape in model.shapes.values()} == {jnp.dtype("float32")}
+    output, reports = run(model, randomized(model), key=jax.random.key(0))
+    chex.assert_shape(output, (4, SIZE, SIZE, OUT))
+    chex.assert_type(output, jnp.float32)
+    chex.assert_type(jax.tree.leaves(reports), jnp.float32)
+    chex.assert_tree_all_finite((output, reports))
+    chex.assert_shape(reports.load, (2, 2, 1, 2))  # [R, T, P, M]
+
+
+def test_the_computation_is_in_the_configs_dtype():
+    """Of the same weights, bfloat16 gives the float32 answer to bfloat16's precision, and not to float32's."""
+    (single, _), (half, _) = (run(pure(tiny(dtype=d)), randomized(pure(tiny()))) for d in ("float32", "bfloat16"))
+    error = float(jnp.max(jnp.abs(single - half)) / jnp.max(jnp.abs(single)))
+    assert 1e-5 < error < 0.1
+
+
+@pytest.mark.parametrize("recursion", [None, RECURSION], ids=["base", "recursive"])
+def test_an_untrained_model_answers_exactly_zero(recursion):
+    """adaLN-Zero: every gate and the final layer start at zero, whatever the input."""
+    model = pure(tiny(recursion))
+    output, _ = run(model, model.init(jax.random.key(0)), key=jax.random.key(1))
+    chex.assert_trees_all_equal(output, jnp.zeros_like(output))
+
+
+def test_an_untrained_block_is_the_identity():
+    model = pure(tiny())
+    dit = model.bind(model.init(jax.random.key(0)))
+    embedded = {}
+
+    def spy(x, **_):
+        embedded["out"] = x
+        return jnp.zeros((*x.shape[:2], 4 * OUT))
+
+    final, dit.final = dit.final, lambda x, _: spy(x)
+    dit(*data())
+    after = embedded["out"]
+    dit.stack = lambda x, **_: (x, None)
+    dit(*data())
+    chex.assert_trees_all_equal(after, embedded["out"])
+    del final
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("latent_steps", [1, 2, 5])
+def test_recursion_starts_from_the_base_model(latent_steps, training):
+    """While the experts' second map is zero, any number of latent steps leaves the base model's answer."""
+    config, base_config = tiny(RECURSION | dict(latent_steps=latent_steps, experts=3)), tiny(None)
+    model, base = pure(config), pure(base_config)
+    parameters = randomized(model, keep_zero=["experts/up"])
+    layers = per_layer(parameters, stack_layout(config))
+    base_parameters = from_per_layer(layers, list(base.shapes), stack_layout(base_config))
+    assert base_parameters.keys() == base.shapes.keys()
+    key = jax.random.key(2) if training else None
+    output, reports = run(model, parameters, key=key)
+    expected, none = run(base, base_parameters, key=key)
+    assert none is None and np.all(np.asarray(reports.ran) == 1)
+    np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-5)
+    assert float(jnp.max(jnp.abs(expected))) > 0.1
+    # and it would not with the experts at work
+    moved, _ = run(model, randomized(model), key=key)
+    assert float(jnp.max(jnp.abs(moved - expected))) > 1e-3
+
+
+def test_qk_norm_bounds_the_logits():
+    """Queries and keys of unit size: a thousandfold projection changes values alone, not where the model looks."""
+    config = tiny(qk_norm=True)
+    model = pure(config)
+    parameters = randomized(model)
+    assert {name.rsplit("/", 2)[1] for name in parameters if name.endswith("scale")} == {"query_norm", "key_norm"}
+    expected, _ = run(model, parameters)
+    width = config.width
+
+    def scaled(name, value):  # W_q and W_k times 1,000, and their biases
+        return value * jnp.where(jnp.arange(3 * width) < 2 * width, 1e3, 1.0) if "/qkv/" in name else value
+
+    base = {name: value for name, value in parameters.items() if not name.endswith("experts/up")}
+    base = base | {name: jnp.zeros_like(parameters[name]) for name in parameters if name.endswith("experts/up")}
+    plain, _ = run(model, base)
+    with jax.numpy_rank_promotion("allow"):
+        loud = {name: scaled(name, value) for name, value in base.items()}
+    chex.assert_trees_all_close(run(model, loud)[0], plain, rtol=1e-4, atol=1e-4)
+    assert float(jnp.max(jnp.abs(expected - plain))) > 1e-3
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_every_gradient_is_finite_in_bfloat16(qk_norm):
+    model = pure(tiny(dtype="bfloat16", qk_norm=qk_norm, remat="full"))
+
+    @jax.jit
+    def gradients(parameters):
+        return jax.grad(lambda p: jnp.mean(jnp.square(run(model, p, key=jax.random.key(0))[0] - 1.0)))(parameters)
+
+    fresh = model.init(jax.random.key(0))
+    for parameters in (fresh, randomized(model), jax.tree.map(lambda leaf: 3 * leaf, randomized(model))):
+        found = gradients(parameters)
+        chex.assert_trees_all_equal_shapes_and_dtypes(found, fresh)
+        chex.assert_tree_all_finite(found)
+    assert all(np.any(np.asarray(leaf)) for leaf in gradients(randomized(model)).values())
+
+
+def test_times_and_labels_matter_and_images_do_not_mix():
+    model = pure(tiny())
+    parameters = randomized(model)
+    images, times, labels = data()
+    bound = model.bind(parameters)
+    expected, _ = bound(images, times, labels)
+    assert float(jnp.min(jnp.max(jnp.abs(bound(images, times + 5, labels)[0] - expected), axis=(1, 2, 3)))) > 1e-4
+    assert float(jnp.min(jnp.max(jnp.abs(bound(images, times, labels + 1)[0] - expected), axis=(1, 2, 3)))) > 1e-4
+    other, _ = bound(images.at[0].add(1.0), times, labels)
+    np.testing.assert_allclose(other[1:], expected[1:], rtol=1e-5, atol=1e-6)
+    assert bound.null_label == CLASSES
+
+
+@pytest.mark.parametrize("scan_blocks", [True, False])
+def test_scanned_and_unrolled_jitted_and_not_are_one_model(scan_blocks):
+    """A tiny config of everything runs with nothing compiled, for a person with a debugger."""
+    scanned, config = tiny(), tiny(scan_blocks=scan_blocks)
+    parameters = randomized(pure(scanned))
+    model, layers = pure(config), per_layer(parameters, stack_layout(scanned))
+    parameters = from_per_layer(layers, list(model.shapes), stack_layout(config))
+    key = jax.random.key(3)
+    expected = jax.jit(lambda p: run(pure(scanned), p, key=key))(randomized(pure(scanned)))
+    with jax.disable_jit():
+        output = run(model, parameters, key=key)
+    chex.assert_trees_all_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_longer_recursion_than_it_was_built_for():
+    """One pool and gate serve every latent step, so T at inference is free."""
+    model = pure(tiny())
+    parameters = randomized(model)
+    outputs = [run(model, parameters, latent_steps=steps) for steps in (2, 4)]
+    chex.assert_shape(outputs[1][1].load, (2, 4, 1, 2))
+    assert float(jnp.max(jnp.abs(outputs[0][0] - outputs[1][0]))) > 1e-4

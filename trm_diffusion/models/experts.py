@@ -1,0 +1,232 @@
+"""Low-rank experts for the q, k and v projections, and the dispatch of tokens to them.
+
+An expert e updates projection p of token h by B_{e,p} A_{e,p} h, two maps D -> r -> D; a token's update is the sum over
+its selected experts, weighted by the gate (paper). B starts at zero, so an untrained expert changes nothing.
+
+Tokens are dispatched inside a *routing group*, the flat token list of a fixed number of images (paper, Figure 1). In
+training each expert takes at most C = ceil(capacity_factor * k * tokens / M) tokens of a group; those with the highest
+gate probability come first, ties by position (our reading). A token over capacity gets a zero update from that expert.
+At inference no token is dropped.
+
+Three implementations of one function, equal to rounding, of which `auto` takes the cheapest (`cheapest_dispatch`):
+
+    dense     every expert for every token, as one wide matmul, masked in the r-wide middle: M times the useful products
+    capacity  each expert gathers its C tokens, and each token gathers its updates back, so that products are wasted on
+              empty places alone; the backward pass gathers as well, rather than scatter
+    one_hot   the same with products by one-hot matrices in place of gathers, for hardware that gathers slowly
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from trm_diffusion.models.gate import Routing
+
+PROJECTIONS = 3  # q, k, v
+DISPATCH = ("auto", "dense", "capacity", "one_hot")
+DENSE_FROM = 0.8  # `auto`: experts with room for this share of the tokens may as well compute them all
+ROW_COST = 600  # `auto`, TPU: moving a row of tokens into or out of place costs as much as so many products a feature
+
+
+class Assignment(NamedTuple):
+    """Which expert takes which token, with G routing groups of S tokens each and C places for tokens in each expert."""
+
+    combine: jax.Array  # [G, S, P, M] float32 weights, zero where a token is not taken
+    selected: jax.Array  # [G, S, P, M] bool, what the gate asked for
+    taken: jax.Array  # [G, S, P, M] bool, what the experts' capacity allowed
+    place: jax.Array  # [G, S, P, k] int32, m * C + the token's turn in expert m; M * C where it is not taken
+
+
+def expert_capacity(tokens: int, experts: int, experts_per_token: int, capacity_factor: float) -> int:
+    """C = ceil(capacity_factor * k * tokens / M), at most `tokens`."""
+    return min(tokens, math.ceil(capacity_factor * experts_per_token * tokens / experts))
+
+
+def assign(routing: Routing, group: int, capacity: int | None) -> Assignment:
+    """Assigns tokens to experts, `group` images to a routing group; `capacity` None takes every token.
+
+    A selected expert of -1 stands for none.
+    """
+    experts = routing.probabilities.shape[-1]
+    one_hot = grouped(jax.nn.one_hot(routing.experts, experts, dtype=jnp.float32), group)  # [G, S, P, k, M]
+    weights = jnp.einsum("gspk,gspkm->gspm", grouped(routing.weights, group), one_hot)
+    taken = selected = jnp.any(one_hot > 0, axis=-2)
+    places = selected.shape[1] if capacity is None else min(capacity, selected.shape[1])
+    if places < selected.shape[1]:
+        probabilities = jax.lax.stop_gradient(grouped(routing.probabilities, group))
+        taken = selected & _within_capacity(jnp.where(selected, probabilities, -1.0), places)
+    first_place = places * jax.lax.broadcasted_iota(jnp.int32, taken.shape, 3)
+    place = jnp.where(taken, first_place + _turn(taken), experts * places)
+    place = jnp.min(jnp.where(one_hot > 0, place[..., None, :], experts * places), axis=-1)
+    return Assignment(jnp.where(taken, weights, 0.0), selected, taken, place)
+
+
+def _turn(taken_gspm: jax.Array) -> jax.Array:
+    """[G, S, P, M] int32: how many earlier tokens of the group the expert takes."""
+    return jnp.cumsum(taken_gspm, axis=1, dtype=jnp.int32) - taken_gspm
+
+
+def grouped(x: jax.Array, group: int) -> jax.Array:
+    """[B, N, ...] -> [B / group, group * N, ...], the token list of each routing group."""
+    return x.reshape(x.shape[0] // group, group * x.shape[1], *x.shape[2:])
+
+
+def _within_capacity(priority_gspm: jax.Array, capacity: int) -> jax.Array:
+    """[G, S, P, M] bool: is the token among the `capacity` of highest priority? Ties go to the earlier token."""
+    by_token = jnp.moveaxis(priority_gspm, 1, -1)  # [G, P, M, S]
+    _, first = jax.lax.top_k(by_token, capacity)  # [G, P, M, C]
+    within = jnp.put_along_axis(jnp.zeros(by_token.shape, bool), first, True, axis=-1, inplace=False)
+    return jnp.moveaxis(within, -1, 1)
+
+
+class LowRankExperts(nnx.Module):
+    """M experts of rank r for each of q, k and v. Adds 6 * M * r * width parameters."""
+
+    def __init__(self, width: int, experts: int, rank: int, *, dispatch: str, dtype, rngs: nnx.Rngs):
+        self.dispatch, self.dtype = dispatch, dtype
+        init = nnx.initializers.normal(width**-0.5)
+        self.down = nnx.Param(  # A
+            init(rngs.params(), (width, PROJECTIONS, experts, rank), jnp.float32),
+            logical_axes=("embed", None, "expert", "rank"),
+        )
+        self.up = nnx.Param(  # B
+            jnp.zeros((PROJECTIONS, experts, rank, width), jnp.float32),
+            logical_axes=(None, "expert", "rank", "heads"),
+        )
+
+    def __call__(self, h_gsd: jax.Array, assignment: Assignment, capacity: int | None) -> jax.Array:
+        """The weighted low-rank updates of q, k and v: [G, S, D] -> [G, S, 3, D]."""
+        h, down, up = (x.astype(self.dtype) for x in (h_gsd, self.down[...], self.up[...]))
+        return expert_updates(h, down, up, assignment, capacity, self.dispatch)
+
+
+def expert_updates(h_gsd, down_dpmr, up_pmrd, assignment: Assignment, capacity: int | None, dispatch: str) -> jax.Array:
+    """The weighted low-rank updates [G, S, 3, D] by the implementation that `dispatch` names.
+
+    capacity: C as given to `assign`; where it is None, no token is dropped, and the implementation is always dense.
+    "auto" decides for the platform that the program is compiled for, which need not be the one it is compiled on.
+    """
+    operands, tokens = (h_gsd, down_dpmr, up_pmrd, assignment), h_gsd.shape[1]
+    if capacity is None:
+        return dense_updates(*operands)
+    capacity = min(capacity, tokens)
+
+    def implementation(name: str):
+        return functools.partial(IMPLEMENTATIONS[name], capacity=capacity)
+
+    if dispatch != "auto":
+        return implementation(dispatch)(*operands)
+    _, _, experts, rank = down_dpmr.shape
+    choices = assignment.taken.shape[2]
+    on_tpu, elsewhere = (cheapest_dispatch(on, tokens, experts, capacity, choices, rank) for on in ("tpu", "default"))
+    if on_tpu == elsewhere:
+        return implementation(elsewhere)(*operands)
+    return jax.lax.platform_dependent(*operands, tpu=implementation(on_tpu), default=implementation(elsewhere))
+
+
+def cheapest_dispatch(platform: str, tokens: int, experts: int, capacity: int, choices: int, rank: int) -> str:
+    """The rule of "auto" for a routing group of `tokens`; docs/results/benchmark_experts.json holds what it rests on.
+
+    On a TPU, whose compiler puts a gather of rows well above both: dense or one_hot, by their products forward and
+    backward. Elsewhere: capacity, unless the experts have places for nearly all tokens.
+    """
+    if platform != "tpu":
+        return "capacity" if capacity < DENSE_FROM * tokens else "dense"
+    places, moves = experts * capacity, choices + PROJECTIONS  # rows that each token is moved in, and out
+    pair = 3 * 2 * PROJECTIONS * rank  # products for one expert's update of one token and feature
+    one_hot = pair * places / tokens + moves * (2 * places + ROW_COST)  # one-hot matrices have no gradient
+    return "dense" if pair * experts <= one_hot else "one_hot"
+
+
+def dense_updates(h_gsd, down_dpmr, up_pmrd, assignment: Assignment, capacity: int | None = None) -> jax.Array:
+    """Every expert for every token; the weights mask the r-wide middle, so that M experts are one wide matmul."""
+    del capacity  # every expert has room for every token
+    low = jnp.einsum("gsd,dpmr->gspmr", h_gsd, down_dpmr)
+    low = low * assignment.combine[..., None].astype(low.dtype)  # P = 1 broadcasts over q, k, v
+    return jnp.einsum("gspmr,pmrd->gspd", low, up_pmrd)
+
+
+def capacity_updates(h_gsd, down_dpmr, up_pmrd, assignment: Assignment, capacity: int) -> jax.Array:
+    """Each expert gathers the tokens it takes, and each token gathers its updates back."""
+    groups, _, width = h_gsd.shape
+    experts = down_dpmr.shape[2]
+
+    def by_expert(x):  # [G, M * C, W] -> [M, G * C, W]: the groups join in one matmul for each expert
+        return x.reshape(groups, experts, capacity, -1).swapaxes(0, 1).reshape(experts, groups * capacity, -1)
+
+    def by_group(x):  # and back
+        return x.reshape(experts, groups, capacity, -1).swapaxes(0, 1).reshape(groups, experts * capacity, -1)
+
+    updates = []
+    for choice, projections in _choices(assignment):
+        place = assignment.place[:, :, choice]  # [G, S, k]
+        taker = _takers(place, experts * capacity)[..., None]  # [G, M * C, 1]
+        rows = by_expert(_fetch(h_gsd, taker, place))
+        weights = by_expert(_fetch(assignment.combine[:, :, choice], taker, place))  # [M, G * C, M]
+        weights = jnp.einsum("mcm->mc", weights)[..., None].astype(rows.dtype)
+        down = down_dpmr[:, projections]  # [D, p, M, r]
+        low = jnp.einsum("mcd,mdr->mcr", rows, jnp.moveaxis(down, 2, 0).reshape(experts, width, -1)) * weights
+        for low_mcr, up_mrd in zip(jnp.split(low, down.shape[1], axis=-1), up_pmrd[projections], strict=True):
+            updates.append(_fetch(by_group(jnp.einsum("mcr,mrd->mcd", low_mcr, up_mrd)), place, taker))
+    return jnp.stack(updates, axis=2)
+
+
+def one_hot_updates(h_gsd, down_dpmr, up_pmrd, assignment: Assignment, capacity: int) -> jax.Array:
+    """As `capacity_updates`, with one-hot products in place of gathers, as GShard and Switch transformers dispatch."""
+    turn = jnp.where(assignment.taken, _turn(assignment.taken), capacity)
+    updates = []
+    for choice, projections in _choices(assignment):
+        places = jax.nn.one_hot(turn[:, :, choice], capacity, dtype=h_gsd.dtype)  # [G, S, M, C]
+        weights = jnp.einsum("gsmc,gsm->gmc", places.astype(jnp.float32), assignment.combine[:, :, choice])
+        rows = jnp.einsum("gsmc,gsd->gmcd", places, h_gsd)
+        low = jnp.einsum("gmcd,dpmr->gmcpr", rows, down_dpmr[:, projections])
+        low = low * weights[..., None, None].astype(low.dtype)
+        high = jnp.einsum("gmcpr,pmrd->gmcpd", low, up_pmrd[projections])
+        updates.append(jnp.einsum("gsmc,gmcpd->gspd", places, high))
+    return jnp.concatenate(updates, axis=2)
+
+
+IMPLEMENTATIONS = {"dense": dense_updates, "capacity": capacity_updates, "one_hot": one_hot_updates}
+
+
+def _choices(assignment: Assignment) -> list[tuple[int, slice]]:
+    """(choice, the projections it routes): one choice of all three, or one for each."""
+    if assignment.taken.shape[2] == 1:
+        return [(0, slice(0, PROJECTIONS))]
+    return [(choice, slice(choice, choice + 1)) for choice in range(PROJECTIONS)]
+
+
+def _takers(place_gsk: jax.Array, places: int) -> jax.Array:
+    """The token in each place [G, places] int32, and S, which is none, in an empty one."""
+    tokens = place_gsk.shape[1]
+    token = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32)[:, None], place_gsk.shape[1:])
+    empty = jnp.full((places,), tokens, jnp.int32)
+    return jax.vmap(lambda place: empty.at[place].set(token, mode="drop"))(place_gsk)
+
+
+@jax.custom_vjp
+def _fetch(rows_gaw: jax.Array, source_gbj: jax.Array, destination_gal: jax.Array) -> jax.Array:
+    """Sum of rows by index, [G, A, W] -> [G, B, W]: row b of the result is the sum over j of rows[source[b, j]].
+
+    An index past the end adds nothing. destination [G, A, L] says the same from the other side, where each row went;
+    with it the backward pass is a gather too, where the transpose of a gather would be a scatter.
+    """
+    del destination_gal
+    take = jax.vmap(lambda rows, index: rows.at[index].get(mode="fill", fill_value=0))
+    return sum(take(rows_gaw, source_gbj[..., j]) for j in range(source_gbj.shape[-1]))
+
+
+def _fetch_forward(rows, source, destination):
+    return _fetch(rows, source, destination), (source, destination)
+
+
+def _fetch_backward(indices, cotangent):
+    source, destination = indices
+    return _fetch(cotangent, destination, source), None, None
+
+
+_fetch.defvjp(_fetch_forward, _fetch_backward)

@@ -1,0 +1,97 @@
+"""The gate: which experts a visual token uses at one latent step, from the token, the timestep and the condition.
+
+logits = W_x LN(h) + W_y y                                  float32, always                      (paper)
+training:   z = (logits + Gumbel(0, 1)) / tau, the top k of z are selected                       (paper)
+inference:  z = logits / tau, no noise                                                           (paper)
+weights:    straight-through: forward exactly 1 for k = 1, softmax(z) renormalised over the k
+            selected otherwise; backward always through softmax(z)                               (our reading)
+            soft: softmax(z) of the selected, forward and backward                               (our reading)
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from trm_diffusion.models.layers import NORMAL_002, layer_norm
+
+GATE_INPUTS = ("tokens", "timestep", "condition")
+HIGHEST = jax.lax.Precision.HIGHEST  # a float32 product in earnest, also where the default is bfloat16 passes
+FORWARD_WEIGHTS = ("straight_through", "soft")
+
+
+class Conditioning(NamedTuple):
+    """What a block is told besides its tokens; the conditioning vector y is the sum of the two."""
+
+    timestep: jax.Array  # [B, D] embedding of the diffusion timestep
+    condition: jax.Array  # [B, D] embedding of the class, or of the pooled text
+
+    @property
+    def vector(self) -> jax.Array:
+        return self.timestep + self.condition
+
+
+class Routing(NamedTuple):
+    """One gate decision. P is the number of separate choices: 1, or 3 when q, k and v are routed apart."""
+
+    experts: jax.Array  # [B, N, P, k] int32, the selected experts, best first
+    weights: jax.Array  # [B, N, P, k] float32, what each selected expert's output is multiplied by
+    probabilities: jax.Array  # [B, N, P, M] float32, softmax(z)
+    logits: jax.Array  # [B, N, P, M] float32, before noise and temperature
+
+
+class Gate(nnx.Module):
+    """Scores M experts for every token; see the module's equations. Adds 2 P M D parameters, and P M of a bias if any."""
+
+    def __init__(
+        self,
+        width: int,
+        experts: int,
+        *,
+        experts_per_token: int = 1,
+        choices: int = 1,
+        temperature: float = 5.0,
+        inputs: tuple[str, ...] = GATE_INPUTS,
+        forward_weight: str = "straight_through",
+        balance_bias: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        self.experts_per_token = experts_per_token
+        self.temperature = temperature
+        self.inputs = tuple(inputs)
+        self.forward_weight = forward_weight
+        axes = {"logical_axes": ("embed", None, "expert")}
+        shape = (width, choices, experts)
+        self.token_kernel = nnx.Param(NORMAL_002(rngs.params(), shape, jnp.float32), **axes)  # W_x
+        self.condition_kernel = nnx.Param(NORMAL_002(rngs.params(), shape, jnp.float32), **axes)  # W_y
+        # Moved after each update towards an even load, never by a gradient; see models/balance.py.
+        self.balance_bias = nnx.Param(jnp.zeros((choices, experts), jnp.float32)) if balance_bias else None
+
+    def logits(self, h_bnd: jax.Array, conditioning: Conditioning) -> jax.Array:
+        """W_x LN(h) + W_y y over the inputs that are switched on, [B, N, P, M] float32."""
+        b, n, _ = h_bnd.shape
+        logits = jnp.zeros((b, n, *self.token_kernel.shape[1:]), jnp.float32)
+        if "tokens" in self.inputs:
+            tokens = layer_norm(h_bnd.astype(jnp.float32))
+            logits += jnp.einsum("bnd,dpm->bnpm", tokens, self.token_kernel[...], precision=HIGHEST)
+        sources = [getattr(conditioning, name) for name in ("timestep", "condition") if name in self.inputs]
+        if sources:
+            y_bd = sum(source.astype(jnp.float32) for source in sources)
+            logits += jnp.einsum("bd,dpm->bpm", y_bd, self.condition_kernel[...], precision=HIGHEST)[:, None]
+        return logits
+
+    def __call__(self, h_bnd: jax.Array, conditioning: Conditioning, key: jax.Array | None) -> Routing:
+        """Routes every token. `key` draws the Gumbel noise of training; None means inference, without noise."""
+        logits = self.logits(h_bnd, conditioning)
+        noise = 0.0 if key is None else jax.random.gumbel(key, logits.shape, jnp.float32)
+        z = (logits + noise) / self.temperature
+        scores = jax.lax.stop_gradient(z if self.balance_bias is None else z + self.balance_bias[...][None, None])
+        _, experts = jax.lax.top_k(scores, self.experts_per_token)  # [B, N, P, k]
+        probabilities = jax.nn.softmax(z, axis=-1)
+        weights = jnp.take_along_axis(probabilities, experts, axis=-1)
+        if self.forward_weight == "straight_through":
+            renormalized = weights / jnp.sum(weights, axis=-1, keepdims=True)
+            # In this order the forward value is the renormalised weight to the last bit.
+            weights = jax.lax.stop_gradient(renormalized) + (weights - jax.lax.stop_gradient(weights))
+        return Routing(experts, weights, probabilities, logits)

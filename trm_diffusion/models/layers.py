@@ -1,0 +1,51 @@
+"""The small pieces every block shares: linear maps with named axes, layer norm, modulation, the MLP.
+
+Parameters are float32; `dtype` is the dtype of the computation. Each kernel carries `logical_axes`, the names of its
+axes as metadata; which mesh axis each name is laid over is decided outside the models.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+XAVIER_UNIFORM = nnx.initializers.xavier_uniform()
+ZEROS = nnx.initializers.zeros_init()
+NORMAL_002 = nnx.initializers.normal(0.02)
+
+
+def linear(in_features, out_features, *, axes, rngs, dtype, init=XAVIER_UNIFORM, use_bias=True) -> nnx.Linear:
+    """A linear map [..., in] -> [..., out]; `axes` names the kernel's two axes."""
+    return nnx.Linear(
+        in_features,
+        out_features,
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=init,
+        kernel_metadata={"logical_axes": axes},
+        bias_metadata={"logical_axes": axes[1:]},
+        rngs=rngs,
+    )
+
+
+def layer_norm(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
+    """Layer norm over the last axis, without scale or shift, computed in float32, returned in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + epsilon)).astype(x.dtype)
+
+
+def modulate(x_bnd: jax.Array, shift_bd: jax.Array, scale_bd: jax.Array) -> jax.Array:
+    """adaLN modulation x * (1 + scale) + shift, one shift and scale per image."""
+    return x_bnd * (1 + scale_bd[:, None, :]) + shift_bd[:, None, :]
+
+
+class Mlp(nnx.Module):
+    """Two linear maps with a tanh-approximated GELU between them, [..., D] -> [..., D]."""
+
+    def __init__(self, width: int, hidden: int, *, dtype, rngs: nnx.Rngs):
+        self.up = linear(width, hidden, axes=("embed", "mlp"), dtype=dtype, rngs=rngs)
+        self.down = linear(hidden, width, axes=("mlp", "embed"), dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(jax.nn.gelu(self.up(x), approximate=True))

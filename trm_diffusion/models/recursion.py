@@ -1,0 +1,346 @@
+"""Recursion over latent steps inside an attention layer, the mechanism of "The Thinking Pixel" (arXiv 2604.25299).
+
+With x~ the modulated visual tokens of the block, T latent steps refine a state a before the block's own attention:
+
+    a_0 = x~
+    for t = 1 .. T-1:   h_t = Mod(LN(a_{t-1}))                                                   (paper)
+                        q, k, v = sum_j w_j B_{e_j} A_{e_j} h_t,  e, w = gate(h_t, y)             (paper)
+                        a_t = Attn(q, k, v) + x~                                                 (paper)
+    t = T:              h_T = Mod(LN(a_{T-1}))
+                        q, k, v = W_qkv x~ + sum_j w_j B_{e_j} A_{e_j} h_T                        (paper)
+
+and the block goes on with attention over the final q, k, v. Mod is the block's own shift and scale, Attn the block's
+own attention before its output projection, W_qkv the base projection, applied once. One pool of experts and one gate
+serve all latent steps. The switches in `RecursionConfig` choose among the readings the sources leave open.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from trm_diffusion.models.experts import PROJECTIONS, Assignment, LowRankExperts, assign, expert_capacity, grouped
+from trm_diffusion.models.gate import Conditioning, Gate, Routing
+from trm_diffusion.models.halting import Halting, Progress
+from trm_diffusion.models.layers import layer_norm, modulate
+from trm_diffusion.models.remat import rematerialized
+
+BASE_INPUTS = ("modulated", "carry")
+RESIDUALS = ("before_norm", "after_norm")
+POOLS = ("shared", "per_latent_step")
+ROUTING_SCOPES = ("shared", "per_projection")
+
+
+@dataclasses.dataclass(frozen=True)
+class RecursionConfig:
+    """Every default is the paper's setting, or our reading where the paper leaves it open."""
+
+    blocks: str = "none"  # which blocks recurse: none, middle, all, or indices such as "4,8,12"
+    latent_steps: int = 2  # T
+    experts: int = 2  # M, low-rank experts in a block's pool
+    experts_per_token: int = 1  # k
+    rank: int = 128  # r of the low-rank maps
+    temperature: float = 5.0  # tau of the gate's softmax in training
+    capacity_factor: float = 1.25  # room per expert in training, relative to an even split
+    routing_group: int = 8  # images whose tokens compete for the experts; divides each device's batch
+    gate_inputs: str = "tokens,timestep,condition"  # what the gate sees, any subset
+    forward_weight: str = "straight_through"  # straight_through (exactly 1 at k = 1) or soft
+    base_input: str = "modulated"  # the base projection sees x~ (modulated) or a_{T-1} + x~ (carry, figure 1)
+    modulation: bool = True  # Mod is the block's shift and scale; False leaves it out
+    residual: str = "before_norm"  # x~ joins a before the norm, or h after it (after_norm, figure 1)
+    pool: str = "shared"  # one pool and gate for all latent steps, or one per_latent_step
+    routing_scope: str = "shared"  # one choice for q, k and v, or one per_projection
+    base_every_step: bool = False  # also add the base projection of h_t in the intermediate latent steps
+    dispatch: str = "auto"  # how tokens reach their experts: auto, dense or capacity
+    remat: str = "full"  # what the backward pass of a latent step keeps: none, dots, full
+    truncated_latent_steps: int = 0  # the first so many latent steps pass no gradient
+    switch_loss_weight: float = 0.0  # weight of the Switch load-balance loss; the paper names none
+    z_loss_weight: float = 0.0  # weight of the router z-loss
+    balance_bias_rate: float = 0.0  # loss-free balance: step of the selection bias per update; 0 has no bias
+    halting: str = "none"  # which tokens stop early: none, convergence (no parameters), learned
+    halting_epsilon: float = 0.05  # convergence: relative change of a below which a token counts as settled
+    halting_patience: int = 1  # convergence: latent steps in a row it must be settled
+    halting_prior: float = 0.3  # learned: chance to stop at each latent step under the geometric prior
+    halting_weight: float = 0.01  # learned: weight of KL(p || prior) in the loss
+
+
+class RoutingReport(NamedTuple):
+    """What the gate did, averaged over all tokens; every array leads with the latent step, [T, ...] float32."""
+
+    load: jax.Array  # [T, P, M] share of the selections that went to each expert
+    importance: jax.Array  # [T, P, M] mean gate probability of each expert
+    drop_fraction: jax.Array  # [T] share of the selections lost to capacity
+    entropy: jax.Array  # [T] mean entropy of the gate, nats
+    squared_logsumexp: jax.Array  # [T] mean of logsumexp(logits)^2, the router z-loss
+    ran: jax.Array  # [T] 1 where this latent step was computed, 0 where fewer were asked for or all tokens had stopped
+    running: jax.Array  # [T] share of the tokens that had not stopped; the last latent step is computed for all
+    halting_divergence: jax.Array  # [T] mean KL(p || prior) of the learned halting, in the last entry
+
+
+class Recursed(NamedTuple):
+    """What the recursion hands back to its block."""
+
+    update: jax.Array  # [B, N, 3, H, d] to be added to the base projections
+    base_input: jax.Array  # [B, N, D] what the base projection is to see
+    report: RoutingReport
+
+
+class Pool(nnx.Module):
+    """A gate and the experts it chooses among."""
+
+    def __init__(self, width: int, config: RecursionConfig, *, dtype, rngs: nnx.Rngs):
+        self.gate = Gate(
+            width,
+            config.experts,
+            experts_per_token=config.experts_per_token,
+            choices=PROJECTIONS if config.routing_scope == "per_projection" else 1,
+            temperature=config.temperature,
+            inputs=tuple(config.gate_inputs.split(",")),
+            forward_weight=config.forward_weight,
+            balance_bias=config.balance_bias_rate > 0,
+            rngs=rngs,
+        )
+        self.experts = LowRankExperts(
+            width, config.experts, config.rank, dispatch=config.dispatch, dtype=dtype, rngs=rngs
+        )
+
+
+class Recursion(nnx.Module):
+    """The latent steps of one block.
+
+    Parameters added: S * (6 M r D + 2 P M D), with S pools (1, or T with one pool per latent step), P choices (1, or 3
+    when routed per projection), M experts of rank r, width D; P M more per pool with a balance bias, and D + 1 with
+    learned halting.
+    """
+
+    def __init__(self, width: int, heads: int, config: RecursionConfig, *, dtype, rngs: nnx.Rngs):
+        self.config, self.heads = config, heads
+
+        def make_pool(key):
+            return Pool(width, config, dtype=dtype, rngs=nnx.Rngs(key))
+
+        if config.pool == "shared":
+            self.pool = make_pool(rngs.params())
+        else:  # stacked along a leading axis, one for each latent step
+            self.pool = nnx.vmap(make_pool)(jax.random.split(rngs.params(), config.latent_steps))
+        self.halting = None
+        if config.halting != "none":
+            self.halting = Halting(
+                width,
+                config.halting,
+                epsilon=config.halting_epsilon,
+                patience=config.halting_patience,
+                prior=config.halting_prior,
+                rngs=rngs,
+            )
+
+    def __call__(
+        self,
+        x_bnd: jax.Array,
+        *,
+        shift_bd: jax.Array,
+        scale_bd: jax.Array,
+        conditioning: Conditioning,
+        attend: Callable[[jax.Array], jax.Array],
+        project_base: Callable[[jax.Array], jax.Array],
+        latent_steps: int | jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> Recursed:
+        """Runs the recursion on the modulated visual tokens x~ of a block.
+
+        attend: q, k, v of the visual tokens [B, N, 3, H, d] -> attended [B, N, D], before the output projection; in
+            joint attention it holds the text's keys and values, which do not change over latent steps.
+        project_base: the base projection, [B, N, D] -> [B, N, 3, H, d].
+        latent_steps: T; an int, or a traced int32 scalar in 1 .. config.latent_steps (one program serves every
+            depth). None is the config's.
+        key: in training, draws the gate's noise, and capacity is bounded; None is inference.
+        """
+        block = _Block(x_bnd, shift_bd, scale_bd, conditioning, attend, project_base, key)
+        steps = self.config.latent_steps if latent_steps is None else latent_steps
+        a_bnd, divergence, reports = self._refined(block, steps)
+        _, update, report = self._update(block, a_bnd, steps - 1, running=None)
+        report = report._replace(halting_divergence=divergence)
+        reports.append(jax.tree.map(lambda leaf: leaf[None], report))
+        reports = jax.tree.map(lambda *parts: jnp.concatenate(parts), *reports)
+        base_input = x_bnd if self.config.base_input == "modulated" else a_bnd + x_bnd
+        return Recursed(update, base_input, reports)
+
+    def _refined(self, block: "_Block", steps: int | jax.Array) -> tuple[jax.Array, jax.Array, list[RoutingReport]]:
+        """The T - 1 intermediate latent steps: a_{T-1} [B, N, D], the halting divergence, and their reports."""
+        config, halting = self.config, self.halting
+        training = block.key is not None
+        most = (steps if isinstance(steps, int) else config.latent_steps) - 1
+        state = _State(block.x_bnd, None, None)
+        if halting is not None:
+            qkv = jnp.zeros((*block.x_bnd.shape[:2], PROJECTIONS, self.heads, block.x_bnd.shape[-1] // self.heads))
+            state = _State(
+                block.x_bnd,
+                qkv.astype(block.x_bnd.dtype),
+                halting.start(block.x_bnd, steps, training=training),
+            )
+
+        def body(state, t):
+            if isinstance(steps, int):
+                return self._latent_step(block, state, t, steps)
+            run = functools.partial(self._latent_step, block, latent_steps=steps)
+            return jax.lax.cond(
+                t < steps - 1, run, lambda state, t: (state, _zeros_like_report(run, state, t)), state, t
+            )
+
+        body, reports = rematerialized(body, config.remat), []
+        if halting is not None and not training:
+            if most:
+                state, report = self._until_all_stop(body, state, steps, most)
+                reports.append(report)
+        else:
+            truncated = min(config.truncated_latent_steps, most)
+            if truncated:
+                scanned = jax.lax.scan(body, state, jnp.arange(truncated, dtype=jnp.int32))
+                state, report = jax.lax.stop_gradient(scanned)
+                reports.append(report)
+            if most > truncated:
+                state, report = jax.lax.scan(body, state, jnp.arange(truncated, most, dtype=jnp.int32))
+                reports.append(report)
+
+        if halting is None or not training or config.halting != "learned":
+            return state.a_bnd, jnp.zeros(()), reports
+        return (
+            state.progress.expected.astype(block.x_bnd.dtype),
+            jnp.mean(state.progress.divergence),
+            reports,
+        )
+
+    def _latent_step(self, block: "_Block", state: "_State", t, latent_steps) -> tuple["_State", RoutingReport]:
+        """One intermediate latent step, t from 0: the state a_t becomes a_{t+1}."""
+        config, progress = self.config, state.progress
+        running = None if progress is None else progress.running
+        h, qkv, report = self._update(block, state.a_bnd, t, running)
+        if config.base_every_step:
+            qkv = qkv + block.project_base(h)
+        if running is not None:  # the others go on attending to what a stopped token last was
+            qkv = jnp.where(running[..., None, None, None], qkv, state.qkv)
+        attended = block.attend(qkv)
+        a_bnd = attended + block.x_bnd if config.residual == "before_norm" else attended
+        if running is None:
+            return _State(a_bnd, None, None), report
+        a_bnd = jnp.where(running[..., None], a_bnd, state.a_bnd)
+        training = block.key is not None
+        progress = self.halting.advance(progress, state.a_bnd, a_bnd, t + 1, latent_steps, training=training)
+        return _State(a_bnd, qkv, progress), report
+
+    def _until_all_stop(self, body, state: "_State", steps, most: int) -> tuple["_State", RoutingReport]:
+        """The intermediate latent steps at inference, left as soon as no token of the batch runs any more."""
+        empty = _zeros_like_report(body, state, jnp.zeros((), jnp.int32))
+        reports = jax.tree.map(lambda leaf: jnp.zeros((most, *leaf.shape), leaf.dtype), empty)
+
+        def goes_on(carry):
+            state, _, t = carry
+            return (t < steps - 1) & jnp.any(state.progress.running)
+
+        def advance(carry):
+            state, reports, t = carry
+            state, report = body(state, t)
+            return state, jax.tree.map(lambda all_, one: all_.at[t].set(one), reports, report), t + 1
+
+        state, reports, _ = jax.lax.while_loop(goes_on, advance, (state, reports, jnp.zeros((), jnp.int32)))
+        return state, reports
+
+    def _update(self, block: "_Block", a_bnd: jax.Array, t, running: jax.Array | None):
+        """h, the routed low-rank update of q, k, v [B, N, 3, H, d], and the report of latent step t, from 0.
+
+        running [B, N]: tokens that ask for an update; None is all of them.
+        """
+        config, x_bnd, key = self.config, block.x_bnd, block.key
+        h = layer_norm(a_bnd)
+        if config.modulation:
+            h = modulate(h, block.shift_bd, block.scale_bd)
+        if config.residual == "after_norm":
+            h = h + x_bnd
+        pool = self._pool_at(t)
+        routing = pool.gate(h, block.conditioning, None if key is None else jax.random.fold_in(key, t))
+        if running is not None:  # expert -1 is none of them
+            routing = routing._replace(experts=jnp.where(running[..., None, None], routing.experts, -1))
+        group, capacity = self._routing_group(x_bnd, training=key is not None)
+        assignment = assign(routing, group, capacity)
+        update = pool.experts(grouped(h, group), assignment, capacity)  # [G, S, 3, D]
+        update = update.reshape(*x_bnd.shape[:2], PROJECTIONS, self.heads, -1)
+        return h, update, _report(routing, assignment, running)
+
+    def _routing_group(self, x_bnd, *, training: bool) -> tuple[int, int | None]:
+        """Images to a routing group, and the experts' capacity in it; at inference each image stands alone."""
+        if not training:
+            return 1, None
+        config, group = self.config, min(self.config.routing_group, x_bnd.shape[0])
+        tokens = group * x_bnd.shape[1]
+        return group, expert_capacity(tokens, config.experts, config.experts_per_token, config.capacity_factor)
+
+    def _pool_at(self, t) -> Pool:
+        if self.config.pool == "shared":
+            return self.pool
+        graphdef, state = nnx.split(self.pool)
+        return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[t], state))
+
+
+class _Block(NamedTuple):
+    """What one call of the recursion is given; see `Recursion.__call__`."""
+
+    x_bnd: jax.Array
+    shift_bd: jax.Array
+    scale_bd: jax.Array
+    conditioning: Conditioning
+    attend: Callable[[jax.Array], jax.Array]
+    project_base: Callable[[jax.Array], jax.Array]
+    key: jax.Array | None
+
+
+class _State(NamedTuple):
+    """What is carried from one latent step to the next; the last two only where tokens may halt."""
+
+    a_bnd: jax.Array
+    qkv: jax.Array | None  # [B, N, 3, H, d] as last computed for each token
+    progress: Progress | None
+
+
+def _zeros_like_report(step: Callable, state: _State, t) -> RoutingReport:
+    """The report of a latent step that did not run."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(step, state, t)[1])
+
+
+def _report(routing: Routing, assignment: Assignment, running: jax.Array | None) -> RoutingReport:
+    """The statistics of one latent step, without the leading axis."""
+    selected = assignment.selected.astype(jnp.float32)  # [G, S, P, M]
+    wanted, kept = jnp.maximum(jnp.sum(selected), 1.0), jnp.sum(assignment.taken.astype(jnp.float32))
+    choices = selected.shape[2]
+    log_probabilities = jnp.log(jnp.maximum(routing.probabilities, 1e-30))
+    return RoutingReport(
+        load=jnp.sum(selected, axis=(0, 1)) * choices / wanted,
+        importance=jnp.mean(routing.probabilities, axis=(0, 1)),
+        drop_fraction=(jnp.sum(selected) - kept) / wanted,
+        entropy=-jnp.mean(jnp.sum(routing.probabilities * log_probabilities, axis=-1)),
+        squared_logsumexp=jnp.mean(jnp.square(jax.nn.logsumexp(routing.logits, axis=-1))),
+        ran=jnp.ones(()),
+        running=jnp.ones(()) if running is None else jnp.mean(running.astype(jnp.float32)),
+        halting_divergence=jnp.zeros(()),
+    )
+
+
+def recursive_blocks(blocks: str, depth: int) -> tuple[int, ...]:
+    """The block indices that `RecursionConfig.blocks` names, counted from 0. Raises ValueError with one clear line."""
+    if blocks == "none":
+        return ()
+    if blocks == "all":
+        return tuple(range(depth))
+    if blocks == "middle":
+        return (depth // 2,)
+    try:
+        indices = tuple(sorted({int(index) for index in blocks.split(",")}))
+    except ValueError:
+        raise ValueError(f'"{blocks}" is none of none, middle, all, or block indices such as "4,8,12"') from None
+    outside = [index for index in indices if not 0 <= index < depth]
+    if outside:
+        raise ValueError(f'"{blocks}" names block {outside[0]}; a model of depth {depth} has blocks 0 to {depth - 1}')
+    return indices

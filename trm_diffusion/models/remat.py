@@ -1,0 +1,19 @@
+"""Named rematerialisation policies: what the backward pass keeps and what it computes again."""
+
+from collections.abc import Callable
+
+import jax
+
+# name -> (what it costs, the policy that says what may be saved)
+POLICIES = {
+    "none": ("keeps every intermediate, computes nothing again", None),
+    "dots": ("keeps the matmul outputs of weights", jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "full": ("keeps the inputs alone, computes all of it again", jax.checkpoint_policies.nothing_saveable),
+}
+
+
+def rematerialized(function: Callable, policy: str) -> Callable:
+    """`function` under the named policy. For use as the body of a scan, where XLA cannot merge the copies."""
+    if policy == "none":
+        return function
+    return jax.checkpoint(function, policy=POLICIES[policy][1], prevent_cse=False)

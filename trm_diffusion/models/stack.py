@@ -1,0 +1,138 @@
+"""A stack of transformer blocks, of which some recurse, compiled once per run of equal blocks.
+
+Consecutive blocks of one kind form a *segment*. A scanned segment holds its blocks' parameters stacked along a leading
+layer axis and runs them with `jax.lax.scan`, so that a stack without recursion, or with recursion everywhere, is traced
+once whatever its depth. Unrolled, each block is a segment of its own, which is what a debugger and a FLOP count want.
+The same seed gives the same weights either way, and the base weights do not depend on which blocks recurse.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from trm_diffusion.models.remat import rematerialized
+
+_SEGMENT = re.compile(r"(.*stack)/segments/(\d+)/blocks/(.*)")
+
+
+class StackLayout(NamedTuple):
+    """How a stack's blocks lie in its parameters."""
+
+    segments: tuple[tuple[int, int], ...]  # (first block, length) of each segment
+    recursive: tuple[int, ...]  # indices of the blocks that recurse
+    scan: bool  # a segment's parameters are stacked along a leading layer axis
+
+
+class Segment(nnx.Module):
+    """Blocks first .. first + length - 1, all of one kind; `blocks` is one block, or `length` of them stacked."""
+
+    def __init__(self, first: int, length: int, stacked: bool, blocks: nnx.Module):
+        self.first, self.length, self.stacked = first, length, stacked
+        self.blocks = blocks
+
+
+class BlockStack(nnx.Module):
+    """`depth` blocks in segments; `make_block(recursive, key)` builds one."""
+
+    def __init__(
+        self,
+        make_block: Callable[[bool, jax.Array], nnx.Module],
+        depth: int,
+        recursive: Sequence[int],
+        *,
+        scan: bool,
+        remat: str,
+        rngs: nnx.Rngs,
+    ):
+        self.remat = remat
+        key = rngs.params()
+        segments = []
+        for first, length in segment_lengths(depth, recursive, scan):
+            keys = jax.vmap(lambda layer: jax.random.fold_in(key, layer))(jnp.arange(first, first + length))
+            build = _builder(make_block, first in recursive)
+            segments.append(Segment(first, length, scan, nnx.vmap(build)(keys) if scan else build(keys[0])))
+        self.segments = nnx.List(segments)
+
+    def __call__(self, x, *, key: jax.Array | None, **inputs):
+        """Runs x through all blocks: `block(x, key=..., **inputs) -> x, report`.
+
+        Returns x and the reports of the recursive blocks stacked along a leading axis, in order of depth, or None
+        where no block recurses. Each block's key is `key` folded with its index.
+        """
+        reports = []
+        for segment in self.segments:
+            graphdef, parameters = nnx.split(segment.blocks)
+
+            def body(x, layer, graphdef=graphdef):
+                parameters, index = layer
+                block_key = None if key is None else jax.random.fold_in(key, index)
+                return nnx.merge(graphdef, parameters)(x, key=block_key, **inputs)
+
+            body = rematerialized(body, self.remat)
+            if segment.stacked:
+                layers = (parameters, jnp.arange(segment.first, segment.first + segment.length))
+                x, report = jax.lax.scan(body, x, layers)
+            else:
+                x, report = body(x, (parameters, jnp.asarray(segment.first)))
+                report = jax.tree.map(lambda leaf: leaf[None], report)
+            if report is not None:
+                reports.append(report)
+        return x, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *reports) if reports else None
+
+
+def segment_lengths(depth: int, recursive: Sequence[int], scan: bool) -> list[tuple[int, int]]:
+    """(first block, length) of each segment: runs of equal blocks, or every block alone."""
+    segments = []
+    for index in range(depth):
+        if scan and segments and (index in recursive) == (index - 1 in recursive):
+            first, length = segments[-1]
+            segments[-1] = (first, length + 1)
+        else:
+            segments.append((index, 1))
+    return segments
+
+
+def _builder(make_block, recursive: bool):
+    return lambda key: make_block(recursive, key)
+
+
+def segment_of(name: str) -> int:
+    """The segment that a block's parameter belongs to, from its path."""
+    return int(_SEGMENT.fullmatch(name)[2])
+
+
+def per_layer(parameters: dict, layout: StackLayout) -> dict:
+    """Parameters by path, with each block on its own: "stack/segments/0/blocks/..." -> "stack/blocks/7/...".
+
+    Two models of equal depth have equal names here however their blocks are cut into segments.
+    """
+    layers = {}
+    for name, value in parameters.items():
+        for layer_name, index in _layers_of(name, layout):
+            layers[layer_name] = value if index is None else value[index]
+    return layers
+
+
+def from_per_layer(layers: dict, names: Sequence[str], layout: StackLayout) -> dict:
+    """The inverse of `per_layer` for the parameter paths `names`; one whose layers are not all there is left out."""
+    parameters = {}
+    for name in names:
+        wanted = _layers_of(name, layout)
+        if all(layer_name in layers for layer_name, _ in wanted):
+            found = [layers[layer_name] for layer_name, _ in wanted]
+            parameters[name] = found[0] if wanted[0][1] is None else jnp.stack(found)
+    return parameters
+
+
+def _layers_of(name: str, layout: StackLayout) -> list[tuple[str, int | None]]:
+    """(path with the block on its own, index along the layer axis or None) of each layer in a parameter."""
+    match = _SEGMENT.fullmatch(name)
+    if match is None:
+        return [(name, None)]
+    prefix, segment, rest = match.groups()
+    first, length = layout.segments[int(segment)]
+    return [(f"{prefix}/blocks/{first + i}/{rest}", i if layout.scan else None) for i in range(length)]
