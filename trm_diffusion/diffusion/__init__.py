@@ -1,0 +1,1 @@
+"""Noise in, noise out: objectives, guidance and samplers, all blind to the network they serve."""

@@ -1,0 +1,66 @@
+"""Closed forms for Gaussians, shared by objectives and samplers."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+PIXEL_HALF_WIDTH = 1.0 / 255.0  # half of an 8-bit bin when 0..255 is mapped to [-1, 1]
+EDGE_PIXEL = 0.999  # beyond it a value belongs to the first or last bin, which reaches to infinity
+PROBABILITY_FLOOR = 1e-12  # keeps the log finite, and its gradient zero, where float32 sees no mass
+
+
+class Posterior(NamedTuple):
+    """q(x_s | x_t, x_0) = N(clean_weight * x_0 + noisy_weight * x_t, variance), for s cleaner than t.
+
+    Each field has the shape of the levels it was computed from."""
+
+    clean_weight: Any
+    noisy_weight: Any
+    variance: Any
+    forward_variance: Any  # of q(x_t | x_s): the beta of this transition
+
+
+def posterior(signal, sigma, cleaner_signal, cleaner_sigma) -> Posterior:
+    """The posterior between two levels of x = signal * x_0 + sigma * noise, at t and at a cleaner s.
+
+    With r = signal / cleaner_signal, q(x_t | x_s) = N(r x_s, sigma^2 - r^2 cleaner_sigma^2), and Bayes gives
+    the rest. For adjacent levels with signal^2 + sigma^2 = 1 these are equations 6 and 7 of Ho et al. 2020
+    (DDPM). Plain arithmetic: NumPy arrays stay float64, JAX arrays stay traced.
+    """
+    ratio = signal / cleaner_signal
+    # Equal to 1 - alpha_bar_t / alpha_bar_s when variance is preserved, but float32 loses that difference
+    # where beta is 1e-4; here the subtracted term is never close to the first.
+    forward_variance = sigma**2 - (ratio * cleaner_sigma) ** 2
+    return Posterior(
+        clean_weight=cleaner_signal * forward_variance / sigma**2,
+        noisy_weight=ratio * cleaner_sigma**2 / sigma**2,
+        variance=forward_variance * cleaner_sigma**2 / sigma**2,
+        forward_variance=forward_variance,
+    )
+
+
+def normal_kl(mean, log_variance, other_mean, other_log_variance):
+    """KL(N(mean, exp(log_variance)) || N(other_mean, exp(other_log_variance))), elementwise, in nats."""
+    ratio = jnp.exp(log_variance - other_log_variance)
+    squared = (mean - other_mean) ** 2 * jnp.exp(-other_log_variance)
+    return 0.5 * (ratio + squared - 1.0 + other_log_variance - log_variance)
+
+
+def discretized_log_likelihood(value, mean, log_variance):
+    """Log mass, in nats and elementwise, that a Gaussian gives to the 8-bit bin around `value`.
+
+    Bins are 2/255 wide on [-1, 1] and the two outermost are unbounded (Ho et al. 2020, equation 13). The
+    normal distribution function is exact; the published code of DDPM and DiT approximates it with a tanh.
+    """
+    deviation = jnp.exp(0.5 * log_variance)
+    centred = value - mean
+    # Both arguments on the lower tail, where the distribution function keeps its relative precision.
+    distance = -jnp.abs(centred)
+    inner = jax.scipy.special.ndtr((distance + PIXEL_HALF_WIDTH) / deviation) - jax.scipy.special.ndtr(
+        (distance - PIXEL_HALF_WIDTH) / deviation
+    )
+    lowest = jax.scipy.special.ndtr((centred + PIXEL_HALF_WIDTH) / deviation)
+    highest = jax.scipy.special.ndtr(-(centred - PIXEL_HALF_WIDTH) / deviation)
+    mass = jnp.where(value < -EDGE_PIXEL, lowest, jnp.where(value > EDGE_PIXEL, highest, inner))
+    return jnp.log(jnp.maximum(mass, PROBABILITY_FLOOR))
