@@ -1,0 +1,97 @@
+"""Sources keep one contract: element names, shapes, dtypes, ranges, and a config that matches the data."""
+
+import pickle
+import subprocess
+import sys
+
+import chex
+import numpy as np
+import pytest
+
+from trm_diffusion.data.digits import load_digits_split
+from trm_diffusion.data.sources import DataConfig, make_source
+from trm_diffusion.errors import UserError
+
+
+def test_element_contract():
+    for config in (DataConfig(), DataConfig(source="synthetic", image_size=4, channels=3, num_classes=7)):
+        source = make_source(config)
+        element = source[11]
+        assert set(element) == {"image", "label", "index"}
+        chex.assert_shape(element["image"], (config.image_size, config.image_size, config.channels))
+        chex.assert_shape([element["label"], element["index"]], ())
+        chex.assert_type([element["image"], element["label"], element["index"]], [np.float32, int, int])
+        assert element["label"].dtype == element["index"].dtype == np.int32
+        assert element["index"] == 11 and source.sample_shape == element["image"].shape
+
+
+def test_digits_split_is_stratified_disjoint_and_complete():
+    from sklearn.datasets import load_digits
+
+    train_images, train_labels, test_images, test_labels = load_digits_split()
+    chex.assert_shape([train_images, test_images], (None, 8, 8, 1))
+    chex.assert_type([train_images, test_images], np.float32)
+    assert train_images.min() == -1 and train_images.max() == 1
+    test_share = np.bincount(test_labels) / np.bincount(np.concatenate([train_labels, test_labels]))
+    np.testing.assert_allclose(test_share, 0.2, atol=0.005)
+    rows = np.concatenate([train_images, test_images]).reshape(-1, 64)
+    raw = load_digits().images.reshape(-1, 64)
+    np.testing.assert_array_equal(np.sort((rows + 1) * 8, axis=0), np.sort(raw, axis=0))
+    assert len(rows) == 1797
+
+
+def test_digits_labels_belong_to_their_images():
+    """Class means of the two halves agree: swapped labels would mix them."""
+    train_images, train_labels, test_images, test_labels = load_digits_split()
+    train_means = np.stack([train_images[train_labels == c].mean(0) for c in range(10)]).reshape(10, 64)
+    test_means = np.stack([test_images[test_labels == c].mean(0) for c in range(10)]).reshape(10, 64)
+    distances = np.linalg.norm(train_means[:, None] - test_means[None], axis=-1)
+    np.testing.assert_array_equal(distances.argmin(axis=1), np.arange(10))
+
+
+def test_digits_splits_are_different_records():
+    train, test = make_source(DataConfig()), make_source(DataConfig(split="test"))
+    assert (len(train), len(test)) == (1438, 359)
+    assert not np.array_equal(train[0]["image"], test[0]["image"])
+
+
+def test_synthetic_is_standard_normal_balanced_and_reproducible():
+    config = DataConfig(source="synthetic", image_size=16, channels=2, num_classes=5, synthetic_records=50)
+    source = make_source(config)
+    images = np.stack([source[i]["image"] for i in range(50)])
+    assert abs(images.mean()) < 0.03 and abs(images.std() - 1) < 0.03
+    assert np.bincount([source[i]["label"] for i in range(50)]).tolist() == [10] * 5
+    again = pickle.loads(pickle.dumps(source))
+    np.testing.assert_array_equal(again[7]["image"], images[7])
+    assert len(np.unique(images.reshape(50, -1)[:, 0])) == 50
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"source": "imagenet"}, "digits, synthetic, image_folder, tfds, latents"),
+        ({"image_size": 16}, "config.data.image_size=8"),
+        ({"channels": 3}, "config.data.channels=1"),
+        ({"num_classes": 11}, "config.data.num_classes=10"),
+        ({"split": "validation"}, "train and test"),
+        ({"workers": -1}, "config.data.workers=-1"),
+        ({"source": "synthetic", "synthetic_records": 0}, "config.data.synthetic_records=0"),
+        ({"source": "tfds", "channels": 4}, "config.data.channels=4"),
+    ],
+)
+def test_a_wrong_config_is_refused_in_one_line(changes, says):
+    with pytest.raises(UserError) as caught:
+        make_source(DataConfig(**changes))
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_imports_are_light_and_start_no_backend():
+    program = (
+        "import sys\n"
+        "import trm_diffusion.data.latents, trm_diffusion.data.images, trm_diffusion.data.pipeline\n"
+        "import trm_diffusion.data.sources, trm_diffusion.metrics.digits, trm_diffusion.analysis.grids\n"
+        "assert not {'sklearn', 'tensorflow_datasets', 'PIL'} & set(sys.modules)\n"
+        "from jax._src import xla_bridge\n"
+        "assert not xla_bridge._backends\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,0 +1,84 @@
+"""The data configuration, and the contract that every source of training records keeps."""
+
+import abc
+import dataclasses
+
+import numpy as np
+
+from trm_diffusion.errors import UserError
+
+Element = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    source: str = "digits"  # digits, synthetic, image_folder, tfds, latents
+    path: str = ""  # image_folder, latents: the directory; tfds: the data_dir ("" = TFDS's own default)
+    tfds_name: str = "imagenet2012"  # tfds: the dataset's name, with config and version if need be
+    split: str = "train"  # digits: train or test; tfds: any split expression
+    image_size: int = 8  # pixels or latent cells a side
+    channels: int = 1  # 1 = grey, 3 = RGB, latents: the VAE's
+    num_classes: int = 10  # labels are 0 .. num_classes - 1
+    flip: bool = False  # random horizontal flip, anew in each epoch
+    synthetic_records: int = 4096  # synthetic: records in one epoch
+    workers: int = 0  # loader worker processes (0 = in this process, with grain's read threads)
+
+
+class Source(abc.ABC):
+    """Random access to records, as grain asks for it; picklable, so that worker processes can have a copy.
+
+    An element is {"image": float32 [H, W, C], in [-1, 1] or scaled latents, "label": int32 scalar,
+    "index": int32 scalar, the record's id}. Reading must be safe from several threads at once.
+
+    Attributes:
+      sample_shape: (H, W, C) of every image.
+      num_classes: labels are 0 .. num_classes - 1.
+      stochastic: whether `sample` uses its generator, so that a record differs from epoch to epoch.
+      in_memory: whether reading is so cheap that more than one read thread would only cost time.
+    """
+
+    sample_shape: tuple[int, int, int]
+    num_classes: int
+    stochastic: bool = False
+    in_memory: bool = False
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """The number of records in one epoch."""
+
+    @abc.abstractmethod
+    def __getitem__(self, index: int) -> Element:
+        """Record `index`, the same whenever it is read."""
+
+    def sample(self, index: int, rng: np.random.Generator) -> Element:
+        """Record `index` as training sees it, with the source's own randomness if it is stochastic."""
+        del rng
+        return self[index]
+
+
+def make_element(image: np.ndarray, label: int, index: int) -> Element:
+    """Bundles one record with the dtypes of the contract."""
+    return {
+        "image": np.asarray(image, np.float32),
+        "label": np.asarray(label, np.int32),
+        "index": np.asarray(index, np.int32),
+    }
+
+
+def check_matches_config(source: Source, config: DataConfig) -> None:
+    """Raises a UserError if the data are not what the configuration says they are."""
+    wanted_shape = (config.image_size, config.image_size, config.channels)
+    if source.sample_shape != wanted_shape:
+        height, width, channels = source.sample_shape
+        raise UserError(
+            f"config.data.source={config.source} holds {height}x{width}x{channels} samples, the config says "
+            f"{wanted_shape[0]}x{wanted_shape[1]}x{wanted_shape[2]}: "
+            f"set config.data.image_size={height} and config.data.channels={channels}"
+        )
+    if source.num_classes != config.num_classes:
+        raise UserError(
+            f"config.data.source={config.source} has {source.num_classes} classes, the config says "
+            f"{config.num_classes}: set config.data.num_classes={source.num_classes}"
+        )
+    if len(source) == 0:
+        raise UserError(f"config.data.source={config.source} holds no records: check its path and split in config.data")

@@ -1,0 +1,160 @@
+"""Images from a folder of class folders, or from TensorFlow Datasets without TensorFlow."""
+
+import pathlib
+import threading
+
+import numpy as np
+
+from trm_diffusion.data.base import Element, Source, make_element
+from trm_diffusion.errors import UserError
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+def centre_crop(image, size: int):
+    """Resizes and crops a PIL image to [size, size] as ADM (Dhariwal & Nichol, 2021) prepares ImageNet.
+
+    Halve with a box filter while the short side stays at least 2 * size, then bring the short side to
+    `size` with a bicubic filter (up or down), then cut out the centre.
+    """
+    from PIL import Image
+
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    resized = (round(image.width * scale), round(image.height * scale))
+    image = image.resize(resized, Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def to_training_image(image, size: int, channels: int) -> np.ndarray:
+    """PIL image -> float32 [size, size, channels] in [-1, 1]; channels 1 (grey) or 3 (RGB)."""
+    # Palettes and bit masks cannot be averaged, so the colour conversion comes before any resizing.
+    image = centre_crop(image.convert("L" if channels == 1 else "RGB"), size)
+    pixels = np.asarray(image, np.float32).reshape(size, size, channels)
+    return pixels / 127.5 - 1
+
+
+class ImageFolderSource(Source):
+    """`directory/<class>/<image>`: classes are the subfolders, numbered in the order of their names."""
+
+    def __init__(self, directory: str, *, image_size: int, channels: int):
+        root = pathlib.Path(directory)
+        if not directory or not root.is_dir():
+            raise UserError(
+                f"config.data.path={directory!r} is not a directory: config.data.source=image_folder needs "
+                "one with a subfolder of images for each class"
+            )
+        folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and entry.name[0] != ".")
+        self.class_names = tuple(folder.name for folder in folders)
+        self._root = str(root)
+        self._files: list[str] = []  # relative to the root: a million short strings, not a million paths
+        labels = []
+        for label, folder in enumerate(folders):
+            names = sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in IMAGE_SUFFIXES)
+            self._files += [f"{folder.name}/{name}" for name in names]
+            labels += [label] * len(names)
+        if not self._files:
+            raise UserError(
+                f"config.data.path={directory!r} holds no images: put them into one subfolder a class, as "
+                f"{', '.join(IMAGE_SUFFIXES)}"
+            )
+        self._labels = np.array(labels, np.int32)
+        self.sample_shape = (image_size, image_size, channels)
+        self.num_classes = len(folders)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Element:
+        from PIL import Image
+
+        path = f"{self._root}/{self._files[index]}"
+        size, _, channels = self.sample_shape
+        try:
+            with Image.open(path) as image:
+                pixels = to_training_image(image, size, channels)
+        # PIL's plugins report damage through all of these.
+        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            raise UserError(
+                f"cannot read the image {path} ({' '.join(str(error).split())}): repair or remove the file"
+            ) from error
+        return make_element(pixels, self._labels[index], index)
+
+
+class TfdsSource(Source):
+    """A prepared TFDS dataset with the features `image` and `label`, read from its array_record files."""
+
+    def __init__(self, name: str, split: str, data_dir: str, *, image_size: int, channels: int):
+        self._name, self._split, self._data_dir = name, split, data_dir
+        self._lock = threading.Lock()
+        builder = self._builder()
+        features = dict(builder.info.features or {})
+        found = sorted(features)
+        if "image" not in features or not hasattr(features.get("label"), "num_classes"):
+            raise UserError(
+                f"the TFDS dataset {name!r} has the features {', '.join(found) or 'none'}: choose one in "
+                "config.data.tfds_name that has an image and a class label, named image and label"
+            )
+        self._records = self._open(builder)
+        self._length = len(self._records)
+        self.num_classes = features["label"].num_classes
+        self.sample_shape = (image_size, image_size, channels)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Element:
+        from PIL import Image
+
+        with self._lock:
+            if self._records is None:
+                self._records = self._open(self._builder())
+        record = self._records[index]
+        pixels = np.asarray(record["image"])  # [H, W, 1 or 3] uint8
+        image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+        size, _, channels = self.sample_shape
+        return make_element(to_training_image(image, size, channels), record["label"], index)
+
+    def __getstate__(self) -> dict:
+        # Open files and locks stay behind; a worker process opens the dataset again when it first reads.
+        return self.__dict__ | {"_records": None, "_lock": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    def _builder(self):
+        try:
+            import tensorflow_datasets as tfds
+        except ImportError as error:
+            raise UserError("config.data.source=tfds needs a package: run pip install tensorflow-datasets") from error
+        try:
+            return tfds.builder(self._name, data_dir=self._data_dir or None, file_format="array_record")
+        except tfds.core.DatasetNotFoundError as error:
+            raise UserError(
+                f"TFDS knows no dataset {self._name!r}: set config.data.tfds_name to a name of its "
+                "catalogue, or config.data.path to the data_dir that holds it"
+            ) from error
+        except ValueError as error:
+            raise UserError(
+                f"TFDS cannot open {self._name!r} ({' '.join(str(error).split())[:200]}): check "
+                "config.data.tfds_name and config.data.path"
+            ) from error
+
+    def _open(self, builder):
+        try:
+            return builder.as_data_source(split=self._split)
+        except (KeyError, ValueError, NotImplementedError, OSError) as error:
+            splits = ", ".join(builder.info.splits)
+            if splits and not isinstance(error, NotImplementedError):
+                raise UserError(
+                    f"the TFDS dataset {self._name!r} has no split {self._split!r} (it has {splits}): "
+                    "set config.data.split"
+                ) from error
+            raise UserError(
+                f"the TFDS dataset {self._name!r} is not prepared as array_record in "
+                f'{self._data_dir or "the default data_dir"}: run python -c "import tensorflow_datasets as '
+                f"tfds; tfds.builder('{self._name}', data_dir={self._data_dir or None!r}, "
+                "file_format='array_record').download_and_prepare()\", or set config.data.path to where it is"
+            ) from error

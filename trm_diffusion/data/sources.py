@@ -1,0 +1,87 @@
+"""One name in the config, one source of records."""
+
+import numpy as np
+
+from trm_diffusion.data.base import DataConfig, Element, Source, check_matches_config, make_element
+from trm_diffusion.errors import UserError
+
+__all__ = ["SOURCES", "DataConfig", "Element", "Source", "SyntheticSource", "make_source"]
+
+SOURCES = ("digits", "synthetic", "image_folder", "tfds", "latents")
+
+_SYNTHETIC_SEED = 20_231
+
+
+class SyntheticSource(Source):
+    """Standard normal noise that depends on the record's index alone; every class equally often.
+
+    It isolates the loader and the model from storage. Its values are not bounded by [-1, 1].
+    """
+
+    def __init__(self, sample_shape: tuple[int, int, int], num_classes: int, num_records: int):
+        self.sample_shape = sample_shape
+        self.num_classes = num_classes
+        self._num_records = num_records
+
+    def __len__(self) -> int:
+        return self._num_records
+
+    def __getitem__(self, index: int) -> Element:
+        key = np.array([_SYNTHETIC_SEED, index], np.uint64)
+        rng = np.random.Generator(np.random.Philox(key=key))
+        image = rng.standard_normal(self.sample_shape, np.float32)
+        return make_element(image, index % self.num_classes, index)
+
+
+def make_source(config: DataConfig) -> Source:
+    """Builds the source that `config.source` names and checks it against the rest of the config.
+
+    Raises:
+      UserError: an unknown source, data that are missing or unreadable, or data of another image size,
+        channel count or class count than the config's.
+    """
+    _check_config(config)
+    if config.source == "digits":
+        from trm_diffusion.data.digits import DigitsSource
+
+        source = DigitsSource(config.split)
+    elif config.source == "synthetic":
+        shape = (config.image_size, config.image_size, config.channels)
+        source = SyntheticSource(shape, config.num_classes, config.synthetic_records)
+    elif config.source == "image_folder":
+        from trm_diffusion.data.images import ImageFolderSource
+
+        source = ImageFolderSource(config.path, image_size=config.image_size, channels=config.channels)
+    elif config.source == "tfds":
+        from trm_diffusion.data.images import TfdsSource
+
+        source = TfdsSource(
+            config.tfds_name,
+            config.split,
+            config.path,
+            image_size=config.image_size,
+            channels=config.channels,
+        )
+    else:
+        from trm_diffusion.data.latents import LatentSource
+
+        if config.flip:
+            raise UserError(
+                "config.data.flip=true with config.data.source=latents: a flipped latent is not the latent "
+                "of the flipped image; set flip=false and write flipped images as records of their own"
+            )
+        source = LatentSource(config.path)
+    check_matches_config(source, config)
+    return source
+
+
+def _check_config(config: DataConfig) -> None:
+    if config.source not in SOURCES:
+        raise UserError(f"config.data.source={config.source!r} is none of {', '.join(SOURCES)}: choose one")
+    for field in ("image_size", "channels", "num_classes", "synthetic_records"):
+        if getattr(config, field) < 1:
+            raise UserError(f"config.data.{field}={getattr(config, field)} must be at least 1")
+    if config.workers < 0:
+        raise UserError(f"config.data.workers={config.workers} must be 0 (no worker processes) or more")
+    if config.source in ("image_folder", "tfds") and config.channels not in (1, 3):
+        raise UserError(f"config.data.channels={config.channels}: images have 1 (grey) or 3 (RGB) channels")
