@@ -1,0 +1,84 @@
+"""Grids put every image where it belongs, and files are whole or absent."""
+
+import chex
+import numpy as np
+import pytest
+from PIL import Image
+
+from trm_diffusion.analysis.grids import image_grid, save_png
+
+
+def test_places_scale_and_padding():
+    levels = np.array([0, 60, 120, 180, 240])
+    images = np.broadcast_to((levels / 127.5 - 1)[:, None, None, None], (5, 2, 3, 1))
+    grid = image_grid(images, 3, scale=2, padding=1, background=7)
+    chex.assert_shape(grid, (2 * 4 + 3, 3 * 6 + 4, 3))
+    chex.assert_type(grid, np.uint8)
+    for number, level in enumerate(levels):
+        row, column = divmod(number, 3)
+        top, left = 1 + row * 5, 1 + column * 7
+        assert (grid[top : top + 4, left : left + 6] == level).all()
+    assert (grid[6:10, 15:21] == 7).all()  # the empty sixth place
+    assert (grid[0] == 7).all() and (grid[:, -1] == 7).all() and (grid[5] == 7).all()
+
+
+def test_pixels_are_repeated_not_blended():
+    image = np.array([[-1.0, 1.0], [1.0, -1.0]])[None, :, :, None]
+    grid = image_grid(image, 1, scale=3, padding=0)
+    np.testing.assert_array_equal(grid[..., 0], np.kron([[0, 255], [255, 0]], np.ones((3, 3))))
+
+
+def test_values_are_clipped_and_truncated():
+    values = np.array([-9.0, -1.0, -0.5, 0.0, 0.999, 1.0, 9.0, np.nan, np.inf])
+    grid = image_grid(values.reshape(1, 1, -1, 1), 1, padding=0)
+    assert grid[0, :, 0].tolist() == [0, 0, 64, 128, 255, 255, 255, 128, 255]
+
+
+def test_every_byte_survives_the_round_trip():
+    levels = np.arange(256, dtype=np.float32)
+    grid = image_grid((levels / 127.5 - 1).reshape(1, 16, 16, 1), 1, padding=0)
+    np.testing.assert_array_equal(grid[..., 1].ravel(), levels)
+
+
+def test_colours_keep_their_channels():
+    image = np.array([1.0, -1.0, 0.0]).reshape(1, 1, 1, 3)
+    assert image_grid(image, 1, padding=0)[0, 0].tolist() == [255, 0, 128]
+
+
+def test_latents_show_three_channels_each_in_its_own_range():
+    latents = np.random.default_rng(0).standard_normal((4, 16, 16, 4)) * [1, 100, 0, 1] + [5, 0, 3, 0]
+    grid = image_grid(latents, 2, padding=0)
+    for channel in (0, 1):
+        assert grid[..., channel].min() == 0 and grid[..., channel].max() == 255
+        assert 100 < grid[..., channel].mean() < 156
+    assert (grid[..., 2] == 128).all()  # a constant channel
+
+
+@pytest.mark.parametrize(
+    ("shape", "columns"), [((4, 4, 1), 1), ((1, 4, 4, 2), 1), ((0, 4, 4, 1), 1), ((1, 4, 4, 1), 0)]
+)
+def test_bad_arguments_are_refused(shape, columns):
+    with pytest.raises(ValueError):
+        image_grid(np.zeros(shape), columns)
+
+
+def test_png_round_trip_and_a_failure_leaves_the_old_file(tmp_path, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 6, 3), np.uint8)
+    path = tmp_path / "figures" / "grid.png"
+    save_png(path, pixels)
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), pixels)
+
+    def fail_half_way(self, file, **options):
+        file.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", fail_half_way)
+    with pytest.raises(OSError, match="disk full"):
+        save_png(path, 255 - pixels)
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), pixels)
+    assert [file.name for file in path.parent.iterdir()] == ["grid.png"]
+
+
+def test_a_png_of_floats_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="uint8"):
+        save_png(tmp_path / "grid.png", np.zeros((2, 2, 3)))

@@ -1,0 +1,72 @@
+"""Pictures of samples: many images as one, and one image as a PNG file."""
+
+import os
+import pathlib
+
+import numpy as np
+
+
+def image_grid(
+    images: np.ndarray, columns: int, *, scale: int = 1, padding: int = 2, background: int = 255
+) -> np.ndarray:
+    """Lays images out row by row.
+
+    Args:
+      images: [N, H, W, C] in [-1, 1]; 1 channel is grey, 3 are RGB. Of 4 or more (latents) the first three
+        are shown, each stretched from its own 1 .. 99% range over all images, so colours compare within a
+        grid and not between grids. Values that are not finite are shown as -1, 0 (NaN) or 1.
+      columns: images in a row.
+      scale: each pixel becomes scale x scale pixels.
+      padding: pixels between the images and around them, not scaled.
+      background: grey value 0 .. 255 of the padding and of empty places.
+
+    Returns:
+      uint8 [H', W', 3], values clip(127.5 x + 128, 0, 255) rounded down.
+    """
+    images = np.asarray(images, np.float32)
+    if images.ndim != 4 or images.shape[-1] in (0, 2) or 0 in images.shape:
+        raise ValueError(f"images must be [N, H, W, C] with 1, 3 or more channels, not {images.shape}")
+    if columns < 1 or scale < 1 or padding < 0:
+        raise ValueError(f"columns={columns}, scale={scale} must be positive, padding={padding} not negative")
+    images = np.nan_to_num(images, nan=0.0, posinf=1.0, neginf=-1.0)
+    if images.shape[-1] > 3:
+        images = _stretch(images[..., :3])
+    pixels = np.clip(127.5 * images + 128, 0, 255).astype(np.uint8)
+    pixels = np.broadcast_to(pixels, (*pixels.shape[:3], 3))
+    pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)  # [N, H * scale, W * scale, 3]
+
+    count, height, width, _ = pixels.shape
+    rows = -(-count // columns)
+    row_step, column_step = height + padding, width + padding
+    shape = (rows * row_step + padding, columns * column_step + padding, 3)
+    grid = np.full(shape, background, np.uint8)
+    for number, image in enumerate(pixels):
+        row, column = divmod(number, columns)
+        top, left = padding + row * row_step, padding + column * column_step
+        grid[top : top + height, left : left + width] = image
+    return grid
+
+
+def _stretch(images: np.ndarray) -> np.ndarray:
+    """Maps each channel's 1 .. 99% range to [-1, 1]; a constant channel becomes 0."""
+    low, high = np.percentile(images, [1, 99], axis=(0, 1, 2))  # [C] each
+    half_range = (high - low) / 2
+    centred = images - (low + high) / 2
+    return np.where(half_range > 0, centred / np.where(half_range > 0, half_range, 1), 0)
+
+
+def save_png(path: str | os.PathLike, array: np.ndarray) -> None:
+    """Writes uint8 [H, W, 3] or [H, W] to `path`, whole or not at all; makes the directory if need be."""
+    from PIL import Image
+
+    array = np.asarray(array)
+    if array.dtype != np.uint8:
+        raise ValueError(f"a PNG needs uint8 values, not {array.dtype}")
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        Image.fromarray(array).save(temporary, format="PNG")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
