@@ -1,0 +1,85 @@
+"""The metrics file is cut back to the checkpoint, and every line reaches every place the config names."""
+
+import json
+import sys
+
+import pytest
+from etils import epath
+
+from trm_diffusion.errors import UserError
+from trm_diffusion.runtime.logging import LogConfig, MetricsFile, RunLogger
+
+LINE = {
+    "updates": 2,
+    "loss": 0.5,
+    "loss_quarter_1": None,
+    "expert_load": [0.25, 0.75],
+    "images_per_second": 100.0,
+    "data_wait_share": 0.25,
+    "seconds": 4.0,
+}
+
+
+def steps_in(path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("resume_step", "kept"), [(0, []), (3, [2]), (4, [2, 4]), (99, [2, 4, 6])])
+def test_lines_past_the_checkpoint_are_dropped(tmp_path, resume_step, kept):
+    path = epath.Path(tmp_path / "metrics.jsonl")
+    first = MetricsFile(path, 0)
+    for step in (2, 4, 6):
+        first.write({"step": step, "loss": 1.0 / step})
+    before = path.read_text().splitlines()
+    resumed = MetricsFile(path, resume_step)
+    assert steps_in(path) == kept
+    assert path.read_text().splitlines() == before[: len(kept)]  # what stays is not rewritten
+    resumed.write({"step": 100})
+    assert steps_in(path) == [*kept, 100]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]  # no temporary file is left
+
+
+@pytest.mark.parametrize("torn", ['{"step": 4, "lo', '{"step"', "4", '{"loss": 1.0}', "null"])
+def test_a_torn_last_line_is_dropped(tmp_path, torn):
+    path = epath.Path(tmp_path / "metrics.jsonl")
+    path.write_text('{"step": 2}\n' + torn)
+    MetricsFile(path, 8).write({"step": 6})
+    assert steps_in(path) == [2, 6]
+
+
+def test_a_line_goes_to_the_file_and_to_the_terminal_in_plain_text(tmp_path, capsys):
+    workdir = epath.Path(tmp_path)
+    logger = RunLogger(workdir, LogConfig(tensorboard=False), name="run", total_steps=10, resume_step=0)
+    logger.metrics(2, LINE)
+    logger.close()
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [{"step": 2, **LINE}]
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "update 2/10: loss 0.5000, 100 images/s, waiting for data 25%, 00:00:16 left\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_line_without_a_finite_update_is_shown_too(tmp_path, capsys):
+    logger = RunLogger(epath.Path(tmp_path), LogConfig(), name="run", total_steps=10, resume_step=0)
+    logger.metrics(2, LINE | {"loss": None})
+    logger.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] is None
+    assert capsys.readouterr().err.startswith("update 2/10: loss not finite, ")
+
+
+def test_tensorboard_holds_every_number_by_name(tmp_path):
+    logger = RunLogger(epath.Path(tmp_path), LogConfig(), name="run", total_steps=10, resume_step=0)
+    logger.metrics(2, LINE)
+    logger.close()
+    (events,) = (tmp_path / "tensorboard").glob("events.out.tfevents*")
+    content = events.read_bytes()
+    for name in (b"updates", b"expert_load/0", b"expert_load/1", b"images_per_second"):
+        assert name in content
+    assert b"loss_quarter_1" not in content  # a mean over nothing
+
+
+def test_wandb_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config = LogConfig(tensorboard=False, wandb=True)
+    with pytest.raises(UserError, match="wandb is not installed; pip install wandb"):
+        RunLogger(epath.Path(tmp_path), config, name="run", total_steps=10, resume_step=0)

@@ -1,0 +1,91 @@
+"""The optimiser's numbers by hand: averages, schedules, which parameters decay, and clipping."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.jobs.tiny import tiny_config
+from trm_diffusion.build import make_model
+from trm_diffusion.diffusion.objective import make_objective
+from trm_diffusion.runtime.optimizer import OptimConfig, ema_decay, learning_rate, make_optimizer, update_ema
+
+
+class AverageTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_a_thousand_updates_equal_the_closed_form(self):
+        """e_n = d^n e_0 + (1 - d) sum_k d^(n - k) p_k, with bfloat16 parameters whose own steps are far below bfloat16's."""
+        updates, decay = 1000, 0.999
+        rng = np.random.default_rng(0)
+        walk = 1.0 + np.cumsum(rng.normal(0, 0.01, (updates, 5)), axis=0)
+        parameters = jnp.asarray(walk, jnp.bfloat16)
+        start = jnp.ones(5, jnp.float32)
+
+        def body(ema, p):
+            return update_ema({"w": ema}, {"w": p}, jnp.float32(decay))["w"], None
+
+        ema, _ = self.variant(lambda: jax.lax.scan(body, start, parameters))()
+        chex.assert_type(ema, jnp.float32)
+        weights = (1 - decay) * decay ** np.arange(updates - 1, -1, -1)
+        expected = decay**updates * 1.0 + weights @ np.asarray(parameters, np.float64)
+        np.testing.assert_allclose(ema, expected, rtol=1e-5)
+        assert np.all(np.abs(expected - 1.0) > 1e-3)  # a frozen average would not pass
+
+
+@pytest.mark.parametrize(
+    ("update", "expected"), [(0, 1 / 10), (1, 2 / 11), (8, 0.5), (90, 0.91), (8_000, 8_001 / 8_010), (10**6, 0.9999)]
+)
+def test_warm_up_of_the_decay(update, expected):
+    decay = ema_decay(0.9999, jnp.asarray(update), warmup=True)
+    chex.assert_type(decay, jnp.float32)
+    np.testing.assert_allclose(decay, expected, rtol=1e-6)
+    np.testing.assert_allclose(ema_decay(0.9999, jnp.asarray(update), warmup=False), 0.9999, rtol=1e-6)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 10])
+@pytest.mark.parametrize(
+    ("schedule", "middle", "end"), [("constant", 1.0, 1.0), ("cosine", 0.55, 0.1), ("linear", 0.55, 0.1)]
+)
+def test_learning_rate_at_its_corners(schedule, middle, end, warmup):
+    total = warmup + 100
+    config = OptimConfig(lr=1.0, lr_end=0.1, schedule=schedule, warmup_steps=warmup)
+    rate = learning_rate(config, total)
+    for update in range(warmup):
+        np.testing.assert_allclose(rate(update), (update + 1) / warmup, rtol=1e-6)
+    np.testing.assert_allclose(
+        [rate(warmup), rate(warmup + 50), rate(total), rate(total + 9)], [1.0, middle, end, end], rtol=1e-6
+    )
+
+
+def test_a_learning_rate_of_zero_stays_zero():
+    for schedule in ("constant", "cosine", "linear"):
+        rate = learning_rate(OptimConfig(lr=0.0, schedule=schedule, warmup_steps=3), 10)
+        assert [float(rate(update)) for update in range(12)] == [0.0] * 12
+
+
+def test_matrices_alone_decay():
+    """With a gradient of zero, AdamW moves a parameter by its decay and nothing else."""
+    config = tiny_config(model__qk_norm=True)
+    shapes = make_model(config, make_objective(config.diffusion)).shapes
+    parameters = {name: jnp.ones(shape.shape) for name, shape in shapes.items()}
+    optimizer = make_optimizer(OptimConfig(lr=1.0, weight_decay=0.25), 10)
+    zeros = jax.tree.map(jnp.zeros_like, parameters)
+    updates, _ = optimizer.update(zeros, optimizer.init(parameters), parameters)
+    undecayed = ("bias", "scale", "embedding")
+    for name, update in updates.items():
+        expected = 0.0 if name.endswith(undecayed) else -0.25
+        np.testing.assert_allclose(update, expected, err_msg=name)
+    endings = {name.rsplit("/", 1)[-1] for name in parameters}
+    assert {"kernel", "up", "down", "token_kernel", "condition_kernel", *undecayed} <= endings  # all kinds were here
+
+
+@pytest.mark.parametrize(("clip", "shrunk"), [(0.0, 1.0), (5.0, 0.5), (20.0, 1.0)])
+def test_clipping_is_by_the_global_norm(clip, shrunk):
+    parameters = {"a/kernel": jnp.zeros(2), "b/bias": jnp.zeros(1)}
+    gradients = {"a/kernel": jnp.array([6.0, 0.0]), "b/bias": jnp.array([8.0])}  # of norm 10
+    optimizer = make_optimizer(OptimConfig(clip_norm=clip), 10)
+    _, state = optimizer.update(gradients, optimizer.init(parameters), parameters)
+    first_moment = optax.tree.get(state, "mu")
+    chex.assert_trees_all_close(first_moment, jax.tree.map(lambda g: 0.1 * shrunk * g, gradients), rtol=1e-6)

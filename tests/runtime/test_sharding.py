@@ -1,0 +1,103 @@
+"""The one table from logical axes to the mesh: shapes that fit, collisions that do not, and who follows whom."""
+
+import chex
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from tests.jobs.tiny import tiny_config
+from trm_diffusion.build import build, make_model
+from trm_diffusion.diffusion.objective import make_objective
+from trm_diffusion.errors import UserError
+from trm_diffusion.runtime.sharding import (
+    LOGICAL_TO_MESH,
+    MESH_AXES,
+    MeshConfig,
+    batch_sharding,
+    batch_shards,
+    mesh_shape,
+    parameter_sharding,
+)
+
+EIGHT = AbstractMesh((1, 2, 2, 2), MESH_AXES)
+
+
+@pytest.mark.parametrize(("config", "devices", "shape"), [
+    (MeshConfig(), 1, (1, 1, 1, 1)),
+    (MeshConfig(), 8, (8, 1, 1, 1)),
+    (MeshConfig(fsdp=2, tensor=2), 8, (2, 2, 2, 1)),
+    (MeshConfig(data=2, fsdp=2, tensor=2), 8, (2, 2, 2, 1)),
+    (MeshConfig(data=1, expert=4), 4, (1, 1, 1, 4)),
+])  # fmt: skip
+def test_mesh_shape(config, devices, shape):
+    assert mesh_shape(config, devices) == shape
+
+
+@pytest.mark.parametrize(
+    ("config", "devices"), [(MeshConfig(data=2), 8), (MeshConfig(fsdp=3), 8), (MeshConfig(data=16), 8)]
+)
+def test_a_mesh_that_does_not_fit_is_one_line(config, devices):
+    with pytest.raises(UserError, match=f"mesh: data=.* does not fit {devices} devices; set config.mesh") as error:
+        mesh_shape(config, devices)
+    assert "\n" not in str(error.value)
+
+
+def test_axes_that_collide_are_refused():
+    with pytest.raises(ValueError, match="attention/out/kernel: logical axes .* collide"):
+        parameter_sharding(EIGHT, "attention/out/kernel", ("heads", "mlp"))
+    with pytest.raises(ValueError, match="collide"):
+        parameter_sharding(EIGHT, "square", ("embed", None, "embed"))
+    assert parameter_sharding(EIGHT, "free", (None, None)).spec == PartitionSpec(None, None)
+
+
+def test_the_batch_is_divided_over_every_axis_but_tensor():
+    assert batch_shards(EIGHT) == 4
+    assert batch_sharding(EIGHT).shard_shape((16, 8, 8, 1)) == (4, 8, 8, 1)
+
+
+@pytest.mark.parametrize(("scan", "pool"), [(True, "shared"), (True, "per_latent_step"), (False, "per_latent_step")])
+def test_every_parameter_of_the_model_has_a_place(scan, pool):
+    """The table knows every axis, no two collide, and axes gained by stacking layers or pools come first, undivided."""
+    config = tiny_config(model__depth=3, model__scan_blocks=scan, model__recursion__pool=pool, model__qk_norm=True)
+    model = make_model(config, make_objective(config.diffusion))
+    divided = set()
+    for name, axes in model.logical_axes.items():
+        shape = model.shapes[name].shape
+        assert len(axes) == len(shape) and set(axes) - {None} <= LOGICAL_TO_MESH.keys()
+        sharding = parameter_sharding(EIGHT, name, axes)
+        assert all(size >= 1 for size in sharding.shard_shape(shape))  # raises where it does not divide
+        divided |= {axis for axis in sharding.spec if axis}
+        stacked = scan * ("segments" in name) + (pool != "shared") * ("/pool/" in name)
+        assert tuple(sharding.spec[:stacked]) == (None,) * stacked
+        own = {"down": ("fsdp", None, "expert", None), "up": (None, "expert", None, "tensor")}
+        if "/experts/" in name:
+            assert tuple(sharding.spec[stacked:]) == own[name.rsplit("/", 1)[1]]
+    assert divided == {"fsdp", "tensor", "expert"}
+
+
+def test_moments_and_averages_lie_where_their_parameters_do():
+    experiment = build(tiny_config())
+    state = experiment.abstract_state
+    of_parameters = {name: leaf.sharding.spec for name, leaf in state.parameters.items()}
+    adam = next(part for part in jax.tree.leaves(state.optimizer, is_leaf=_has_moments) if _has_moments(part))
+    for tree in (adam.mu, adam.nu, *state.ema.values()):
+        assert {name: leaf.sharding.spec for name, leaf in tree.items()} == of_parameters
+    assert state.step.sharding.spec == PartitionSpec()
+    assert any(any(spec) for spec in of_parameters.values())
+
+
+def _has_moments(part) -> bool:
+    return hasattr(part, "mu")
+
+
+def test_batches_and_parameters_on_this_machines_devices():
+    experiment = build(tiny_config())
+    assert dict(experiment.mesh.shape) == {"data": jax.device_count(), "fsdp": 1, "tensor": 1, "expert": 1}
+    state = experiment.fresh_state()
+    chex.assert_trees_all_equal(
+        jax.tree.map(lambda leaf: leaf.sharding, state),
+        jax.tree.map(lambda leaf: leaf.sharding, experiment.abstract_state),
+    )
+    batch = jax.device_put(np.zeros((8, 2)), batch_sharding(experiment.mesh))
+    assert len(batch.addressable_shards) == jax.device_count()

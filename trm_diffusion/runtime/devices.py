@@ -1,0 +1,24 @@
+"""Which device a job runs on, and where its compiled programs are kept."""
+
+import jax
+from etils import epath
+
+from trm_diffusion.errors import UserError
+
+
+def require_platform(platform: str) -> None:
+    """Restricts JAX to cpu, cuda or tpu; "" allows any. Raises UserError where there is no such device."""
+    if not platform:
+        return
+    jax.config.update("jax_platforms", platform)
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where JAX has no plugin for the platform at all
+        reason = (str(error).splitlines() or ["JAX has no plugin for it"])[0]
+        raise UserError(f"--platform={platform}: no such device here ({reason}); see --mode=doctor") from None
+
+
+def use_compilation_cache(directory: epath.Path) -> None:
+    """Keeps compiled programs on disk, so that a resumed job and its neighbours start at once."""
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

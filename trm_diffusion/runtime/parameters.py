@@ -1,0 +1,78 @@
+"""A Flax NNX model as a pure function of its parameters, which are one flat dictionary from path to array.
+
+Paths are strings such as "stack/segments/0/blocks/attention/qkv/kernel". Masks, patterns, logs and checkpoints all speak
+of parameters by these names, and the plain dictionary outlives changes of library versions.
+"""
+
+import fnmatch
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+
+Parameters = dict[str, jax.Array]
+
+
+class PureModel:
+    """Holds a model's structure without its values.
+
+    build: PRNG key -> nnx module.
+    """
+
+    def __init__(self, build: Callable[[jax.Array], nnx.Module]):
+        self._build = build
+        self._graphdef, state = nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))))
+        flat = nnx.to_flat_state(state)
+        self._paths = {"/".join(map(str, path)): path for path, _ in flat}
+        self.shapes = {
+            "/".join(map(str, path)): jax.ShapeDtypeStruct(variable.shape, variable.dtype) for path, variable in flat
+        }
+        self.logical_axes = {
+            "/".join(map(str, path)): _stacked(
+                variable.get_metadata().get("logical_axes", (None,) * len(variable.shape)),
+                len(variable.shape),
+            )
+            for path, variable in flat
+        }
+
+    def init(self, key: jax.Array) -> Parameters:
+        """Fresh parameters; jit-able, so that each device makes its own shard alone."""
+        return {
+            "/".join(map(str, path)): variable[...] for path, variable in nnx.to_flat_state(nnx.state(self._build(key)))
+        }
+
+    def bind(self, parameters: Parameters) -> nnx.Module:
+        """The module with these values; parameters must hold exactly the model's paths."""
+        return nnx.merge(
+            self._graphdef,
+            nnx.from_flat_state({self._paths[name]: value for name, value in parameters.items()}),
+        )
+
+
+def _stacked(axes: tuple, ndim: int) -> tuple:
+    """The axes of a parameter that may have gained leading axes by being stacked over layers or pools."""
+    return (None,) * (ndim - len(axes)) + tuple(axes)
+
+
+def trainable_names(names, trainable: str) -> list[str]:
+    """The parameter names that a gradient moves, in the order of `names`.
+
+    trainable: "all", "recursion" (gates and experts), or comma-separated path patterns. Selection biases never are: the
+    loss-free balance moves them by a rule of its own.
+    """
+    patterns = {"all": ["*"], "recursion": ["*/recursion/*"]}.get(trainable, trainable.split(","))
+    return [
+        name
+        for name in names
+        if not is_balance_bias(name) and any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+    ]
+
+
+def is_balance_bias(name: str) -> bool:
+    """Is this the selection bias of a gate (models/gate.py)?"""
+    return name.endswith("/balance_bias")
+
+
+def count(parameters) -> int:
+    """Number of scalars in a dictionary of arrays or shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(parameters))

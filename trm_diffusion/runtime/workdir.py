@@ -1,0 +1,79 @@
+"""A run's directory: what lies where, and the config that was resolved for it.
+
+config.json        the resolved config, with format and library versions
+checkpoints/       Orbax checkpoints, by update number
+metrics.jsonl      one line of metrics every `log.every` updates
+tensorboard/       the same as event files
+samples/           grids drawn during training and by --mode=sample
+evaluation.json    measures, with the protocol they were taken under
+"""
+
+import json
+import os
+
+import ml_collections
+from etils import epath
+
+import trm_diffusion
+from trm_diffusion.config import Config, resolve, to_dict
+from trm_diffusion.errors import UserError
+
+FORMAT = 1  # of a run's directory and checkpoints
+# A run that is continued keeps these; other fields may change, and a line says so.
+STRUCTURE = (
+    "model",
+    "diffusion",
+    "data.image_size",
+    "data.channels",
+    "data.num_classes",
+    "train.trainable",
+    "optim.ema_decays",
+)
+
+
+def save_config(workdir: epath.Path, config: Config) -> None:
+    workdir.mkdir(parents=True, exist_ok=True)
+    record = {"format": FORMAT, "version": trm_diffusion.__version__, "config": to_dict(config)}
+    write_json(workdir / "config.json", record)
+
+
+def load_config(workdir: epath.Path) -> Config:
+    """The config a run was started with. Raises UserError where there is no run, or one of a newer format."""
+    path = workdir / "config.json"
+    if not path.exists():
+        raise UserError(f"{workdir} holds no run (no config.json); train first, or give the right --workdir")
+    record = json.loads(path.read_text())
+    if record["format"] > FORMAT:
+        raise UserError(
+            f"{path} has format {record['format']}; this version reads up to {FORMAT}: update trm_diffusion"
+        )
+    return resolve(ml_collections.ConfigDict(record["config"]))
+
+
+def changed_fields(workdir: epath.Path, config: Config) -> list[str]:
+    """Fields in which `config` differs from the run's own. Raises UserError where one of `STRUCTURE` does."""
+    before, now = (dict(_leaves(to_dict(c))) for c in (load_config(workdir), config))
+    changed = [path for path in now if before.get(path) != now[path]]
+    structural = [path for path in changed if path.startswith(STRUCTURE)]
+    if structural:
+        path = structural[0]
+        raise UserError(
+            f"{workdir} holds a run with config.{path} = {before.get(path)!r}, not {now[path]!r}; "
+            "use that run's config, or another --workdir"
+        )
+    return [f"{path}: {before.get(path)!r} -> {now[path]!r}" for path in changed]
+
+
+def write_json(path: epath.Path, record) -> None:
+    """Writes the file whole or not at all."""
+    temporary = path.parent / f".{path.name}.{os.getpid()}"
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def _leaves(tree: dict, prefix: str = ""):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, list(value) if isinstance(value, tuple) else value
