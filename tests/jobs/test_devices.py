@@ -1,0 +1,89 @@
+"""The ImageNet experiment at a tiny size: equal on 1 and on 8 devices, resumed and sampled; clear where it cannot run."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.jobs.tiny import command, finished
+
+TINY = (
+    "--config=configs/imagenet256.py:model=S/2,recursion=middle",
+    "--config.data.source=synthetic",
+    "--config.data.image_size=8",
+    "--config.data.num_classes=10",
+    "--config.model.depth=2",
+    "--config.model.width=64",
+    "--config.model.heads=4",
+    "--config.model.dtype=float32",
+    "--config.model.recursion.rank=4",
+    "--config.model.recursion.routing_group=1",
+    "--config.train.batch_size=16",
+    "--config.optim.lr=1e-3",
+    "--config.sample.diffusion_steps=3",
+    "--config.sample.classes=1,2",
+    "--config.sample.per_class=2",
+    "--config.sample.batch_size=8",
+    "--config.log.every=1",
+    "--config.log.tensorboard=false",
+)
+MESHES = {  # name: devices, flags
+    "one": (1, ()),
+    "data": (8, ()),
+    "data_fsdp_tensor": (8, ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")),
+}
+
+
+def run(workdir, name: str, *flags: str):
+    devices, mesh = MESHES[name]
+    return finished(command(*TINY, *mesh, *flags, f"--workdir={workdir / name}", devices=devices))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Three updates, a checkpoint, a fourth update after a resume, and samples, on each mesh."""
+    workdir = tmp_path_factory.mktemp("devices")
+    for name in MESHES:
+        run(workdir, name, "--config.train.updates=3")
+        run(workdir, name, "--config.train.updates=4")
+    return workdir
+
+
+def losses(run) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["data", "data_fsdp_tensor"])
+def test_eight_devices_equal_one(runs, name):
+    expected = losses(runs / "one")
+    assert len(expected) == 4 and len(set(expected)) == 4
+    np.testing.assert_allclose(losses(runs / name), expected, rtol=1e-5)
+    one, other = (np.load(runs / which / "samples" / "grid_0000004.npz")["images"] for which in ("one", name))
+    assert one.shape == (4, 8, 8, 4)
+    np.testing.assert_allclose(other, one, atol=1e-3)
+
+
+def test_a_checkpoint_of_eight_devices_goes_on_on_one(runs):
+    arguments = (*TINY, "--config.train.updates=5", f"--workdir={runs / 'data'}")
+    _, err = finished(command(*arguments, devices=1))
+    assert "at update 4" in err and len(losses(runs / "data")) == 5
+
+
+def test_no_prepared_data_ends_in_one_line_that_says_how(tmp_path):
+    _, err = finished(
+        command("--config=configs/imagenet256.py:model=S/8", f"--workdir={tmp_path / 'run'}"), code=2
+    )
+    line = err.strip().splitlines()[-1]
+    assert line.startswith("error: ") and "LatentWriter" in line and "synthetic" in line
+
+
+def test_a_platform_that_is_not_here_is_refused():
+    process = command("--mode=doctor", "--platform=cuda")
+    _, err = finished(process, code=2)
+    assert err.startswith("error: --platform=cuda") and len(err.strip().splitlines()) == 1
+
+
+def test_doctor_prints_one_json_line_last():
+    out, _ = finished(command("--mode=doctor", "--platform=cpu"))
+    report = json.loads(out.splitlines()[-1])
+    assert report["pass"] is True and report["missing"] == [] and report["devices"]

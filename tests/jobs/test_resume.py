@@ -1,0 +1,121 @@
+"""A run that is killed, or asked to stop, and started again equals one that was never disturbed."""
+
+import json
+import random
+import signal
+import time
+
+import chex
+import pytest
+from etils import epath
+
+from tests.jobs.tiny import command, finished
+from trm_diffusion.build import build
+from trm_diffusion.config import resolve
+from trm_diffusion.runtime.checkpoints import Checkpoints
+from trm_diffusion.runtime.logging import WALL_CLOCK_FIELDS
+
+UPDATES, KILLS = 60, 5
+EXPERIMENT = f"""
+from trm_diffusion.config import default_config
+
+def get_config():
+    c = default_config()
+    c.model.update(depth=2, width=16, heads=2, patch=4, dtype="float32")
+    c.model.recursion.update(blocks="1", rank=4, routing_group=2)
+    c.train.update(updates={UPDATES}, batch_size=8)
+    c.optim.update(lr=1e-2, ema_decays=(0.9,))
+    c.sample.update(diffusion_steps=2, per_class=1, batch_size=8)
+    c.evaluate.update(kind="digits", num_samples=20)
+    c.log.update(every=4, samples_every=0, tensorboard=False)
+    c.checkpoint.every = 3
+    c.data.workers = 1
+    return c
+"""
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    """The experiment's file, and its run without any interruption."""
+    directory = tmp_path_factory.mktemp("resume")
+    (directory / "experiment.py").write_text(EXPERIMENT)
+    finished(start(directory, "whole"))
+    return directory
+
+
+def start(directory, run: str, *flags: str):
+    return command(f"--config={directory}/experiment.py", f"--workdir={directory}/{run}", *flags)
+
+
+def wait_until(process, condition, seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def steps_saved(run) -> set[int]:
+    checkpoints = run / "checkpoints"
+    return {int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()} if checkpoints.exists() else set()
+
+
+def assert_same_run(directory, one: str, other: str) -> None:
+    """Equal parameters, optimiser and average, to the bit, and equal metrics but for wall-clock fields.
+
+    The data order is part of it: another order of records would give other parameters.
+    """
+    namespace: dict = {}
+    exec(EXPERIMENT, namespace)
+    abstract = build(resolve(namespace["get_config"]())).abstract_state
+    states, lines = [], []
+    for run in (directory / one, directory / other):
+        with Checkpoints(epath.Path(run / "checkpoints")) as checkpoints:
+            assert checkpoints.latest_step() == UPDATES
+            states.append(checkpoints.restore(UPDATES, abstract)[0])
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        lines.append([{k: v for k, v in line.items() if k not in WALL_CLOCK_FIELDS} for line in records])
+    chex.assert_trees_all_equal(*states)
+    assert lines[0] == lines[1] and len(lines[0]) == UPDATES // 4
+
+
+def test_killed_at_random_moments(experiment):
+    seed = random.randrange(10**6)
+    print(f"seed of the kill moments: {seed}")
+    rng, run = random.Random(seed), experiment / "killed"
+    for kill in range(KILLS):
+        process, before = start(experiment, "killed"), steps_saved(run)
+        if kill:  # the first kill may land before any checkpoint; the others after some progress
+            wait_until(process, lambda before=before: steps_saved(run) - before)
+        else:
+            wait_until(process, (run / "config.json").exists)
+        time.sleep(rng.uniform(0.0, 0.5))
+        process.kill()
+        process.communicate()
+        assert process.returncode in (-signal.SIGKILL, 0)
+    finished(start(experiment, "killed"))
+    assert_same_run(experiment, "whole", "killed")
+
+
+def test_asked_to_stop_while_training(experiment):
+    process = start(experiment, "stopped")
+    wait_until(process, lambda: steps_saved(experiment / "stopped"))
+    process.send_signal(signal.SIGTERM)
+    _, err = finished(process, code=75)
+    assert "start the same command again" in err.splitlines()[-1]
+    with open(experiment / "stopped" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 59, "lo')  # a line torn by a crash
+    (experiment / "stopped" / "checkpoints" / "59.orbax-checkpoint-tmp-1").mkdir()  # and a save that was
+    finished(start(experiment, "stopped"))
+    assert_same_run(experiment, "whole", "stopped")
+
+
+def test_asked_to_stop_while_evaluating(experiment):
+    flags = ("--mode=evaluate", "--config.evaluate.num_samples=200000", "--config.sample.batch_size=8")
+    process = start(experiment, "whole", *flags)
+    # Evaluation says nothing while it draws; half a minute of drawing is certain with so many samples.
+    wait_until(process, lambda: False, seconds=25.0)
+    process.send_signal(signal.SIGTERM)
+    _, err = finished(process, code=75)
+    assert "start the same command again" in err.splitlines()[-1]
+    finished(start(experiment, "whole", "--mode=evaluate"))
+
+

@@ -1,0 +1,80 @@
+"""Sampling and evaluation of a small run."""
+
+import json
+
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from tests.jobs.tiny import tiny_config
+from trm_diffusion.errors import Interrupted, UserError
+from trm_diffusion.evaluate import evaluate, evaluation_labels
+from trm_diffusion.runtime.signals import StopRequest
+from trm_diffusion.sample import draw_all, drawer, load_run, sample, sampling_parameters
+from trm_diffusion.train import train
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    path = epath.Path(tmp_path_factory.mktemp("run") / "tiny")
+    train(tiny_config(), path, StopRequest())
+    return path
+
+
+def draw(workdir, labels=(1, 2, 3, 4, 5, 6, 7, 8), **overrides) -> np.ndarray:
+    config = tiny_config(**overrides)
+    experiment, state = load_run(config, workdir)
+    parameters = sampling_parameters(experiment, state)
+    return np.concatenate(list(draw_all(drawer(experiment), config, parameters, np.asarray(labels, np.int32))))
+
+
+def test_sample_writes_a_picture_and_the_images(workdir):
+    sample(tiny_config(sample__classes=(3, 7), sample__per_class=2, sample__latent_steps=4), workdir, StopRequest())
+    arrays = np.load(workdir / "samples" / "grid_0000008.npz")
+    assert arrays["images"].shape == (4, 8, 8, 1) and arrays["labels"].tolist() == [3, 3, 7, 7]
+    assert Image.open(workdir / "samples" / "grid_0000008.png").mode == "RGB"
+
+
+def test_an_image_depends_on_its_index_and_not_on_its_batch(workdir):
+    eight = draw(workdir, sample__batch_size=8)
+    np.testing.assert_allclose(draw(workdir, sample__batch_size=3), eight, atol=1e-5)
+    assert np.abs(eight[0] - eight[1]).max() > 0.1
+    assert np.abs(draw(workdir, sample__seed=1) - eight).max() > 0.1
+
+
+def test_the_named_parameters_are_used(workdir):
+    assert np.abs(draw(workdir, sample__parameters="raw") - draw(workdir)).max() > 1e-4
+    np.testing.assert_array_equal(draw(workdir, sample__parameters="0.9"), draw(workdir))
+
+
+def test_evaluate_writes_and_prints_one_report(workdir, capsys):
+    evaluate(tiny_config(evaluate__kind="digits", evaluate__num_samples=30), workdir, StopRequest())
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed == json.loads((workdir / "evaluation.json").read_text())
+    assert printed["judge_test_accuracy"] >= 0.97 and 0 <= printed["class_accuracy"] <= 1
+    assert printed["pass"] is (printed["class_accuracy"] >= 0.9)
+    wanted = {"samples", "label_rule", "sampler", "diffusion_steps", "guidance_scale", "guidance_interval",
+              "guidance_channels", "latent_steps", "parameters", "train_seed", "sample_seed", "dtype", "vae",
+              "version", "git_commit"}  # fmt: skip
+    assert wanted <= printed["protocol"].keys()
+    assert (workdir / "samples" / "evaluation.png").exists()
+
+
+def test_labels_are_never_sorted_by_class():
+    balanced = evaluation_labels(tiny_config(evaluate__num_samples=20))
+    assert np.bincount(balanced).tolist() == [2] * 10 and (np.diff(balanced) < 0).any()
+    random = evaluation_labels(tiny_config(evaluate__num_samples=200, evaluate__label_rule="random"))
+    assert (np.diff(random) < 0).any() and set(random) == set(range(10))
+
+
+def test_a_stop_request_ends_the_drawing(workdir):
+    stop = StopRequest()
+    stop.requested = True
+    with pytest.raises(Interrupted, match="stopped after 0 of"):
+        sample(tiny_config(), workdir, stop)
+
+
+def test_no_run_in_the_workdir(tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        sample(tiny_config(), epath.Path(tmp_path), StopRequest())

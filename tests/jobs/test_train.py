@@ -1,0 +1,189 @@
+"""The training update as a pure function: what it optimises, averages, skips and compiles."""
+
+import dataclasses
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import parameterized
+from etils import epath
+
+from tests.jobs.tiny import tiny_config
+from trm_diffusion.build import build
+from trm_diffusion.errors import Interrupted, UserError
+from trm_diffusion.runtime.signals import StopRequest
+from trm_diffusion.train import draw_latent_steps, loss_and_metrics, make_train_step, train
+
+
+def batch(size=8, seed=0):
+    """Flat images whose brightness is their label's, with a little noise."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 10, size)
+    images = (labels / 5.0 - 0.9)[:, None, None, None] + 0.1 * rng.standard_normal((size, 8, 8, 1))
+    return {"image": jnp.asarray(images, jnp.float32), "label": jnp.asarray(labels, jnp.int32)}
+
+
+def test_one_compilation_in_a_hundred_updates():
+    experiment = build(tiny_config(train__updates=100, train__latent_steps=(1, 2)))
+    state, step = experiment.fresh_state(), make_train_step(experiment)
+    losses = []
+    for index in range(100):
+        state, metrics = step(state, batch(seed=index % 4))
+        losses.append(float(metrics["loss"]))
+    assert step._cache_size() == 1
+    assert int(state.step) == 100
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+
+
+def test_state_and_metrics_have_the_declared_shapes_and_dtypes():
+    experiment = build(tiny_config())
+    state, step = experiment.fresh_state(), make_train_step(experiment)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, experiment.abstract_state)
+    state, metrics = step(state, batch())
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, experiment.abstract_state)
+    chex.assert_shape([metrics["loss"], metrics["gradient_norm"], metrics["drop_fraction"]], ())
+    chex.assert_shape([metrics["quarter_loss_sum"], metrics["quarter_images"]], (4,))
+    chex.assert_shape(metrics["expert_load"], (2,))
+    chex.assert_type(metrics["loss"], jnp.float32)
+    np.testing.assert_allclose(metrics["quarter_images"].sum(), 8)
+    np.testing.assert_allclose(metrics["quarter_loss_sum"].sum() / 8, metrics["loss"], rtol=1e-6)
+    np.testing.assert_allclose(metrics["expert_load"].sum(), 1, rtol=1e-6)
+
+
+class LossTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.parameters("rectified_flow", "ddpm")
+    def test_loss_is_the_mean_over_images(self, objective):
+        experiment = build(tiny_config(diffusion__objective=objective, sample__sampler="ddim"))
+        state = experiment.fresh_state()
+        data, key = batch(), jax.random.key(3)
+        loss, (metrics, _) = self.variant(lambda p, image, label: loss_and_metrics(experiment, p, image, label, key))(
+            state.parameters, data["image"], data["label"]
+        )
+        chex.assert_shape(loss, ())
+        chex.assert_tree_all_finite(metrics)
+        # An untrained network answers zero, so the loss is the mean square of the target it should have given.
+        time_key, noise_key, *_ = jax.random.split(key, 5)
+        noise = jax.random.normal(noise_key, data["image"].shape)
+        target = noise if objective == "ddpm" else noise - data["image"]
+        np.testing.assert_allclose(loss, jnp.mean(jnp.square(target)), rtol=1e-5)
+
+
+def test_accumulated_parts_give_the_mean_gradient():
+    """Four parts with keys of their own equal the mean of four separate gradients."""
+    config = tiny_config(train__accumulate=4, optim__clip_norm=0.0, model__recursion__routing_group=1)
+    experiment = build(config)
+    state, data = experiment.fresh_state(), batch()
+    from trm_diffusion.runtime.random import Purpose, key_for
+
+    key = key_for(config.seed, Purpose.TRAINING, 0)
+    grad = jax.jit(jax.grad(lambda p, image, label, key: loss_and_metrics(experiment, p, image, label, key)[0]))
+    parts = [
+        grad(state.parameters, data["image"][i::4], data["label"][i::4], jax.random.fold_in(key, i)) for i in range(4)
+    ]
+    mean = jax.tree.map(lambda *leaves: sum(leaves) / 4, *parts)
+    expected = jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in mean.values()))
+    _, metrics = make_train_step(experiment)(state, data)
+    np.testing.assert_allclose(metrics["gradient_norm"], expected, rtol=1e-5)
+
+
+def test_non_finite_update_changes_nothing_but_the_update_number():
+    experiment = build(tiny_config())
+    step = make_train_step(experiment)
+    state, _ = step(experiment.fresh_state(), batch())
+    before = jax.tree.map(np.asarray, state)
+    bad = batch()
+    bad["image"] = bad["image"].at[0, 0, 0, 0].set(jnp.nan)
+    state, metrics = step(state, bad)
+    assert metrics["skipped"] == 1 and int(state.step) == int(before.step) + 1
+    chex.assert_trees_all_equal(dataclasses.replace(state, step=before.step), before)
+    assert np.all(np.asarray(metrics["nonfinite_gradients"]).any())
+
+
+def test_frozen_parameters_have_no_optimizer_state_and_do_not_move():
+    experiment = build(tiny_config(train__trainable="recursion"))
+    state = experiment.fresh_state()
+    assert state.trainable and all("/recursion/" in name for name in state.trainable)
+    frozen = jax.tree.map(np.asarray, state.frozen)
+    shapes = {leaf.shape for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim}
+    assert shapes <= {leaf.shape for leaf in state.trainable.values()}
+    step = make_train_step(experiment)
+    for seed in range(3):
+        state, _ = step(state, batch(seed=seed))
+    chex.assert_trees_all_equal(state.frozen, frozen)
+
+
+def test_draw_latent_steps():
+    assert draw_latent_steps((), None) is None and draw_latent_steps((3,), None) == 3
+    drawn = {int(draw_latent_steps((2, 4), jax.random.key(i))) for i in range(50)}
+    assert drawn == {2, 3, 4}
+
+
+def test_metrics_file_and_checkpoint(tmp_path):
+    train(tiny_config(), epath.Path(tmp_path / "run"), StopRequest())
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6, 8]
+    fields = {"loss", "loss_quarter_1", "gradient_norm", "learning_rate", "images_per_second", "data_wait_share",
+              "expert_load", "drop_fraction", "gate_entropy"}  # fmt: skip
+    assert fields <= lines[0].keys()
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["4", "8"]
+
+
+def test_gives_up_after_updates_in_a_row_that_are_not_finite(tmp_path):
+    config = tiny_config(optim__lr=1e30, optim__clip_norm=0.0, optim__warmup_steps=0, train__nonfinite_limit=2)
+    with pytest.raises(UserError, match="updates in a row .* lower config.optim.lr"):
+        train(config, epath.Path(tmp_path / "run"), StopRequest())
+
+
+def test_a_stop_request_saves_and_the_next_run_equals_one_without_it(tmp_path):
+    whole, parts = epath.Path(tmp_path / "whole"), epath.Path(tmp_path / "parts")
+    train(tiny_config(), whole, StopRequest())
+    stop = StopRequest()
+    stop.requested = True
+    for _ in range(3):  # each run does one update, saves, and leaves
+        with pytest.raises(Interrupted):
+            train(tiny_config(), parts, stop)
+    train(tiny_config(), parts, StopRequest())
+    assert_same_run(whole, parts)
+
+
+def assert_same_run(one: epath.Path, other: epath.Path) -> None:
+    """Equal final state, bit for bit, and equal metrics but for wall-clock fields."""
+    from trm_diffusion.runtime.checkpoints import Checkpoints
+    from trm_diffusion.runtime.logging import WALL_CLOCK_FIELDS
+
+    abstract = build(tiny_config()).abstract_state
+    states, lines = [], []
+    for run in (one, other):
+        with Checkpoints(run / "checkpoints") as checkpoints:
+            states.append(checkpoints.restore(checkpoints.latest_step(), abstract)[0])
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        lines.append([{k: v for k, v in line.items() if k not in WALL_CLOCK_FIELDS} for line in records])
+    chex.assert_trees_all_equal(*states)
+    assert lines[0] == lines[1]
+
+
+def test_another_runs_parameters_start_a_run_and_missing_ones_must_be_named(tmp_path):
+    base = tiny_config(model__recursion__blocks="none", train__updates=3)
+    train(base, epath.Path(tmp_path / "base"), StopRequest())
+    start = dict(init__workdir=str(tmp_path / "base"), train__updates=1, optim__lr=0.0)
+    with pytest.raises(UserError, match="has no fitting .*recursion.* config.init.missing"):
+        train(tiny_config(**start), epath.Path(tmp_path / "refused"), StopRequest())
+    tuned = tiny_config(**start, init__missing="*/recursion/*")
+    train(tuned, epath.Path(tmp_path / "tuned"), StopRequest())
+    from trm_diffusion.sample import layers_of_run
+
+    before, after = (layers_of_run(epath.Path(tmp_path / name)) for name in ("base", "tuned"))
+    added = after.keys() - before.keys()
+    assert before.keys() < after.keys() and all("/recursion/" in name for name in added)
+    chex.assert_trees_all_equal({name: after[name] for name in before}, before)
+
+
+def test_another_model_in_the_workdir_is_refused(tmp_path):
+    run = epath.Path(tmp_path / "run")
+    train(tiny_config(train__updates=2), run, StopRequest())
+    with pytest.raises(UserError, match="config.model.width = 16, not 32"):
+        train(tiny_config(train__updates=2, model__width=32), run, StopRequest())

@@ -1,0 +1,82 @@
+"""What every job builds from its config: the mesh, the objective, the model and its optimiser."""
+
+import dataclasses
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from trm_diffusion.config import Config, check_batch
+from trm_diffusion.diffusion.objective import Objective, make_objective
+from trm_diffusion.models.dit import DiT
+from trm_diffusion.runtime.optimizer import make_optimizer
+from trm_diffusion.runtime.parameters import PureModel
+from trm_diffusion.runtime.random import Purpose, key_for
+from trm_diffusion.runtime.sharding import batch_shards, make_mesh
+from trm_diffusion.runtime.state import TrainState, initial_state, state_sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A config and the objects it describes; holds no arrays."""
+
+    config: Config
+    mesh: Mesh
+    objective: Objective
+    model: PureModel
+    optimizer: optax.GradientTransformation
+    abstract_state: TrainState  # shapes, dtypes and shardings
+
+    @property
+    def null_label(self) -> int:
+        return self.config.data.num_classes
+
+    def fresh_state(self) -> TrainState:
+        """The state before the first update, made shard by shard on the devices that hold it."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        return jax.jit(self._initial_state, out_shardings=shardings)()
+
+    def _initial_state(self) -> TrainState:
+        return _initial_state(self.config, self.model, self.optimizer)
+
+
+def build(config: Config) -> Experiment:
+    """Builds without touching a file or making an array. Raises UserError where the config does not fit the devices."""
+    mesh = make_mesh(config.mesh)
+    check_batch(config, batch_shards(mesh))
+    objective = make_objective(config.diffusion)
+    model = make_model(config, objective)
+    optimizer = make_optimizer(config.optim, config.train.updates)
+    shapes = jax.eval_shape(lambda: _initial_state(config, model, optimizer))
+    abstract_state = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        state_sharding(mesh, model, shapes),
+    )
+    return Experiment(config, mesh, objective, model, optimizer, abstract_state)
+
+
+def make_model(config: Config, objective: Objective) -> PureModel:
+    """The model of the config as a pure function of its parameters."""
+    data = config.data
+    return PureModel(
+        lambda key: DiT(
+            config.model,
+            image_size=data.image_size,
+            in_channels=data.channels,
+            out_channels=objective.output_channels(data.channels),
+            num_classes=data.num_classes,
+            rngs=nnx.Rngs(key),
+        )
+    )
+
+
+def _initial_state(config: Config, model: PureModel, optimizer) -> TrainState:
+    return initial_state(
+        model,
+        optimizer,
+        key_for(config.seed, Purpose.INITIAL_WEIGHTS),
+        trainable=config.train.trainable,
+        ema_decays=config.optim.ema_decays,
+    )

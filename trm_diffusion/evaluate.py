@@ -1,0 +1,96 @@
+"""The evaluation job: generated images against real ones, in one JSON file that says how each number was taken."""
+
+import importlib.metadata
+import json
+import subprocess
+from pathlib import Path
+
+import jax
+import numpy as np
+from etils import epath
+
+import trm_diffusion
+from trm_diffusion.config import Config
+from trm_diffusion.metrics.digits import evaluate_digits
+from trm_diffusion.runtime.logging import say
+from trm_diffusion.runtime.random import Purpose
+from trm_diffusion.runtime.signals import StopRequest
+from trm_diffusion.runtime.workdir import write_json
+from trm_diffusion.sample import draw_all, drawer, load_run, sampling_parameters, write_grid
+
+
+def evaluate(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
+    """Measures the run in `workdir` as `evaluate.kind` says; writes evaluation.json and a grid, prints the JSON last."""
+    if config.evaluate.kind == "none":
+        say("config.evaluate.kind is none: nothing to measure")
+        return
+    experiment, state = load_run(config, workdir)
+    labels = evaluation_labels(config)
+    parameters = sampling_parameters(experiment, state)
+    images = np.concatenate(list(draw_all(drawer(experiment), config, parameters, labels, stop)))
+    if jax.process_index() != 0:
+        return
+    measures = evaluate_digits(images, labels)
+    report = {
+        **measures,
+        "protocol": protocol(config, update=int(state.step)),
+        "pass": bool(
+            measures["class_accuracy"] >= config.evaluate.min_class_accuracy
+            and measures["judge_test_accuracy"] >= config.evaluate.min_judge_accuracy
+        ),
+    }
+    by_class = np.argsort(labels, kind="stable").reshape(config.data.num_classes, -1) if _balanced(config) else None
+    shown = images if by_class is None else images[by_class[:, : config.sample.per_class].reshape(-1)]
+    write_grid(workdir / "samples" / "evaluation.png", shown[: 10 * config.sample.per_class], config)
+    write_json(workdir / "evaluation.json", report)
+    say(f"wrote {workdir / 'evaluation.json'} and {workdir / 'samples' / 'evaluation.png'}")
+    print(json.dumps(report), flush=True)
+
+
+def evaluation_labels(config: Config) -> np.ndarray:
+    """Labels [N] int32 of the images to generate, never sorted by class."""
+    number, classes = config.evaluate.num_samples, config.data.num_classes
+    if config.evaluate.label_rule == "balanced":
+        return np.arange(number, dtype=np.int32) % classes
+    rng = np.random.default_rng([config.sample.seed, int(Purpose.SAMPLING)])
+    return rng.integers(0, classes, number, dtype=np.int32)
+
+
+def _balanced(config: Config) -> bool:
+    return config.evaluate.label_rule == "balanced" and config.evaluate.num_samples % config.data.num_classes == 0
+
+
+def protocol(config: Config, update: int) -> dict:
+    """Everything that a figure depends on and that its name does not say."""
+    sample = config.sample
+    decay = config.optim.ema_decays[0] if sample.parameters == "ema" else sample.parameters
+    return {
+        "samples": config.evaluate.num_samples,
+        "label_rule": config.evaluate.label_rule,
+        "sampler": sample.sampler,
+        "diffusion_steps": sample.diffusion_steps,
+        "guidance_scale": sample.guidance,
+        "guidance_interval": list(sample.guidance_interval),
+        "guidance_channels": sample.guidance_channels,
+        "latent_steps": sample.latent_steps or config.model.recursion.latent_steps,
+        "recursive_blocks": config.model.recursion.blocks,
+        "parameters": "raw" if sample.parameters == "raw" else f"ema {decay}",
+        "update": update,
+        "train_seed": config.seed,
+        "sample_seed": sample.seed,
+        "dtype": config.model.dtype,
+        "vae": None,
+        "version": trm_diffusion.__version__,
+        "git_commit": git_commit(),
+        "jax": importlib.metadata.version("jax"),
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the source tree, None outside one."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

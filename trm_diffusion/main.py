@@ -1,0 +1,101 @@
+"""The command line: flags in, one job run, an exit code out.
+
+0   done
+2   the user's mistake, told in one line
+75  asked to stop (SIGTERM or Ctrl-C): everything is saved, start the same command again
+"""
+
+import re
+import sys
+
+from absl import flags, logging
+from etils import epath
+from ml_collections import config_flags
+
+from trm_diffusion.errors import EXIT_RESUMABLE, EXIT_USER_ERROR, Interrupted, UserError
+
+MODES = ("train", "sample", "evaluate", "doctor")
+PLATFORMS = ("", "cpu", "cuda", "tpu")
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Experiment: configs/NAME.py or configs/NAME.py:OPTION=VALUE,..."
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, runs/NAME by default; may be gs://...")
+MODE = flags.DEFINE_enum("mode", "train", MODES, "train (then sample and evaluate), or one job alone")
+PLATFORM = flags.DEFINE_enum("platform", "", PLATFORMS, "Refuse to run on anything else; any device by default")
+
+
+def main(argv: list[str]) -> int:
+    logging.set_verbosity(logging.ERROR)  # the libraries'; what this program says is its own
+    try:
+        parse_flags(argv)
+        return run(MODE.value, PLATFORM.value)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except Interrupted as error:
+        print(f"{error}; start the same command again to go on", file=sys.stderr)
+        return EXIT_RESUMABLE
+
+
+def parse_flags(argv: list[str]) -> None:
+    """Parses the flags. Raises UserError for anything wrong in them or in the config file that they name."""
+    try:
+        rest = flags.FLAGS(argv)[1:]
+        _ = CONFIG.value and CONFIG.value.to_dict()  # a file that cannot be read is noticed only here
+    except Exception as error:  # noqa: BLE001  whatever the libraries raise, the command line is what is wrong
+        raise _explained(error, argv) from None
+    if rest:
+        raise UserError(f"{rest[0]!r} is not a flag; write --name=value (see --help)")
+
+
+def _explained(error: Exception, argv: list[str]) -> UserError:
+    """A library's error about the command line or the config file, as one line that says what to do."""
+    from trm_diffusion.config import field_exists, unknown_field
+
+    text, command = str(error), "\n".join(argv)
+    for path in re.findall(r"^--?(config\.[\w.]+)", command, re.MULTILINE):
+        if not field_exists(path):
+            return unknown_field(path)
+    file = (re.findall(r"^--?config[=\n]([^:\n]+)", command, re.MULTILINE) or [""])[0]
+    if file and not epath.Path(file).exists():
+        return UserError(f"--config={file}: no such file; the experiments are in configs/")
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    if "whilst parsing config file" in text:  # the library quotes the whole traceback; its last line says what it is
+        reason = lines[-1].removeprefix("trm_diffusion.errors.UserError: ")
+        if "positional argument" in reason:
+            reason = "this experiment takes no options after the colon"
+        return UserError(f"{file}: {reason}")
+    return UserError(lines[0])
+
+
+def run(mode: str, platform: str) -> int:
+    """Runs one job of the parsed flags."""
+    from trm_diffusion.runtime.devices import require_platform, use_compilation_cache
+
+    require_platform(platform)
+    if mode == "doctor":
+        from trm_diffusion.runtime.doctor import doctor
+
+        return 0 if doctor() else 1
+
+    from trm_diffusion.config import resolve
+    from trm_diffusion.evaluate import evaluate
+    from trm_diffusion.runtime.signals import StopRequest
+    from trm_diffusion.sample import sample
+    from trm_diffusion.train import train
+
+    if CONFIG.value is None:
+        raise UserError("no experiment given; add --config=configs/digits.py, or another file of configs/")
+    config = resolve(CONFIG.value)
+    workdir = epath.Path(WORKDIR.value or f"runs/{config.name}")
+    use_compilation_cache(workdir.parent / ".compilation_cache")
+    jobs = {"train": (train, sample, evaluate), "sample": (sample,), "evaluate": (evaluate,)}
+    with StopRequest() as stop:
+        for job in jobs[mode]:
+            job(config, workdir, stop)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
