@@ -1,0 +1,92 @@
+"""What the benchmarks share: interleaved timing, the TPU compiler in a child process, and how results are given out."""
+
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+TPU_TOPOLOGY = "v5p:2x2x1"  # the smallest; programs are compiled for its first chip
+LIBTPU = "TRM_LIBTPU"  # environment variable: a directory into which libtpu was installed with pip --target
+
+
+def interleaved_seconds(programs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each run, by program; every round runs each program once, so that all see the same machine."""
+    for program in programs.values():
+        jax.block_until_ready(program())
+    seconds = {name: [] for name in programs}
+    for _ in range(repeats):
+        for name, program in programs.items():
+            started = time.perf_counter()
+            jax.block_until_ready(program())
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def median_ratio(seconds: list[float], reference: list[float]) -> float:
+    """The median over rounds of one program's time over the other's."""
+    return statistics.median(a / b for a, b in zip(seconds, reference, strict=True))
+
+
+def tpu_device() -> jax.Device:
+    """A v5p chip to compile for, which is described, not there. Needs libtpu."""
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(TPU_TOPOLOGY, platform="tpu").devices[0]
+
+
+def measured_for_tpu(module: str) -> dict:
+    """What `python -m module --tpu` reports, run where libtpu can be imported; {"not_measured": why} where it cannot.
+
+    A process of its own, because libtpu is noisy and takes over the process that loads it.
+    """
+    environment = {**os.environ, "TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"}
+    directory = os.environ.get(LIBTPU, "")
+    if directory:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [directory, os.environ.get("PYTHONPATH", "")]))
+        if not (Path(directory) / "libtpu").is_dir():
+            return {"not_measured": f"{LIBTPU} holds no libtpu"}
+    elif importlib.util.find_spec("libtpu") is None:
+        return {"not_measured": f"no libtpu; see requirements-tpu-compile.txt and set {LIBTPU}"}
+    child = subprocess.run(
+        [sys.executable, "-m", module, "--tpu"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    if child.returncode:
+        raise RuntimeError(f"{module} --tpu failed:\n{child.stderr[-2000:]}")
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def report(benchmark: str, result: dict, save: str) -> None:
+    """Prints the result with the machine and the command as one line of JSON; writes it to the file `save`, if any."""
+    result = {
+        "benchmark": benchmark,
+        "command": f"python -m benchmarks.{benchmark}",
+        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, jax {jax.__version__}",
+        **result,
+    }
+    if save:
+        Path(save).write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+def rounded(value, digits: int = 4):
+    """Floats in a nest of dictionaries and lists, to so many significant digits."""
+    if isinstance(value, dict):
+        return {key: rounded(entry, digits) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [rounded(entry, digits) for entry in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
