@@ -32,6 +32,7 @@ from trm_diffusion.runtime.sharding import MeshConfig
 
 LABEL_RULES = ("balanced", "random")
 CHOICES = {  # field: the values it may take
+    "model.frequency_shift": (0, 1),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": tuple(POLICIES),
     "model.recursion.forward_weight": FORWARD_WEIGHTS,
@@ -143,7 +144,9 @@ class EvaluateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
-    workdir: str = ""  # start from the parameters (its first average) of another run; "" starts from scratch
+    workdir: str = (
+        ""  # start from the parameters of another run (first average) or a converted directory; "" from scratch
+    )
     missing: str = ""  # patterns of parameters that run may lack, such as "*/recursion/*"; these start fresh
 
 

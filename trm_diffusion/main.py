@@ -14,7 +14,7 @@ from ml_collections import config_flags
 
 from trm_diffusion.errors import EXIT_RESUMABLE, EXIT_USER_ERROR, Interrupted, UserError
 
-MODES = ("train", "sample", "evaluate", "doctor")
+MODES = ("train", "sample", "evaluate", "convert", "doctor")
 PLATFORMS = ("", "cpu", "cuda", "tpu")
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -22,6 +22,15 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, runs/NAME by default; may be gs://...")
 MODE = flags.DEFINE_enum("mode", "train", MODES, "train (then sample and evaluate), or one job alone")
+SOURCE = flags.DEFINE_string("from", "", "convert: a run, a converted directory, published weights, or a hub id")
+DESTINATION = flags.DEFINE_string("to", "", "convert: the directory to write")
+LAYOUT = flags.DEFINE_string("layout", "", "convert: the layout of published weights, where their names do not tell")
+TO_LAYOUT = flags.DEFINE_string(
+    "to-layout", "", "convert: write published names; without it, a directory to start from"
+)
+DTYPE = flags.DEFINE_enum(
+    "dtype", "", ("", "float32", "float16", "bfloat16"), "convert: of the result; else the source's"
+)
 PLATFORM = flags.DEFINE_enum("platform", "", PLATFORMS, "Refuse to run on anything else; any device by default")
 
 
@@ -78,6 +87,12 @@ def run(mode: str, platform: str) -> int:
         from trm_diffusion.runtime.doctor import doctor
 
         return 0 if doctor() else 1
+
+    if mode == "convert":
+        from trm_diffusion.convert import convert
+
+        convert(SOURCE.value, DESTINATION.value, LAYOUT.value, TO_LAYOUT.value, DTYPE.value)
+        return 0
 
     from trm_diffusion.config import resolve
     from trm_diffusion.evaluate import evaluate

@@ -2,7 +2,7 @@
 
 Where a run starts from, in this order:
     1. its own workdir, if that holds a checkpoint: everything, to the bit, the data iterator included;
-    2. `init.workdir`, another run: its parameters (first average), with a fresh optimiser at update 0;
+    2. `init.workdir`, another run (its first average) or a converted directory: parameters, with a fresh optimiser;
     3. scratch.
 """
 
@@ -19,6 +19,7 @@ from etils import epath
 
 from trm_diffusion.build import Experiment, build
 from trm_diffusion.config import Config
+from trm_diffusion.convert import starting_layers
 from trm_diffusion.data.pipeline import make_iterator
 from trm_diffusion.data.sources import make_source
 from trm_diffusion.errors import Interrupted, UserError
@@ -36,7 +37,7 @@ from trm_diffusion.runtime.signals import StopRequest
 from trm_diffusion.runtime.state import TrainState
 from trm_diffusion.runtime.window import Window, routing_metrics
 from trm_diffusion.runtime.workdir import changed_fields, save_config
-from trm_diffusion.sample import drawer, layers_of_run, save_grid
+from trm_diffusion.sample import drawer, save_grid
 
 
 def loss_and_metrics(
@@ -198,7 +199,7 @@ def starting_state(experiment: Experiment, workdir: epath.Path, checkpoints: Che
 def _from_other_run(experiment: Experiment, other: epath.Path) -> TrainState:
     """A fresh state with every parameter that the other run has; one it lacks must be named by `init.missing`."""
     state, model, config = experiment.fresh_state(), experiment.model, experiment.config
-    found = from_per_layer(layers_of_run(other), list(model.shapes), stack_layout(config.model))
+    found = from_per_layer(starting_layers(other, config), list(model.shapes), stack_layout(config.model))
     allowed = config.init.missing.split(",")
     lacking = [
         name
@@ -214,7 +215,10 @@ def _from_other_run(experiment: Experiment, other: epath.Path) -> TrainState:
         )
 
     def put(current: Parameters) -> Parameters:
-        return {name: jax.device_put(found.get(name, leaf), leaf.sharding) for name, leaf in current.items()}
+        return {
+            name: jax.device_put(jnp.asarray(found.get(name, leaf), leaf.dtype), leaf.sharding)
+            for name, leaf in current.items()
+        }
 
     trainable = put(state.trainable)
     ema = {decay: jax.tree.map(jnp.copy, trainable) for decay in state.ema}

@@ -19,6 +19,7 @@ import numpy as np
 
 from trm_diffusion.data.base import Element, Source, make_element
 from trm_diffusion.errors import UserError
+from trm_diffusion.models.latent import LatentSpec
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -27,17 +28,6 @@ _HOW_TO_PREPARE = (
     "write latents with trm_diffusion.data.latents.LatentWriter and set config.data.path to their directory, "
     "or run without data by --config.data.source=synthetic"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class LatentSpec:
-    """What must agree between preparing, training and decoding: z = (latent - shift) * scale."""
-
-    vae_id: str  # which weights encoded the images, and decode the samples
-    scale: float
-    shift: float
-    channels: int
-    size: int  # latent cells a side
 
 
 class LatentWriter:
@@ -177,12 +167,12 @@ class LatentSource(Source):
 
     def __getitem__(self, index: int) -> Element:
         mean, _, label = self._read(index)
-        return make_element((mean - self.spec.shift) * self.spec.scale, label, index)
+        return make_element(self.spec.normalize(mean), label, index)
 
     def sample(self, index: int, rng: np.random.Generator) -> Element:
         mean, std, label = self._read(index)
         latent = mean + std * rng.standard_normal(mean.shape, np.float32)
-        return make_element((latent - self.spec.shift) * self.spec.scale, label, index)
+        return make_element(self.spec.normalize(latent), label, index)
 
     def __getstate__(self) -> dict:
         # File readers do not travel; a worker process opens its own when it first needs them.

@@ -30,6 +30,7 @@ class DiTConfig:
     patch: int = 2  # pixels (or latent cells) a side of one token
     mlp_ratio: float = 4.0  # hidden width of the MLP over D
     qk_norm: bool = False  # RMS-normalise queries and keys per head
+    frequency_shift: int = 0  # of the timestep embedding: 0 as DiT was trained, 1 as diffusers' DiT computes it
     dtype: str = "bfloat16"  # of the computation; parameters, norms, softmax and gate are float32
     scan_blocks: bool = True  # run equal blocks under one scan (compiles once); False unrolls them
     remat: str = "none"  # what the backward pass of a block keeps: none, dots, full
@@ -126,7 +127,9 @@ class DiT(nnx.Module):
         self.config, self.image_size = config, image_size
         width, grid = config.width, image_size // config.patch
         self.patch_embed = linear(config.patch**2 * in_channels, width, axes=(None, "embed"), dtype=dtype, rngs=rngs)
-        self.timestep_embed = TimestepEmbedder(width, dtype=dtype, rngs=rngs)
+        self.timestep_embed = TimestepEmbedder(
+            width, frequency_shift=config.frequency_shift, dtype=dtype, rngs=rngs
+        )
         self.label_embed = LabelEmbedder(num_classes, width, dtype=dtype, rngs=rngs)
         self.stack = BlockStack(
             lambda recursive, key: DiTBlock(config, recursive, rngs=nnx.Rngs(key)),

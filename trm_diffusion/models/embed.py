@@ -41,10 +41,14 @@ def sincos_positions(width: int, rows: int, columns: int) -> np.ndarray:
     return np.concatenate([encode(column), encode(row)], axis=1).astype(np.float32)
 
 
-def sinusoid(times_b: jax.Array, features: int, max_period: float = 10000.0) -> jax.Array:
-    """Sinusoidal embedding of scalar times, [B] -> [B, features] float32, as [cos, sin] halves (DDPM, DiT)."""
+def sinusoid(times_b: jax.Array, features: int, max_period: float = 10000.0, frequency_shift: int = 0) -> jax.Array:
+    """Sinusoidal embedding of scalar times, [B] -> [B, features] float32, as [cos, sin] halves (DDPM, DiT).
+
+    Frequencies fall from 1 to 1 / max_period; with a frequency_shift of 1 the last one is exactly that.
+    """
     half = features // 2
-    frequencies = jnp.exp(-np.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)  # [half]
+    exponents = jnp.arange(half, dtype=jnp.float32) / (half - frequency_shift)
+    frequencies = jnp.exp(-np.log(max_period) * exponents)  # [half]
     angles = times_b.astype(jnp.float32)[:, None] * frequencies[None, :]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
@@ -52,13 +56,13 @@ def sinusoid(times_b: jax.Array, features: int, max_period: float = 10000.0) -> 
 class TimestepEmbedder(nnx.Module):
     """Diffusion timestep [B] (0..1000) -> [B, D]: sinusoid, then a two-layer MLP with SiLU."""
 
-    def __init__(self, width: int, *, dtype, rngs: nnx.Rngs):
-        self.dtype = dtype
+    def __init__(self, width: int, *, frequency_shift: int = 0, dtype, rngs: nnx.Rngs):
+        self.dtype, self.frequency_shift = dtype, frequency_shift
         self.first = linear(TIMESTEP_FREQUENCIES, width, axes=(None, "embed"), init=NORMAL_002, dtype=dtype, rngs=rngs)
         self.second = linear(width, width, axes=("embed", None), init=NORMAL_002, dtype=dtype, rngs=rngs)
 
     def __call__(self, times_b: jax.Array) -> jax.Array:
-        x = sinusoid(times_b, TIMESTEP_FREQUENCIES).astype(self.dtype)
+        x = sinusoid(times_b, TIMESTEP_FREQUENCIES, frequency_shift=self.frequency_shift).astype(self.dtype)
         return self.second(jax.nn.silu(self.first(x)))
 
 

@@ -1,0 +1,89 @@
+"""Weights on disk in our own form: a directory of `model.safetensors`, by our parameters' paths, and `manifest.json`.
+
+The manifest says what the weights are (kind, model, parameter count) and where they came from (source, layout, sha256).
+A directory appears under its name only when it is complete.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+
+import trm_diffusion
+from trm_diffusion.errors import UserError
+from trm_diffusion.models.latent import LatentSpec
+from trm_diffusion.models.vae import VAE
+from trm_diffusion.weights import vae
+from trm_diffusion.weights.convert import Weights
+from trm_diffusion.weights.safetensors import TensorSpec, read_safetensors, write_safetensors
+
+FORMAT = 1
+MANIFEST, TENSORS = "manifest.json", "model.safetensors"
+
+
+def save_weights(directory: str | os.PathLike, weights: Weights) -> None:
+    """Writes the directory whole or not at all. Raises UserError where there is one, or the weights are not usable."""
+    with new_directory(directory) as partial:
+        write_safetensors(partial / TENSORS, weights.specs, weights.tensors())
+        record = {
+            "format": FORMAT,
+            "version": trm_diffusion.__version__,
+            "kind": weights.kind,
+            "model": weights.model,
+            "parameters": weights.parameters,
+            **weights.record,
+        }
+        (partial / MANIFEST).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def holds_weights(directory) -> bool:
+    """Is this a directory that `save_weights` wrote?"""
+    return (directory / MANIFEST).exists() and (directory / TENSORS).exists()
+
+
+def load_weights(directory: str | os.PathLike) -> Weights:
+    """What `save_weights` wrote, memory-mapped. Raises UserError where it is not whole or of a newer format."""
+    directory = Path(directory)
+    record = json.loads((directory / MANIFEST).read_text())
+    if record["format"] > FORMAT:
+        raise UserError(
+            f"{directory} has format {record['format']}; this version reads up to {FORMAT}: update trm_diffusion"
+        )
+    tensors = read_safetensors(directory / TENSORS)
+    specs = {name: TensorSpec(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    origin = {name: record[name] for name in ("layout", "source", "files") if name in record}
+    return Weights(record["kind"], record["model"], specs, tensors.__getitem__, origin)
+
+
+def load_vae(directory: str | os.PathLike, image_size: int) -> tuple[VAE, LatentSpec]:
+    """The autoencoder of a converted directory, and what its latents of images of this size are."""
+    weights = load_weights(directory)
+    if weights.kind != "vae":
+        raise UserError(f"{directory} holds a {weights.kind}, not an autoencoder")
+    config = vae.config_of(weights.model)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: VAE(config, rngs=nnx.Rngs(0))))
+    flat = {path: np.asarray(weights.read("/".join(map(str, path)))) for path, _ in nnx.to_flat_state(state)}
+    files = weights.record.get("files") or [{"sha256": "0" * 12}]
+    vae_id = f"{weights.record.get('source', directory)}@{files[0]['sha256'][:12]}"
+    return nnx.merge(graphdef, nnx.from_flat_state(flat)), config.latent_spec(vae_id, image_size)
+
+
+@contextlib.contextmanager
+def new_directory(directory: str | os.PathLike) -> Iterator[Path]:
+    """A directory to fill, which gets its name at the end; nothing is left of it after an error."""
+    directory = Path(directory)
+    if directory.exists():
+        raise UserError(f"{directory} exists already; choose another --to, or remove it")
+    partial = directory.parent / f".{directory.name}.{os.getpid()}.partial"
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(directory)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
