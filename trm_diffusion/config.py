@@ -283,7 +283,7 @@ def _check(config: Config) -> None:
     """Ranges of single fields, then what concerns more than one."""
     for path, choices in CHOICES.items():
         value = _field(config, path)
-        _require(value in choices, f"config.{path} is {value!r}; choose one of {', '.join(choices)}")
+        _require(value in choices, f"config.{path} is {value!r}; choose one of {', '.join(map(str, choices))}")
     for path, smallest in AT_LEAST.items():
         value = _field(config, path)
         _require(value is None or value >= smallest, f"config.{path} is {value}; it must be at least {smallest}")

@@ -1,6 +1,6 @@
 """Published tensors into our parameters and back, by the layouts' rules: whole and exact, or refused.
 
-Nothing is read before it is needed and no more than one parameter is held at a time, so any size converts in little memory.
+Nothing is read before it is needed, and one parameter is held at a time, so that any size converts in little memory.
 """
 
 import dataclasses

@@ -1,0 +1,251 @@
+"""Published weights in and out: exact both ways, in every dtype; and what is wrong with a file is told in one line."""
+
+import json
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+from etils import epath
+
+from tests.jobs.tiny import command, finished, tiny_config
+from trm_diffusion.convert import convert
+from trm_diffusion.errors import UserError
+from trm_diffusion.runtime.signals import StopRequest
+from trm_diffusion.train import train
+from trm_diffusion.weights import source as sources
+from trm_diffusion.weights.convert import LAYOUTS, detect, to_ours
+from trm_diffusion.weights.safetensors import TensorSpec, read_safetensors, write_safetensors
+from trm_diffusion.weights.source import open_source
+from trm_diffusion.weights.store import load_weights
+
+DIT = dict(
+    depth=2, width=16, heads=2, patch=2, mlp_ratio=4.0, image_size=8, in_channels=4, out_channels=8, num_classes=10
+)  # fmt: skip
+VAE = dict(
+    channels=[4, 8], blocks=1, image_channels=3, latent_channels=4, quant_conv=True, groups=2, scale=0.18215, shift=0.0
+)  # fmt: skip
+MODELS = {"dit": DIT, "vae": VAE}
+
+
+def published(layout_name: str, dtype=np.float32) -> dict[str, np.ndarray]:
+    """Random weights of a tiny model in a published layout; tensors that must be copies are."""
+    layout = LAYOUTS[layout_name]
+    model, rng = MODELS[layout.kind], np.random.default_rng(0)
+    shapes = layout.shapes(model)
+    tensors = {}
+    for rule in layout.rules(model):
+        value = rng.standard_normal(shapes[rule.ours]).astype(dtype)
+        tensors |= zip(rule.theirs, rule.form.theirs(value), strict=True)
+    constants = layout.constants(model) if layout.written else {}
+    tensors |= {name: value.astype(dtype) for name, value in constants.items()}
+    return {layout.prefixes[0] + name: tensor for name, tensor in tensors.items()}
+
+
+def write(path, tensors):
+    specs = {name: TensorSpec(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    write_safetensors(path, specs, tensors.items())
+    return str(path)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_in_and_out_again_is_the_same_file(layout, tmp_path):
+    dtype = {"sit": np.float16, "single-file-vae": ml_dtypes.bfloat16}.get(layout, np.float32)
+    tensors = published(layout, dtype)
+    config = LAYOUTS[layout].config
+    if config:
+        (tmp_path / "config.json").write_text(json.dumps(config(MODELS[LAYOUTS[layout].kind])))
+    name = write(tmp_path / "weights.safetensors", tensors)
+    convert(name, str(tmp_path / "ours"), layout=layout)
+    convert(str(tmp_path / "ours"), str(tmp_path / "again"), to_layout=layout)
+    (file,) = (tmp_path / "again").glob("*.safetensors")
+    again = read_safetensors(file)
+    assert again.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert again[name].dtype == dtype
+        np.testing.assert_array_equal(again[name], tensor)
+    manifest = json.loads((tmp_path / "ours/manifest.json").read_text())
+    told = MODELS[manifest["kind"]].items() if config else []  # without it, heads and groups are guessed by the size
+    assert manifest["layout"] == layout and all(manifest["model"][name] == value for name, value in told)
+    assert manifest["files"] == [
+        {"file": "weights.safetensors", "sha256": sources.sha256(tmp_path / "weights.safetensors")}
+    ]
+    ours = read_safetensors(tmp_path / "ours/model.safetensors")
+    assert manifest["parameters"] == sum(tensor.size for tensor in ours.values())
+
+
+def spoiled(tensors, fault):
+    name = next(
+        name for name in tensors if name.endswith(("blocks.1.attn.proj.weight", "mid_block.resnets.0.conv1.weight"))
+    )
+    match fault:
+        case "missing":
+            del tensors[name]
+        case "unexpected":
+            tensors["blocks.1.attn.extra.weight"] = np.zeros(3, np.float32)
+        case "misshapen":
+            tensors[name] = tensors[name][:-1]
+        case "not finite":
+            tensors[name] = tensors[name].copy()
+            tensors[name].flat[5] = np.inf
+        case "integers":
+            tensors[name] = tensors[name].astype(np.int32)
+    return tensors
+
+
+@pytest.mark.parametrize("layout", ["dit", "diffusers-vae"])
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ("missing", r"(proj|conv1).weight is missing$"),
+        ("unexpected", "blocks.1.attn.extra.weight is unexpected$"),
+        ("misshapen", r"weight is \(\d+, .*\), not \(\d+, .*\)$"),
+        ("not finite", "weight holds values that are not finite$"),
+        ("integers", "weight holds int32, which are not weights$"),
+        ("truncated", "weights.safetensors is truncated: .* fetch it again$"),
+        ("truncated header", "is not a safetensors file, or is truncated in its header"),
+    ],
+)
+def test_a_faulty_file_is_refused_in_one_line_and_nothing_is_written(layout, fault, message, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    name = write(path, spoiled(published(layout), fault))
+    if fault.startswith("truncated"):
+        content = path.read_bytes()
+        path.write_bytes(content[:200] if "header" in fault else content[:-100])
+    with pytest.raises(UserError, match=message) as error:
+        convert(name, str(tmp_path / "ours"))
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_problems_are_listed_and_counted(tmp_path):
+    tensors = published("dit")
+    lacking = [name for name in tensors if "blocks.1.mlp" in name or "blocks.1.attn" in name]
+    name = write(tmp_path / "weights.safetensors", {key: value for key, value in tensors.items() if key not in lacking})
+    with pytest.raises(UserError, match="; and 4 more$") as error:
+        convert(name, str(tmp_path / "ours"))
+    assert str(error.value).count("is missing") == 4
+
+
+def test_copies_that_differ_and_tables_that_are_not_ours_are_refused(tmp_path):
+    tensors = published("diffusers-dit")
+    name = "transformer_blocks.1.norm1.emb.timestep_embedder.linear_2.bias"
+    tensors[name] = tensors[name] + 1
+    path = write(tmp_path / "weights.safetensors", tensors)
+    with pytest.raises(UserError, match="norm1.emb.timestep_embedder.linear_2.bias and 1 others: they are not equal"):
+        convert(path, str(tmp_path / "ours"))
+    tensors = published("dit")
+    tensors["pos_embed"] = tensors["pos_embed"][:, ::-1]
+    path = write(tmp_path / "weights.safetensors", tensors)
+    with pytest.raises(UserError, match="pos_embed is not the table that this model computes"):
+        convert(path, str(tmp_path / "ours"))
+
+
+def test_the_layout_is_told_by_the_names(tmp_path):
+    for layout in LAYOUTS:
+        source = open_source(write(tmp_path / "weights.safetensors", published(layout)))
+        assert detect(source)[0].name == {"sit": "dit"}.get(layout, layout)
+    path = write(tmp_path / "weights.safetensors", published("dit") | published("single-file-vae"))
+    with pytest.raises(UserError, match="more than one model; choose by --layout=dit or --layout=single-file-vae"):
+        convert(path, str(tmp_path / "ours"))
+    path = write(tmp_path / "weights.safetensors", {"weight": np.zeros(3, np.float32)})
+    with pytest.raises(UserError, match="is not in the layout dit, sit, .*; its 1 tensors begin weight"):
+        convert(path, str(tmp_path / "ours"))
+    with pytest.raises(UserError, match="--layout=nothing is none of dit, sit"):
+        convert(path, str(tmp_path / "ours"), layout="nothing")
+
+
+def test_other_models_of_a_single_file_stay_out(tmp_path):
+    """Text encoders and the transformer lie beside the autoencoder under names of their own; a stray one is refused."""
+    beside = {"model.diffusion_model.pos": np.zeros(3, np.float32), "text_encoders.clip_l.x": np.zeros(3, np.float32)}
+    path = write(tmp_path / "weights.safetensors", published("single-file-vae") | beside)
+    assert to_ours(open_source(path)).kind == "vae"
+    path = write(tmp_path / "weights.safetensors", published("single-file-vae") | {"stray": np.zeros(3, np.float32)})
+    with pytest.raises(UserError, match="stray is unexpected"):
+        to_ours(open_source(path))
+
+
+def test_shards_with_an_index(tmp_path):
+    tensors, index = published("dit"), {}
+    for part, names in enumerate((list(tensors)[::2], list(tensors)[1::2])):
+        file = f"model-{part}.safetensors"
+        write(tmp_path / file, {name: tensors[name] for name in names})
+        index |= dict.fromkeys(names, file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    weights = to_ours(open_source(str(tmp_path)))
+    assert len(weights.record["files"]) == 2
+    whole = to_ours(open_source(write(tmp_path / "whole.safetensors", tensors)))
+    for (name, one), (_, other) in zip(weights.tensors(), whole.tensors(), strict=True):
+        np.testing.assert_array_equal(one, other, err_msg=name)
+    (tmp_path / "model-1.safetensors").unlink()
+    with pytest.raises(UserError, match="model-1.safetensors is missing, which"):
+        open_source(str(tmp_path))
+
+
+def test_what_cannot_be_opened(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    (tmp_path / "weights.pt").write_bytes(b"")
+    for name, message in (
+        ("weights.pt", "weights.pt needs PyTorch to be read; pip install -r requirements-torch.txt"),
+        ("none.safetensors", "none.safetensors: no such file or directory$"),
+        (".", "holds no .safetensors file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_source(str(tmp_path / name))
+    with pytest.raises(UserError, match="owner/name: no such file or directory; .* pip install huggingface_hub"):
+        open_source("owner/name")
+
+
+def test_a_hub_id_is_fetched(tmp_path, monkeypatch):
+    asked = []
+
+    class Hub:
+        @staticmethod
+        def snapshot_download(repository, allow_patterns):
+            asked.append((repository, allow_patterns))
+            if repository == "owner/closed":
+                raise OSError("401: log in first")
+            return str(tmp_path)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", Hub)
+    (tmp_path / "vae").mkdir()
+    write(tmp_path / "vae/diffusion_pytorch_model.safetensors", published("diffusers-vae"))
+    assert to_ours(open_source("owner/name/vae")).kind == "vae"
+    assert asked[0][0] == "owner/name" and "vae/*.safetensors" in asked[0][1]
+    with pytest.raises(UserError, match=r"owner/closed: .* the hub did not give it \(401: log in first\)"):
+        open_source("owner/closed")
+
+
+def test_a_converted_directory_starts_a_run_which_goes_out_again(tmp_path):
+    """bfloat16 weights in, a run's parameters equal to them, and out to the very tensors, in float32."""
+    tensors = published("dit", ml_dtypes.bfloat16)
+    path = write(tmp_path / "weights.safetensors", tensors)
+    finished(command("--mode=convert", f"--from={path}", f"--to={tmp_path / 'ours'}"))
+    assert "exists already" in finished(command("--mode=convert", f"--from={path}", f"--to={tmp_path / 'ours'}"), 2)[1]
+    fits = dict(data__source="synthetic", data__image_size=8, data__channels=4, model__patch=2, train__updates=1)
+    fits |= dict(diffusion__objective="ddpm", diffusion__learned_sigma=True, sample__sampler="ddim")
+    start = fits | dict(init__workdir=str(tmp_path / "ours"), optim__lr=0.0)
+    train(tiny_config(**start, model__recursion__blocks="none"), epath.Path(tmp_path / "run"), StopRequest())
+    convert(str(tmp_path / "run"), str(tmp_path / "out"), to_layout="dit")
+    out = read_safetensors(tmp_path / "out/model.safetensors")
+    assert out.keys() == tensors.keys()
+    for name in tensors.keys() - {"pos_embed"}:
+        np.testing.assert_array_equal(out[name], tensors[name].astype(np.float32))
+
+    with pytest.raises(UserError, match="has in_channels 4, this config 3"):
+        train(tiny_config(**start | {"data__channels": 3}), epath.Path(tmp_path / "other"), StopRequest())
+    tuned = start | dict(init__missing="*/recursion/*")
+    train(tiny_config(**tuned), epath.Path(tmp_path / "tuned"), StopRequest())
+    with pytest.raises(UserError, match="recursion/.* has no place in the layout dit"):
+        convert(str(tmp_path / "tuned"), str(tmp_path / "refused"), to_layout="dit")
+    with pytest.raises(UserError, match="holds a dit; the layout diffusers-vae is a vae's"):
+        convert(str(tmp_path / "run"), str(tmp_path / "refused"), to_layout="diffusers-vae")
+    assert not (tmp_path / "refused").exists()
+
+
+def test_dtype_is_kept_unless_asked(tmp_path):
+    path = write(tmp_path / "weights.safetensors", published("dit"))
+    convert(path, str(tmp_path / "half"), dtype="bfloat16")
+    weights = load_weights(tmp_path / "half")
+    assert {spec.dtype for spec in weights.specs.values()} == {np.dtype(ml_dtypes.bfloat16)}
