@@ -9,10 +9,13 @@ import pytest
 from etils import epath
 
 from tests.jobs.tiny import command, finished, tiny_config
+from trm_diffusion.build import build
 from trm_diffusion.convert import convert
+from trm_diffusion.data.pipeline import make_iterator
+from trm_diffusion.data.sources import make_source
 from trm_diffusion.errors import UserError
-from trm_diffusion.runtime.signals import StopRequest
-from trm_diffusion.train import train
+from trm_diffusion.runtime.checkpoints import Checkpoints
+from trm_diffusion.train import starting_state
 from trm_diffusion.weights import source as sources
 from trm_diffusion.weights.convert import LAYOUTS, detect, to_ours
 from trm_diffusion.weights.safetensors import TensorSpec, read_safetensors, write_safetensors
@@ -223,10 +226,9 @@ def test_a_converted_directory_starts_a_run_which_goes_out_again(tmp_path):
     path = write(tmp_path / "weights.safetensors", tensors)
     finished(command("--mode=convert", f"--from={path}", f"--to={tmp_path / 'ours'}"))
     assert "exists already" in finished(command("--mode=convert", f"--from={path}", f"--to={tmp_path / 'ours'}"), 2)[1]
-    fits = dict(data__source="synthetic", data__image_size=8, data__channels=4, model__patch=2, train__updates=1)
-    fits |= dict(diffusion__objective="ddpm", diffusion__learned_sigma=True, sample__sampler="ddim")
-    start = fits | dict(init__workdir=str(tmp_path / "ours"), optim__lr=0.0)
-    train(tiny_config(**start, model__recursion__blocks="none"), epath.Path(tmp_path / "run"), StopRequest())
+    fits = dict(data__source="synthetic", data__image_size=8, data__channels=4, model__patch=2)
+    fits |= dict(diffusion__objective="ddpm", diffusion__learned_sigma=True, init__workdir=str(tmp_path / "ours"))
+    started(tiny_config(**fits, model__recursion__blocks="none"), tmp_path / "run")
     convert(str(tmp_path / "run"), str(tmp_path / "out"), to_layout="dit")
     out = read_safetensors(tmp_path / "out/model.safetensors")
     assert out.keys() == tensors.keys()
@@ -234,14 +236,24 @@ def test_a_converted_directory_starts_a_run_which_goes_out_again(tmp_path):
         np.testing.assert_array_equal(out[name], tensors[name].astype(np.float32))
 
     with pytest.raises(UserError, match="has in_channels 4, this config 3"):
-        train(tiny_config(**start | {"data__channels": 3}), epath.Path(tmp_path / "other"), StopRequest())
-    tuned = start | dict(init__missing="*/recursion/*")
-    train(tiny_config(**tuned), epath.Path(tmp_path / "tuned"), StopRequest())
+        started(tiny_config(**fits | {"data__channels": 3}), tmp_path / "other")
+    started(tiny_config(**fits, init__missing="*/recursion/*"), tmp_path / "tuned")
     with pytest.raises(UserError, match="recursion/.* has no place in the layout dit"):
         convert(str(tmp_path / "tuned"), str(tmp_path / "refused"), to_layout="dit")
     with pytest.raises(UserError, match="holds a dit; the layout diffusers-vae is a vae's"):
         convert(str(tmp_path / "run"), str(tmp_path / "refused"), to_layout="diffusers-vae")
     assert not (tmp_path / "refused").exists()
+
+
+def started(config, workdir):
+    """A run as it is saved before its first update."""
+    options = dict(seed=0, batch_size=8, process_index=0, process_count=1)
+    iterator = make_iterator(make_source(config.data), config.data, **options)
+    workdir, experiment = epath.Path(workdir), build(config)
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        state, loop = starting_state(experiment, workdir, checkpoints, iterator)
+        checkpoints.save(0, state, iterator, loop or {"start": 0})
+    iterator.close()
 
 
 def test_dtype_is_kept_unless_asked(tmp_path):

@@ -1,0 +1,116 @@
+"""The same noise through our samplers and diffusers' schedulers takes the same way, state by state.
+
+Both walk over the same noise levels, by asking the schedulers for ours:
+    DDPM   improved DDPM's respacing is what diffusers calls "linspace", where no level falls on a half;
+    DDIM   diffusers' step always goes down by T // n, so its n is set to what makes that our stride, (T - 1) / (n - 1);
+    Euler  our levels before the shift are given as `sigmas`; diffusers' own end at 1 / T in place of 0.
+"""
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from trm_diffusion.diffusion.objective import DiffusionConfig, make_objective
+from trm_diffusion.diffusion.samplers import draw_initial_noise, sample
+
+TOLERANCE = 1e-3
+SHAPE, STEPS, TIMESTEPS = (4, 4, 2), 10, 1000
+KEYS = jax.random.split(jax.random.key(0), 3)
+
+
+def network(x, times, sin, channels):
+    """A smooth function of the noisy sample and its time, with as many channels as asked, in either library."""
+    base = 0.8 * sin(1.3 * x + times / 250.0) + 0.1 * x
+    return base if channels == SHAPE[-1] else (base, 0.7 * sin(2.0 * x))
+
+
+def our_states(config, sampler, **options):
+    """States [n + 1, B, H, W, C], from pure noise to the sample; the network's times."""
+    objective = make_objective(config)
+    channels = objective.output_channels(SHAPE[-1])
+
+    def recorded(noisy, times):
+        inputs = objective.network_times(times)
+        output = network(noisy, inputs[:, None, None, None], jnp.sin, channels)
+        output = output if channels == SHAPE[-1] else jnp.concatenate(output, axis=-1)
+        return output, (noisy, inputs[0])
+
+    noise = draw_initial_noise(KEYS, SHAPE)
+    samples, (states, times) = sample(
+        recorded, objective, noise, KEYS, sampler=sampler, diffusion_steps=STEPS, **options
+    )
+    return np.concatenate([states, samples[None]]), np.asarray(times)
+
+
+def fresh_noise(step):
+    """What our samplers draw in diffusion step `step`."""
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, step + 1))(KEYS)
+    return torch.from_numpy(np.array(jax.vmap(lambda key: jax.random.normal(key, SHAPE))(keys)))
+
+
+def assert_same_way(states, times, step, channels=SHAPE[-1]):
+    """step(output, time, state, index) -> the next state, by the scheduler; channels last as ours."""
+    state = torch.from_numpy(states[0].copy())
+    for index, time in enumerate(times):
+        output = network(state, torch.tensor(float(time)), torch.sin, channels)
+        state = step(output, time, state, index)
+        assert np.abs(state.numpy() - states[index + 1]).max() <= TOLERANCE * np.abs(states[index + 1]).max()
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["fixed_small", "learned_range"])
+def test_ddpm(learned, monkeypatch):
+    config = DiffusionConfig(objective="ddpm", learned_sigma=learned, timesteps=TIMESTEPS)
+    states, times = our_states(config, "ddpm")
+    scheduler = diffusers.DDPMScheduler(
+        beta_start=config.beta_start,
+        beta_end=config.beta_end,
+        beta_schedule="linear",
+        variance_type="learned_range" if learned else "fixed_small",
+        timestep_spacing="linspace",
+        clip_sample=False,
+    )
+    scheduler.set_timesteps(STEPS)
+    np.testing.assert_array_equal(scheduler.timesteps, times)
+
+    def step(output, time, state, index):
+        module = "diffusers.schedulers.scheduling_ddpm.randn_tensor"
+        monkeypatch.setattr(module, lambda *_, **__: fresh_noise(index).movedim(-1, 1))
+        output = torch.cat(output, dim=-1) if learned else output
+        moved = scheduler.step(output.movedim(-1, 1), int(time), state.movedim(-1, 1)).prev_sample
+        return moved.movedim(1, -1)
+
+    assert_same_way(states, times, step, channels=SHAPE[-1] * (1 + learned))
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_ddim(eta):
+    config = DiffusionConfig(objective="ddpm", timesteps=TIMESTEPS)
+    states, times = our_states(config, "ddim", eta=eta)
+    stride = (TIMESTEPS - 1) // (STEPS - 1)
+    np.testing.assert_array_equal(np.diff(times), -stride)
+    scheduler = diffusers.DDIMScheduler(
+        beta_start=config.beta_start, beta_end=config.beta_end, beta_schedule="linear", clip_sample=False
+    )
+    scheduler.set_timesteps(TIMESTEPS // stride)
+
+    def step(output, time, state, index):
+        noise = fresh_noise(index) if eta else None
+        return scheduler.step(output, int(time), state, eta=eta, variance_noise=noise).prev_sample
+
+    assert_same_way(states, times, step)
+
+
+def test_flow_euler():
+    shift = 3.0  # SD3's
+    states, times = our_states(DiffusionConfig(objective="rectified_flow", shift=shift), "euler")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 0, STEPS + 1)[:-1])
+    np.testing.assert_allclose(scheduler.timesteps, times, rtol=1e-6)
+
+    def step(output, time, state, index):
+        return scheduler.step(output, scheduler.timesteps[index], state).prev_sample
+
+    assert_same_way(states, times, step)
