@@ -5,6 +5,7 @@
 75  asked to stop (SIGTERM or Ctrl-C): everything is saved, start the same command again
 """
 
+import functools
 import re
 import sys
 
@@ -22,6 +23,8 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, runs/NAME by default; may be gs://...")
 MODE = flags.DEFINE_enum("mode", "train", MODES, "train (then sample and evaluate), or one job alone")
+PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to draw with --mode=sample; may be given several times")
+PROMPTS = flags.DEFINE_string("prompts", None, "File of such texts, one a line")
 SOURCE = flags.DEFINE_string("from", "", "convert: a run, a converted directory, published weights, or a hub id")
 DESTINATION = flags.DEFINE_string("to", "", "convert: the directory to write")
 LAYOUT = flags.DEFINE_string("layout", "", "convert: the layout of published weights, where their names do not tell")
@@ -96,6 +99,7 @@ def run(mode: str, platform: str) -> int:
 
     from trm_diffusion.config import resolve
     from trm_diffusion.evaluate import evaluate
+    from trm_diffusion.prompts import read_prompts
     from trm_diffusion.runtime.signals import StopRequest
     from trm_diffusion.sample import sample
     from trm_diffusion.train import train
@@ -103,6 +107,11 @@ def run(mode: str, platform: str) -> int:
     if CONFIG.value is None:
         raise UserError("no experiment given; add --config=configs/digits.py, or another file of configs/")
     config = resolve(CONFIG.value)
+    prompts = PROMPT.value + (read_prompts(PROMPTS.value) if PROMPTS.value else [])
+    if prompts:
+        if mode != "sample":
+            raise UserError("--prompt and --prompts are for --mode=sample")
+        sample = functools.partial(sample, prompts=prompts)
     workdir = epath.Path(WORKDIR.value or f"runs/{config.name}")
     use_compilation_cache(workdir.parent / ".compilation_cache")
     jobs = {"train": (train, sample, evaluate), "sample": (sample,), "evaluate": (evaluate,)}

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from tests.models import reference
-from trm_diffusion.models.attention import Attention
+from trm_diffusion.models.attention import Attention, Context
 from trm_diffusion.models.gate import GATE_INPUTS, Conditioning
 from trm_diffusion.models.recursion import Recursion, RecursionConfig, recursive_blocks
 
@@ -57,7 +57,7 @@ def run(attention, recursion, *, joint, steps, key=None, data=None):
         shift_bd=shift,
         scale_bd=scale,
         conditioning=conditioning,
-        attend=lambda qkv: attention.attend(qkv, context if joint else None),
+        attend=lambda qkv: attention.attend(qkv, Context(*context) if joint else None),
         project_base=attention.project,
         latent_steps=steps,
         key=key,
