@@ -17,6 +17,9 @@ from trm_diffusion.weights.safetensors import TensorSpec, write_safetensors
 from trm_diffusion.weights.source import open_source
 from trm_diffusion.weights.store import holds_weights, load_weights, new_directory, save_weights
 
+JOINT_FIELDS = ("dual_attention_blocks", "position_max_size", "position_base_size")
+# What must agree for weights to mean the same, of which shapes do not tell all; an image may have another size.
+FIXED = {"depth", "width", "heads", "patch", "mlp_ratio", "qk_norm", "in_channels", "out_channels", *JOINT_FIELDS}
 DIFFUSERS_FILE, PLAIN_FILE = "diffusion_pytorch_model.safetensors", "model.safetensors"
 
 
@@ -58,20 +61,23 @@ def _of_run(workdir: Path) -> Weights:
     """A run's parameters (first average)."""
     layers = {name: np.asarray(value) for name, value in layers_of_run(epath.Path(workdir)).items()}
     specs = {name: TensorSpec(value.shape, value.dtype) for name, value in layers.items()}
-    record = {"source": str(workdir)}
-    return Weights("dit", model_of(load_config(epath.Path(workdir))), specs, layers.__getitem__, record)
+    config = load_config(epath.Path(workdir))
+    return Weights(config.model.architecture, model_of(config), specs, layers.__getitem__, {"source": str(workdir)})
 
 
 def model_of(config: Config) -> dict:
     """What a manifest says of the model that a config describes."""
     model, channels = config.model, config.data.channels
-    names = ("depth", "width", "heads", "patch", "mlp_ratio")
-    return {name: getattr(model, name) for name in names} | dict(
+    fields = {name: getattr(model, name) for name in ("depth", "width", "heads", "patch", "mlp_ratio")}
+    fields |= dict(
         image_size=config.data.image_size,
         in_channels=channels,
         out_channels=make_objective(config.diffusion).output_channels(channels),
-        num_classes=config.data.num_classes,
     )
+    if model.architecture == "dit":
+        return fields | {"num_classes": config.data.num_classes}
+    fields |= {name: getattr(model.mmdit, name) for name in JOINT_FIELDS} | {"qk_norm": model.qk_norm}
+    return fields | {"text_features": model.text.features, "pooled_features": model.text.pooled_features}
 
 
 def starting_layers(path: epath.Path, config: Config) -> dict:
@@ -79,9 +85,9 @@ def starting_layers(path: epath.Path, config: Config) -> dict:
     if not holds_weights(path):
         return layers_of_run(path)
     weights, wanted = load_weights(path), model_of(config)
-    if weights.kind != "dit":
-        raise UserError(f"config.init.workdir {path} holds a {weights.kind}, not a dit")
-    for name, value in weights.model.items():
-        if value is not None and name in wanted and wanted[name] != value:
-            raise UserError(f"config.init.workdir {path} has {name} {value}, this config {wanted[name]}")
+    if weights.kind != config.model.architecture:
+        raise UserError(f"config.init.workdir {path} holds a {weights.kind}, not a {config.model.architecture}")
+    for name in sorted(FIXED & weights.model.keys()):
+        if weights.model[name] is not None and weights.model[name] != wanted[name]:
+            raise UserError(f"config.init.workdir {path} has {name} {weights.model[name]}, this config {wanted[name]}")
     return {name: weights.read(name) for name in weights.specs}

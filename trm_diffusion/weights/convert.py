@@ -13,12 +13,16 @@ from trm_diffusion.errors import UserError
 from trm_diffusion.weights.dit import DIFFUSERS_DIT, DIT
 from trm_diffusion.weights.forms import Rule
 from trm_diffusion.weights.layout import Layout, Model
+from trm_diffusion.weights.mmdit import DIFFUSERS_SD3, SINGLE_FILE_SD3
 from trm_diffusion.weights.safetensors import TensorSpec
 from trm_diffusion.weights.source import Source
 from trm_diffusion.weights.vae import DIFFUSERS_VAE, SINGLE_FILE_VAE
 
 SIT = dataclasses.replace(DIT, name="sit")  # the same tensors, trained on another objective
-LAYOUTS = {layout.name: layout for layout in (DIT, SIT, DIFFUSERS_DIT, DIFFUSERS_VAE, SINGLE_FILE_VAE)}
+LAYOUTS = {
+    layout.name: layout
+    for layout in (DIT, SIT, DIFFUSERS_DIT, DIFFUSERS_SD3, SINGLE_FILE_SD3, DIFFUSERS_VAE, SINGLE_FILE_VAE)
+}
 CONSTANT_TOLERANCE = {2: 4e-3, 4: 1e-5, 8: 1e-5}  # by bytes of the dtype; constants are at most 1
 PROBLEMS_SHOWN = 4
 
