@@ -11,10 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from flax import nnx
 
+from tests.parity import official_dit
+from tests.parity.common import assert_parity, bound, randomize
+from trm_diffusion.convert import convert
 from trm_diffusion.diffusion.objective import DiffusionConfig, make_objective
 from trm_diffusion.diffusion.samplers import draw_initial_noise, sample
+from trm_diffusion.models.dit import DiT, DiTConfig
+from trm_diffusion.weights.store import load_weights
 
 TOLERANCE = 1e-3
 SHAPE, STEPS, TIMESTEPS = (4, 4, 2), 10, 1000
@@ -114,3 +121,26 @@ def test_flow_euler():
         return scheduler.step(output, scheduler.timesteps[index], state).prev_sample
 
     assert_same_way(states, times, step)
+
+
+def test_sit_takes_the_way_of_its_own_equations(tmp_path):
+    """SiT goes from noise at its time 0 to data at 1 along its answer, the first half of its channels."""
+    theirs = randomize(official_dit.DiT(2, 32, 2, 2, 8, 4, 8, 10))
+    safetensors.torch.save_file(theirs.state_dict(), tmp_path / "sit.safetensors")
+    convert(str(tmp_path / "sit.safetensors"), str(tmp_path / "ours"), layout="sit")
+    model = dict(depth=2, width=32, heads=2, patch=2, dtype="float32", scan_blocks=False)
+    sizes = dict(image_size=8, in_channels=4, out_channels=8, num_classes=10)
+    module = bound(lambda: DiT(DiTConfig(**model), **sizes, rngs=nnx.Rngs(0)), load_weights(tmp_path / "ours"))
+    config = DiffusionConfig(objective="rectified_flow", convention="sit", learned_sigma=True)
+    noise = draw_initial_noise(KEYS, (8, 8, 4))
+    labels = np.array([1, 2, 3])
+    ours, _ = sample(
+        lambda noisy, times: (module(noisy, make_objective(config).network_times(times), labels)[0], None),
+        make_objective(config), noise, KEYS, sampler="euler", diffusion_steps=STEPS,
+    )  # fmt: skip
+    state = torch.from_numpy(np.array(noise)).movedim(-1, 1)
+    with torch.no_grad():
+        for index in range(STEPS):
+            times = torch.full((3,), index / STEPS)
+            state = state + theirs(state, times, torch.from_numpy(labels))[:, :4] / STEPS
+    assert_parity(ours, state, TOLERANCE)

@@ -17,6 +17,7 @@ from trm_diffusion.diffusion import gaussian
 
 OBJECTIVES = ("ddpm", "rectified_flow")
 TIME_DISTRIBUTIONS = ("logit_normal", "uniform")
+CONVENTIONS = ("sd3", "sit")
 FLOW_EMBEDDING_SCALE = 1000.0  # the range that sinusoidal timestep embeddings were made for
 
 
@@ -25,13 +26,15 @@ class DiffusionConfig:
     """The objective and its schedule. A value out of range raises ValueError, in one line."""
 
     objective: str = "rectified_flow"  # "ddpm" or "rectified_flow"
-    learned_sigma: bool = False  # ddpm: half the output names the variance; L_hybrid
+    learned_sigma: bool = False  # ddpm: half the output names the variance; L_hybrid. sit: half of it is not used
     timesteps: int = 1000  # ddpm: noise levels trained on
     beta_start: float = 1e-4  # ddpm: variance added at the first level
     beta_end: float = 0.02  # ddpm: variance added at the last level, linear in between
     time_distribution: str = "logit_normal"  # rectified_flow: "logit_normal" or "uniform"
     logit_mean: float = 0.0  # logit_normal: mean of log(t / (1 - t)); above 0 favours noise
     logit_std: float = 1.0  # logit_normal: its standard deviation
+    convention: str = "sd3"  # rectified_flow: the network sees 1000 t and answers noise - data (sd3), or 1 - t and
+    # data - noise (sit), as the published SiT weights do
     shift: float = 1.0  # rectified_flow: t -> s t / (1 + (s - 1) t), in training and sampling
 
     def __post_init__(self):
@@ -42,7 +45,9 @@ class DiffusionConfig:
                 f"diffusion.time_distribution is {self.time_distribution!r}; "
                 f"choose one of {', '.join(TIME_DISTRIBUTIONS)}"
             )
-        if self.learned_sigma and self.objective != "ddpm":
+        if self.convention not in CONVENTIONS:
+            raise ValueError(f"diffusion.convention is {self.convention!r}; choose one of {', '.join(CONVENTIONS)}")
+        if self.learned_sigma and self.objective != "ddpm" and self.convention != "sit":
             raise ValueError(
                 "diffusion.learned_sigma needs diffusion.objective 'ddpm': a flow has no variance to learn"
             )
@@ -140,7 +145,8 @@ def _check_diffusion_steps(diffusion_steps: int, largest: float = math.inf):
 class RectifiedFlow:
     """Straight paths from data to noise (Liu et al. 2022; SiT and SD3's linear path).
 
-    Times are t in [0, 1], x_t = (1 - t) x_0 + t noise, and the output is the velocity noise - x_0.
+    Times are t in [0, 1], x_t = (1 - t) x_0 + t noise, and the output is the velocity noise - x_0, or as
+    `convention` says.
     """
 
     name = "rectified_flow"
@@ -153,7 +159,12 @@ class RectifiedFlow:
         return shift * times / (1.0 + (shift - 1.0) * times)
 
     def output_channels(self, channels: int) -> int:
-        return channels
+        return 2 * channels if self.config.learned_sigma else channels
+
+    def _velocity(self, output, channels: int):
+        """noise - x_0 [B, ..., C] out of the network's answer."""
+        velocity = at_least_float32(output[..., :channels])
+        return -velocity if self.config.convention == "sit" else velocity
 
     def sample_times(self, key, count: int):
         if self.config.time_distribution == "uniform":
@@ -167,7 +178,7 @@ class RectifiedFlow:
         return times
 
     def network_times(self, times):
-        return FLOW_EMBEDDING_SCALE * times
+        return 1.0 - times if self.config.convention == "sit" else FLOW_EMBEDDING_SCALE * times
 
     def signal_and_sigma(self, times):
         return 1.0 - times, times
@@ -177,10 +188,10 @@ class RectifiedFlow:
 
     def loss(self, output, clean, noise, noisy, times):
         velocity = at_least_float32(noise) - at_least_float32(clean)  # [B, ..., C]
-        return _mean_per_sample((at_least_float32(output) - velocity) ** 2)  # [B]
+        return _mean_per_sample((self._velocity(output, clean.shape[-1]) - velocity) ** 2)  # [B]
 
     def predict(self, output, noisy, times) -> Prediction:
-        velocity, noisy = at_least_float32(output), at_least_float32(noisy)
+        velocity, noisy = self._velocity(output, noisy.shape[-1]), at_least_float32(noisy)
         times = per_sample(times, noisy)
         return Prediction(clean=noisy - times * velocity, noise=noisy + (1.0 - times) * velocity)
 
