@@ -88,5 +88,6 @@ def _initial_state(config: Config, model: PureModel, optimizer) -> TrainState:
         optimizer,
         key_for(config.seed, Purpose.INITIAL_WEIGHTS),
         trainable=config.train.trainable,
+        frozen_dtype=config.train.frozen_dtype,
         ema_decays=config.optim.ema_decays,
     )

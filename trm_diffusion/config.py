@@ -46,6 +46,7 @@ CHOICES = {  # field: the values it may take
     "model.recursion.dispatch": DISPATCH,
     "model.recursion.remat": tuple(POLICIES),
     "model.recursion.halting": HALTING,
+    "train.frozen_dtype": ("float32", "bfloat16"),
     "data.source": SOURCES,
     "optim.schedule": SCHEDULES,
     "evaluate.kind": ("none", "digits"),
@@ -126,6 +127,7 @@ class TrainConfig:
     )
     label_dropout: float = 0.1  # share of labels, or texts, replaced by none, for classifier-free guidance
     trainable: str = "all"  # all, recursion (gates and experts alone), or comma-separated path patterns
+    frozen_dtype: str = "float32"  # of parameters that are not trained, gates and experts apart: float32 or bfloat16
     nonfinite_limit: int = 10  # non-finite updates in a row (each skipped) after which the run gives up
 
 
@@ -159,6 +161,7 @@ class InitConfig:
     workdir: str = (
         ""  # start from the parameters of another run (first average) or a converted directory; "" from scratch
     )
+    adapter: str = ""  # gates and experts to lay onto that, as --mode=convert --to-layout=adapter exports them
     missing: str = ""  # patterns of parameters that run may lack, such as "*/recursion/*"; these start fresh
 
 

@@ -29,11 +29,14 @@ SOURCE = flags.DEFINE_string("from", "", "convert: a run, a converted directory,
 DESTINATION = flags.DEFINE_string("to", "", "convert: the directory to write")
 LAYOUT = flags.DEFINE_string("layout", "", "convert: the layout of published weights, where their names do not tell")
 TO_LAYOUT = flags.DEFINE_string(
-    "to-layout", "", "convert: write published names; without it, a directory to start from"
+    "to-layout",
+    "",
+    "convert: published names, or adapter (gates and experts alone); else a directory to start from",
 )
 DTYPE = flags.DEFINE_enum(
     "dtype", "", ("", "float32", "float16", "bfloat16"), "convert: of the result; else the source's"
 )
+MERGE = flags.DEFINE_bool("merge", False, "convert: put a plain LoRA into the base weights first")
 PLATFORM = flags.DEFINE_enum("platform", "", PLATFORMS, "Refuse to run on anything else; any device by default")
 
 
@@ -94,7 +97,7 @@ def run(mode: str, platform: str) -> int:
     if mode == "convert":
         from trm_diffusion.convert import convert
 
-        convert(SOURCE.value, DESTINATION.value, LAYOUT.value, TO_LAYOUT.value, DTYPE.value)
+        convert(SOURCE.value, DESTINATION.value, LAYOUT.value, TO_LAYOUT.value, DTYPE.value, MERGE.value)
         return 0
 
     from trm_diffusion.config import resolve

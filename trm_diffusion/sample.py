@@ -10,23 +10,20 @@ import numpy as np
 from etils import epath
 
 from trm_diffusion.analysis.grids import captioned_grid, image_grid, save_png
-from trm_diffusion.build import Experiment, build
+from trm_diffusion.build import Experiment
 from trm_diffusion.config import Config
 from trm_diffusion.diffusion.guidance import guide
 from trm_diffusion.diffusion.samplers import draw_initial_noise
 from trm_diffusion.diffusion.samplers import sample as run_sampler
-from trm_diffusion.errors import Interrupted, UserError
-from trm_diffusion.models.architecture import stack_layout
-from trm_diffusion.models.stack import per_layer
+from trm_diffusion.errors import Interrupted
 from trm_diffusion.prompts import Request, request_of
-from trm_diffusion.runtime.checkpoints import Checkpoints
+from trm_diffusion.runs import load_run, sampling_parameters
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.parameters import Parameters
 from trm_diffusion.runtime.random import Purpose, key_for
 from trm_diffusion.runtime.sharding import batch_sharding, replicated
 from trm_diffusion.runtime.signals import StopRequest
 from trm_diffusion.runtime.state import TrainState
-from trm_diffusion.runtime.workdir import changed_fields, load_config
 
 GRID_PIXELS = 64  # images narrower than this are shown enlarged
 CAPTIONED_PIXELS = 160  # and with captions than this
@@ -87,15 +84,6 @@ def draw_all(
         yield np.asarray(images[: len(rows)])
 
 
-def sampling_parameters(experiment: Experiment, state: TrainState) -> Parameters:
-    """The parameters that `sample.parameters` names."""
-    which = experiment.config.sample.parameters
-    if which == "raw":
-        return state.parameters
-    decay = str(experiment.config.optim.ema_decays[0]) if which == "ema" else which
-    return {**state.ema[decay], **state.frozen}
-
-
 def save_grid(
     draw: Callable, experiment: Experiment, state: TrainState, request: Request, path: epath.Path
 ) -> np.ndarray:
@@ -116,24 +104,6 @@ def write_grid(path: epath.Path, images: np.ndarray, config: Config, captions: S
         path.parent.mkdir(parents=True, exist_ok=True)
         save_png(path, grid)
     return grid
-
-
-def load_run(config: Config, workdir: epath.Path) -> tuple[Experiment, TrainState]:
-    """The latest checkpoint of the run in `workdir`, for a config that may differ in how it samples and evaluates."""
-    changed_fields(workdir, config)  # refuses another model
-    experiment = build(config)
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        latest = checkpoints.latest_step()
-        if latest is None:
-            raise UserError(f"{workdir} holds no checkpoint yet; train first")
-        state, _ = checkpoints.restore(latest, experiment.abstract_state)
-    return experiment, state
-
-
-def layers_of_run(workdir: epath.Path) -> Parameters:
-    """The parameters (first average) of a run, each block on its own, as `models.stack.per_layer` names them."""
-    experiment, state = load_run(load_config(workdir), workdir)
-    return per_layer(sampling_parameters(experiment, state), stack_layout(experiment.config.model))
 
 
 def sample(config: Config, workdir: epath.Path, stop: StopRequest, prompts: Sequence[str] = ()) -> None:

@@ -7,7 +7,6 @@ Where a run starts from, in this order:
 """
 
 import dataclasses
-import fnmatch
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,19 +19,18 @@ from etils import epath
 
 from trm_diffusion.build import Experiment, build
 from trm_diffusion.config import Config
-from trm_diffusion.convert import starting_layers
 from trm_diffusion.data.pipeline import make_iterator
 from trm_diffusion.diffusion.objective import per_sample
 from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.models.architecture import stack_layout
 from trm_diffusion.models.balance import auxiliary_loss, moved_biases
 from trm_diffusion.models.recursion import RoutingReport
-from trm_diffusion.models.stack import from_per_layer
 from trm_diffusion.prompts import keep_words, request_of, training_source
+from trm_diffusion.runs import started_state
 from trm_diffusion.runtime.checkpoints import Checkpoints
 from trm_diffusion.runtime.logging import RunLogger, say
 from trm_diffusion.runtime.optimizer import ema_decay, learning_rate, update_ema
-from trm_diffusion.runtime.parameters import Parameters, count, is_balance_bias
+from trm_diffusion.runtime.parameters import Parameters, count, is_balance_bias, memory
 from trm_diffusion.runtime.random import Purpose, key_for
 from trm_diffusion.runtime.sharding import batch_sharding, replicated
 from trm_diffusion.runtime.signals import StopRequest
@@ -193,43 +191,15 @@ def starting_state(experiment: Experiment, workdir: epath.Path, checkpoints: Che
         state, loop = checkpoints.restore(latest, experiment.abstract_state, iterator)
         say(f"resuming {workdir} at update {latest}" + (f" with {'; '.join(changes)}" if changes else ""))
     elif config.init.workdir:
-        state, loop = _from_other_run(experiment, epath.Path(config.init.workdir)), {}
-        say(f"starting {workdir} from the parameters of {config.init.workdir}")
+        state, loop = started_state(experiment), {}
+        laid = f" with {config.init.adapter}" if config.init.adapter else ""
+        say(f"starting {workdir} from the parameters of {config.init.workdir}{laid}")
     else:
         state, loop = experiment.fresh_state(), {}
         say(f"starting {workdir} from scratch")
     if jax.process_index() == 0:
         save_config(workdir, config)
     return state, loop
-
-
-def _from_other_run(experiment: Experiment, other: epath.Path) -> TrainState:
-    """A fresh state with every parameter that the other run has; one it lacks must be named by `init.missing`."""
-    state, model, config = experiment.fresh_state(), experiment.model, experiment.config
-    found = from_per_layer(starting_layers(other, config), list(model.shapes), stack_layout(config.model))
-    allowed = config.init.missing.split(",")
-    lacking = [
-        name
-        for name, shape in model.shapes.items()
-        if (name not in found or found[name].shape != shape.shape)
-        and not any(fnmatch.fnmatch(name, pattern) for pattern in allowed)
-    ]
-    if lacking:
-        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
-        raise UserError(
-            f"config.init.workdir {other} has no fitting {', '.join(lacking[:3])}{more}; "
-            "name what may start fresh in config.init.missing"
-        )
-
-    def put(current: Parameters) -> Parameters:
-        return {
-            name: jax.device_put(jnp.asarray(found.get(name, leaf), leaf.dtype), leaf.sharding)
-            for name, leaf in current.items()
-        }
-
-    trainable = put(state.trainable)
-    ema = {decay: jax.tree.map(jnp.copy, trainable) for decay in state.ema}
-    return dataclasses.replace(state, trainable=trainable, frozen=put(state.frozen), ema=ema)
 
 
 def _describe(experiment: Experiment, state: TrainState) -> None:
@@ -240,6 +210,9 @@ def _describe(experiment: Experiment, state: TrainState) -> None:
         f"{total:,} parameters ({recursion:,} of gates and experts), {trained:,} trained, "
         f"on {devices.size} {devices.flat[0].device_kind} device{'s' if devices.size > 1 else ''}"
     )
+    parts = {"parameters": state.parameters, "gradients": state.trainable, "optimiser": state.optimizer}
+    megabytes = {name: memory(part) / 1e6 for name, part in (parts | {"averages": state.ema}).items()}
+    say("memory: " + ", ".join(f"{name} {size:,.1f} MB" for name, size in megabytes.items()))
 
 
 def _loop(experiment, workdir, stop, checkpoints, iterator, state, loop) -> None:

@@ -174,7 +174,7 @@ def test_another_runs_parameters_start_a_run_and_missing_ones_must_be_named(tmp_
         train(tiny_config(**start), epath.Path(tmp_path / "refused"), StopRequest())
     tuned = tiny_config(**start, init__missing="*/recursion/*")
     train(tuned, epath.Path(tmp_path / "tuned"), StopRequest())
-    from trm_diffusion.sample import layers_of_run
+    from trm_diffusion.runs import layers_of_run
 
     before, after = (layers_of_run(epath.Path(tmp_path / name)) for name in ("base", "tuned"))
     added = after.keys() - before.keys()

@@ -104,7 +104,7 @@ def recursion(x, shift, scale, timestep, condition, pools, base, heads, config, 
         probabilities = [[None] * tokens for _ in range(images)]
         for b in range(images):
             for n in range(tokens):
-                h[b, n] = layer_norm(a[b, n])
+                h[b, n] = layer_norm(a[b, n]) if config.normalization else a[b, n]
                 if config.modulation:
                     h[b, n] = h[b, n] * (1 + scale[b]) + shift[b]
                 if config.residual == "after_norm":

@@ -117,6 +117,7 @@ def test_equals_reference(latent_steps, experts, k, joint):
 SUBSETS = [",".join(c) for size in (1, 2, 3) for c in itertools.combinations(GATE_INPUTS, size)]
 FACTORS = {
     "base_input": ("modulated", "carry"),
+    "normalization": (True, False),
     "modulation": (True, False),
     "residual": ("before_norm", "after_norm"),
     "pool": ("shared", "per_latent_step"),

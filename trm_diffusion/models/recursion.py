@@ -50,6 +50,7 @@ class RecursionConfig:
     gate_inputs: str = "tokens,timestep,condition"  # what the gate sees, any subset
     forward_weight: str = "straight_through"  # straight_through (exactly 1 at k = 1) or soft
     base_input: str = "modulated"  # the base projection sees x~ (modulated) or a_{T-1} + x~ (carry, figure 1)
+    normalization: bool = True  # h starts from LN(a); False takes a as it is: at T = M = 1 without Mod a plain LoRA
     modulation: bool = True  # Mod is the block's shift and scale; False leaves it out
     residual: str = "before_norm"  # x~ joins a before the norm, or h after it (after_norm, figure 1)
     pool: str = "shared"  # one pool and gate for all latent steps, or one per_latent_step
@@ -255,7 +256,7 @@ class Recursion(nnx.Module):
         running [B, N]: tokens that ask for an update; None is all of them.
         """
         config, x_bnd, key = self.config, block.x_bnd, block.key
-        h = layer_norm(a_bnd)
+        h = layer_norm(a_bnd) if config.normalization else a_bnd
         if config.modulation:
             h = modulate(h, block.shift_bd, block.scale_bd)
         if config.residual == "after_norm":

@@ -73,6 +73,11 @@ def is_balance_bias(name: str) -> bool:
     return name.endswith("/balance_bias")
 
 
+def memory(arrays) -> int:
+    """Bytes of a tree of arrays or shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
+
+
 def count(parameters) -> int:
     """Number of scalars in a dictionary of arrays or shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(parameters))

@@ -17,7 +17,7 @@ class TrainState:
 
     step: jax.Array  # int32, updates done
     trainable: Parameters  # float32
-    frozen: Parameters  # parameters without gradient, optimiser state or average
+    frozen: Parameters  # parameters without gradient, optimiser state or average; float32 or, but for gates, bfloat16
     optimizer: optax.OptState  # of the trainable parameters
     ema: dict[str, Parameters]  # decay as a string -> averages of the trainable parameters, float32
 
@@ -27,7 +27,7 @@ class TrainState:
 
 
 def initial_state(
-    model: PureModel, optimizer: optax.GradientTransformation, key, *, trainable: str, ema_decays
+    model: PureModel, optimizer: optax.GradientTransformation, key, *, trainable: str, frozen_dtype: str, ema_decays
 ) -> TrainState:
     """A fresh state; pure, to be jitted with `state_sharding` as its output sharding."""
     parameters = model.init(key)
@@ -36,7 +36,11 @@ def initial_state(
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         trainable=trained,
-        frozen={name: value for name, value in parameters.items() if name not in names},
+        frozen={
+            name: value if "/recursion/" in name else value.astype(frozen_dtype)
+            for name, value in parameters.items()
+            if name not in names
+        },
         optimizer=optimizer.init(trained),
         ema={str(decay): jax.tree.map(lambda p: p.astype(jnp.float32), trained) for decay in ema_decays},
     )

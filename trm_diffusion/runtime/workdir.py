@@ -28,6 +28,7 @@ STRUCTURE = (
     "data.channels",
     "data.num_classes",
     "train.trainable",
+    "train.frozen_dtype",
     "optim.ema_decays",
 )
 

@@ -23,6 +23,7 @@ from trm_diffusion.weights.convert import Weights
 from trm_diffusion.weights.safetensors import TensorSpec, read_safetensors, write_safetensors
 
 FORMAT = 1
+OWN_FIELDS = ("format", "version", "kind", "model", "parameters")  # of a manifest; the others are the weights' record
 MANIFEST, TENSORS = "manifest.json", "model.safetensors"
 
 
@@ -56,7 +57,7 @@ def load_weights(directory: str | os.PathLike) -> Weights:
         )
     tensors = read_safetensors(directory / TENSORS)
     specs = {name: TensorSpec(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-    origin = {name: record[name] for name in ("layout", "source", "files") if name in record}
+    origin = {name: value for name, value in record.items() if name not in OWN_FIELDS}
     return Weights(record["kind"], record["model"], specs, tensors.__getitem__, origin)
 
 

@@ -1,0 +1,96 @@
+"""Gates and experts as an artefact of their own, apart from the base model that they were trained on; and their merge.
+
+Experts go into the base weights only where their update is a linear map of what the base projection sees, the same for
+every token: W x~ + B A x~ = (W + B A) x~. That is so in one case: one latent step, one expert, and h = x~, which is
+`normalization` and `modulation` off, a plain LoRA. The paper's mechanism has h = Mod(LN(x~)), and attention between
+latent steps, so it cannot be merged. Experts whose B is still zero can be dropped.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from trm_diffusion.errors import UserError
+from trm_diffusion.weights.convert import Weights
+
+# What the gates and experts compute with at inference; the others are of training, or of how it is computed.
+FUNCTION = (
+    "blocks", "latent_steps", "experts", "experts_per_token", "rank", "temperature", "gate_inputs", "forward_weight",
+    "base_input", "normalization", "modulation", "residual", "pool", "routing_scope", "base_every_step", "halting",
+)  # fmt: skip
+MERGEABLE = {
+    "latent_steps": 1, "experts": 1, "normalization": False, "modulation": False, "residual": "before_norm",
+    "base_input": "modulated",
+}  # fmt: skip
+
+
+def is_adapter(name: str) -> bool:
+    """Does this parameter belong to a gate or to experts?"""
+    return "/recursion/" in name
+
+
+def adapter_of(weights: Weights, where: str) -> Weights:
+    """Gates and experts alone, with a hash of the base they belong to. Raises UserError where there are none."""
+    specs = {name: spec for name, spec in weights.specs.items() if is_adapter(name)}
+    if not specs:
+        raise UserError(f"{where} has no gates and experts to export (config.model.recursion.blocks none)")
+    record = weights.record | {"base_sha256": base_sha256(dict(weights.tensors()))}
+    return dataclasses.replace(weights, kind="adapter", specs=specs, record=record)
+
+
+def check_adapter(adapter: Weights, model: dict, where: str) -> None:
+    """Raises UserError where an adapter was trained with another recursion than the `model` has."""
+    if adapter.kind != "adapter":
+        raise UserError(f"config.init.adapter {where} holds a {adapter.kind}, not gates and experts")
+    theirs, ours = adapter.model["recursion"], model.get("recursion", {"blocks": "none"})
+    for name in FUNCTION:
+        if theirs[name] != ours.get(name):
+            field = f"config.model.recursion.{name}"
+            raise UserError(f"config.init.adapter {where} has {field} {theirs[name]!r}, not {ours.get(name)!r}")
+
+
+def base_sha256(layers: Mapping[str, np.ndarray]) -> str:
+    """A hash of every parameter but gates and experts: names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(layers):
+        if not is_adapter(name):
+            value = np.ascontiguousarray(layers[name])
+            digest.update(f"{name} {value.dtype} {value.shape}".encode())
+            digest.update(value.reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+def merged(weights: Weights, where: str) -> Weights:
+    """The base model alone that computes the same, to rounding. Raises UserError where there is none."""
+    recursion = weights.model.get("recursion")
+    if recursion is None:
+        raise UserError(f"{where} has no gates and experts to merge")
+    ups = [name for name in weights.specs if name.endswith("/recursion/pool/experts/up")]
+    untrained = recursion["base_input"] == "modulated" and not any(weights.read(name).any() for name in ups)
+    unlike = [f"{name} {recursion[name]!r}" for name, value in MERGEABLE.items() if recursion[name] != value]
+    if unlike and not untrained:
+        raise UserError(
+            f"{where} cannot be merged exactly with {', '.join(unlike)}: only a plain LoRA can "
+            f"({', '.join(f'{name} {value!r}' for name, value in MERGEABLE.items())}); export it by --to-layout=adapter"
+        )
+    updates = {}
+    for name in () if untrained else ups:
+        block, down = name.partition("/recursion/")[0], name.removesuffix("up") + "down"
+        kernels = (f"{block}/{stream}attention/qkv/kernel" for stream in ("", "visual/"))
+        updates[next(kernel for kernel in kernels if kernel in weights.specs)] = (down, name)
+
+    def read(name: str) -> np.ndarray:
+        kernel = weights.read(name)
+        if name not in updates:
+            return kernel
+        # Leading axes of one are a pool for the only latent step, and the only expert.
+        down, up = (weights.read(part).astype(np.float64) for part in updates[name])
+        down, up = down.reshape(down.shape[-4], 3, -1), up.reshape(3, -1, up.shape[-1])  # [D, 3, r], [3, r, D]
+        update = np.einsum("dpr,pre->dpe", down, up).reshape(kernel.shape)
+        return (kernel.astype(np.float64) + update).astype(kernel.dtype)
+
+    specs = {name: spec for name, spec in weights.specs.items() if not is_adapter(name)}
+    model = {name: value for name, value in weights.model.items() if name != "recursion"}
+    return dataclasses.replace(weights, model=model, specs=specs, read=read)
