@@ -57,6 +57,15 @@ def test_state_iterator_and_loop_come_back(directory):
     other.close()
 
 
+def test_a_relative_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    iterator = batches()
+    with Checkpoints(epath.Path("run/checkpoints")) as checkpoints:
+        checkpoints.save(1, SMALL, iterator, LOOP)
+    assert (tmp_path / "run/checkpoints/1").is_dir()
+    iterator.close()
+
+
 def test_the_state_may_be_read_without_the_iterator(directory):
     iterator = batches()
     with Checkpoints(directory) as checkpoints:

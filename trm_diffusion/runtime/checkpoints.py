@@ -5,6 +5,7 @@ become visible only when complete, so a job killed while saving resumes from the
 """
 
 import dataclasses
+import os
 from typing import Any
 
 import jax
@@ -33,7 +34,7 @@ class Checkpoints:
             keep.append(_keep_policies.EveryNSteps(config.keep_every))
         self.directory = directory
         self._checkpointer = orbax.training.Checkpointer(
-            directory,
+            directory if "://" in str(directory) else os.path.abspath(directory),  # it saves to absolute paths alone
             save_decision_policy=_save_policies.FixedIntervalPolicy(1),  # the loop decides when
             preservation_policy=_keep_policies.AnyPreservationPolicy(keep),
             cleanup_tmp_directories=True,
