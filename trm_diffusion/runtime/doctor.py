@@ -14,6 +14,8 @@ REQUIRED = (
 )  # fmt: skip
 OPTIONAL = {  # package: what it is for
     "wandb": "--config.log.wandb",
+    "torch": "--mode=convert from .pt files (requirements-torch.txt)",
+    "huggingface_hub": "--mode=convert from hub ids",
     "gcsfs": "workdirs on gs://",
     "tensorflow": "preparing TFDS data sets that need it",
 }

@@ -1,0 +1,50 @@
+"""How much a program multiplies: the products of its matrix multiplications and convolutions, loops counted in full."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+
+def forward_flops(function: Callable, *arguments) -> int:
+    """Floating-point operations (two for each multiply-add) of `function` in matrix products and convolutions.
+
+    arguments: arrays or shapes. A scan counts each of its turns, a choice its dearest branch. Raises ValueError for a
+    loop whose number of turns is not known before it runs.
+    """
+    return _flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _flops(jaxpr) -> int:
+    return sum(_equation_flops(equation) for equation in jaxpr.eqns)
+
+
+def _equation_flops(equation) -> int:
+    name, parameters = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = parameters["dimension_numbers"]
+        shape = equation.invars[0].aval.shape
+        return 2 * _size(equation.outvars[0]) * int(np.prod([shape[axis] for axis in contracted]))
+    if name == "conv_general_dilated":
+        kernel, output_axis = equation.invars[1].aval.shape, parameters["dimension_numbers"].rhs_spec[0]
+        return 2 * _size(equation.outvars[0]) * int(np.prod(kernel)) // kernel[output_axis]
+    inner = [_flops(getattr(value, "jaxpr", value)) for value in _programs(parameters)]
+    if name == "while" and any(inner):
+        raise ValueError("the turns of a while loop are not known before it runs")
+    if name == "cond":
+        return max(inner)
+    return sum(inner) * (parameters["length"] if name == "scan" else 1)
+
+
+def _programs(parameters: dict) -> list:
+    """The programs inside an equation's parameters; of a custom derivative only the function itself."""
+    found = []
+    for name, value in parameters.items():
+        for entry in value if isinstance(value, tuple | list) else (value,):
+            if hasattr(getattr(entry, "jaxpr", entry), "eqns") and not name.startswith(("fwd", "bwd")):
+                found.append(entry)
+    return found
+
+
+def _size(variable) -> int:
+    return int(np.prod(variable.aval.shape))
