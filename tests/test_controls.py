@@ -53,7 +53,8 @@ def test_rows_differ_in_what_they_name_alone():
     may_differ = {
         "base": {"model.recursion.blocks", "train.trainable", "init.missing"},
         "sft": {"model.recursion.blocks", "train.trainable", "init.missing", "model.scan_blocks"},
-        "lora": {f"model.recursion.{name}" for name in ("latent_steps", "experts", "rank", "normalization", "modulation")},
+        "lora": {"model.recursion.latent_steps", "model.recursion.experts", "model.recursion.rank",
+                 "model.recursion.normalization", "model.recursion.modulation"},
         "mixture": {"model.recursion.latent_steps"},
         "recursion": {"model.recursion.experts"},
         "without_mod": {"model.recursion.modulation"},
