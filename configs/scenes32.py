@@ -37,7 +37,7 @@ def get_config():
     c.optim.clip_norm = 1.0
     c.optim.ema_decays = (0.999,)
 
-    c.sample.sampler = "dpm_2m"
+    c.sample.sampler = "ab2"
     c.sample.diffusion_steps = 25
     c.sample.guidance = 3.0
     c.sample.per_class = 6

@@ -130,7 +130,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    sampler: str = "euler"  # euler, heun, dpm_2m (DPM-Solver++), ddim, or ddpm (ancestral; objective ddpm only)
+    sampler: str = "euler"  # euler, heun, ab2 (multistep), ddim, or ddpm (ancestral; objective ddpm only)
     diffusion_steps: int = 50  # network evaluations, or pairs of them for heun
     eta: float = 0.0  # ddim: share of fresh noise, 0 deterministic, 1 as noisy as ddpm
     guidance: float = 1.0  # classifier-free guidance scale; 1 is the conditional model alone
