@@ -37,11 +37,18 @@ class Words(NamedTuple):
 
 
 def training_source(config: Config) -> Source:
-    """The records of the config in the form that its model reads."""
+    """The records of the config in the form that its model reads. Raises UserError for too many words."""
     source, model = make_source(config.data), config.model
     if model.architecture == "dit":
         return source
     if model.reads_words:
+        needed = len(source.vocabulary) + len(SPECIAL_WORDS)
+        if not source.vocabulary or needed > model.text.vocabulary:
+            raise UserError(
+                f"config.model.text.vocabulary is {model.text.vocabulary}; the captions of config.data.source "
+                f"{config.data.source} have {len(source.vocabulary)} words, which with {len(SPECIAL_WORDS)} special "
+                f"ones need {needed} rows"
+            )
         return TokenizedSource(source, Tokenizer(source.vocabulary, model.text.length))
     text = model.text
     return SyntheticTextSource(source, length=text.length, features=text.features, pooled_features=text.pooled_features)
@@ -50,17 +57,11 @@ def training_source(config: Config) -> Source:
 def keep_words(config: Config, workdir: epath.Path) -> None:
     """Writes the vocabulary and some captions of the data to the workdir of a run that reads words.
 
-    Raises UserError if the words do not fit the model's table, or are not those that the run began with.
+    Raises UserError if the words are not those that the run began with.
     """
     if not config.model.reads_words:
         return
-    source, rows = make_source(config.data), config.model.text.vocabulary
-    needed = len(source.vocabulary) + len(SPECIAL_WORDS)
-    if not source.vocabulary or needed > rows:
-        raise UserError(
-            f"config.model.text.vocabulary is {rows}; the captions of config.data.source {config.data.source} "
-            f"have {len(source.vocabulary)} words, which with {len(SPECIAL_WORDS)} special ones need {needed} rows"
-        )
+    source = make_source(config.data)
     path = workdir / WORDS_FILE
     if path.exists() and load_words(workdir).vocabulary != source.vocabulary:
         raise UserError(
