@@ -14,6 +14,7 @@ from trm_diffusion.data.base import Source
 from trm_diffusion.data.sources import make_source
 from trm_diffusion.data.texts import SyntheticTextSource, TokenizedSource
 from trm_diffusion.errors import UserError
+from trm_diffusion.models.text import Text
 from trm_diffusion.models.tokenizer import SPECIAL_WORDS, Tokenizer
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.workdir import write_json
@@ -27,6 +28,12 @@ class Request(NamedTuple):
 
     condition: Any  # [N, ...], see `Experiment.condition_of`
     captions: list[str] | None = None  # [N] prompts, where there are any
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What was asked for, by name, to be kept beside the images."""
+        if self.captions is not None:
+            return {"prompts": np.array(self.captions)}
+        return self.condition._asdict() if isinstance(self.condition, Text) else {"labels": self.condition}
 
 
 class Words(NamedTuple):

@@ -151,8 +151,7 @@ def sample(config: Config, workdir: epath.Path, stop: StopRequest, prompts: Sequ
     arrays = path.with_suffix(".npz")
     if jax.process_index() == 0:
         with arrays.open("wb") as file:
-            asked = {"labels": request.condition} if request.captions is None else {"prompts": request.captions}
-            np.savez(file, images=images, **asked)
+            np.savez(file, images=images, **request.arrays())
         if prompts:
             write_images(directory / f"prompts_{step}", images, request.captions)
     say(f"drew {len(images)} images with {config.sample.parameters} parameters: {path} and {arrays}")
