@@ -5,9 +5,10 @@ import numpy as np
 from trm_diffusion.data.base import DataConfig, Element, Source, check_matches_config, make_element
 from trm_diffusion.errors import UserError
 
-__all__ = ["SOURCES", "DataConfig", "Element", "Source", "SyntheticSource", "make_source"]
+__all__ = ["CAPTIONED_SOURCES", "SOURCES", "DataConfig", "Element", "Source", "SyntheticSource", "make_source"]
 
-SOURCES = ("digits", "synthetic", "image_folder", "tfds", "latents")
+SOURCES = ("digits", "scenes", "synthetic", "image_folder", "tfds", "latents")
+CAPTIONED_SOURCES = ("scenes",)
 
 _SYNTHETIC_SEED = 20_231
 
@@ -45,6 +46,10 @@ def make_source(config: DataConfig) -> Source:
         from trm_diffusion.data.digits import DigitsSource
 
         source = DigitsSource(config.split)
+    elif config.source == "scenes":
+        from trm_diffusion.data.scenes import SceneSource
+
+        source = SceneSource(config.image_size, config.split)
     elif config.source == "synthetic":
         shape = (config.image_size, config.image_size, config.channels)
         source = SyntheticSource(shape, config.num_classes, config.synthetic_records)
@@ -79,8 +84,9 @@ def _check_config(config: DataConfig) -> None:
     if config.source not in SOURCES:
         raise UserError(f"config.data.source={config.source!r} is none of {', '.join(SOURCES)}: choose one")
     for field in ("image_size", "channels", "num_classes", "synthetic_records"):
-        if getattr(config, field) < 1:
-            raise UserError(f"config.data.{field}={getattr(config, field)} must be at least 1")
+        least = 0 if field == "num_classes" and config.source in CAPTIONED_SOURCES else 1
+        if getattr(config, field) < least:
+            raise UserError(f"config.data.{field}={getattr(config, field)} must be at least {least}")
     if config.workers < 0:
         raise UserError(f"config.data.workers={config.workers} must be 0 (no worker processes) or more")
     if config.source in ("image_folder", "tfds") and config.channels not in (1, 3):
