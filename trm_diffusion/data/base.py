@@ -12,7 +12,7 @@ Element = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    source: str = "digits"  # digits, scenes, synthetic, image_folder, tfds, latents
+    source: str = "digits"  # digits, synthetic, image_folder, tfds, latents, scenes
     path: str = ""  # image_folder, latents: the directory; tfds: the data_dir ("" = TFDS's own default)
     tfds_name: str = "imagenet2012"  # tfds: the dataset's name, with config and version if need be
     split: str = "train"  # digits: train or test; scenes: train, seen, held_out or all; tfds: any split expression

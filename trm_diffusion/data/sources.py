@@ -7,7 +7,7 @@ from trm_diffusion.errors import UserError
 
 __all__ = ["CAPTIONED_SOURCES", "SOURCES", "DataConfig", "Element", "Source", "SyntheticSource", "make_source"]
 
-SOURCES = ("digits", "scenes", "synthetic", "image_folder", "tfds", "latents")
+SOURCES = ("digits", "synthetic", "image_folder", "tfds", "latents", "scenes")
 CAPTIONED_SOURCES = ("scenes",)
 
 _SYNTHETIC_SEED = 20_231

@@ -28,8 +28,10 @@ RADIUS_SLACK = 1  # in these, beyond the radii that are drawn
 BLUR = 0.6  # sigma before the threshold
 MIN_AREA = 3.0  # smaller components are specks of noise, not objects
 
+MAX_NOISE = 0.12  # sigma in [0, 1] RGB; noise beyond this counts against the fit
 _NOISE_SIGMAS = 4  # the residual may exceed its expectation under noise by so many standard deviations
-_CHUNK = 256  # components fitted at once
+_IMAGES_AT_ONCE = 512
+_COMPONENTS_AT_ONCE = 256
 _PLANE = np.stack([np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))]).astype(bool)  # 8-connected, images apart
 
 
@@ -87,24 +89,29 @@ def fit_components(images: np.ndarray) -> list[Fit]:
         raise UserError(f"scenes are judged as [N, 32, 32, 3] or [N, 64, 64, 3], not {images.shape}")
     if not np.isfinite(images).all():
         raise UserError("some images are not finite: the model or the sampler diverged, judge an earlier checkpoint")
-    size = images.shape[1]
-    scale = size / 32
+    fits = []
+    for start in range(0, len(images), _IMAGES_AT_ONCE):
+        fits += _fit_images(images[start : start + _IMAGES_AT_ONCE], start)
+    return fits
+
+
+def _fit_images(images: np.ndarray, first: int) -> list[Fit]:
+    """`fit_components` of a few images, numbered from `first` on."""
+    scale = images.shape[1] / 32
     contrast = (np.clip(images, -1, 1) + 1) / 2 - BACKGROUND  # [N, S, S, 3]
     blurred = scipy.ndimage.gaussian_filter(contrast, (0, BLUR * scale, BLUR * scale, 0))
     labels, count = scipy.ndimage.label(np.linalg.norm(blurred, axis=-1) > THRESHOLD, _PLANE)  # [N, S, S]
-    if not count:
-        return []
-    noise_n = _noise_variance(contrast, labels)
     areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
     ids = np.flatnonzero(areas >= MIN_AREA * scale**2) + 1
     if not len(ids):
         return []
+    noise_n = _noise_variance(contrast, labels)
     boxes = scipy.ndimage.find_objects(labels)
     centroids = np.array(scipy.ndimage.center_of_mass(labels > 0, labels, ids))  # [K, 3]: image, row, column
     fits = []
-    for start in range(0, len(ids), _CHUNK):
-        chunk = slice(start, start + _CHUNK)
-        fits += _fit_chunk(contrast, labels, noise_n, ids[chunk], centroids[chunk], boxes)
+    for start in range(0, len(ids), _COMPONENTS_AT_ONCE):
+        chunk = slice(start, start + _COMPONENTS_AT_ONCE)
+        fits += _fit_chunk(contrast, labels, noise_n, ids[chunk], centroids[chunk], boxes, first)
     return fits
 
 
@@ -113,7 +120,8 @@ def _noise_variance(contrast: np.ndarray, labels: np.ndarray) -> np.ndarray:
     near = scipy.ndimage.binary_dilation(labels > 0, _PLANE, iterations=2)
     deviation = np.where(near[..., None], np.nan, abs(contrast)).reshape(len(contrast), -1)
     deviation[near.all(axis=(1, 2))] = 0
-    return (np.nanmedian(deviation, axis=1) / 0.6745) ** 2  # the median of |N(0, 1)|
+    sigma = np.nanmedian(deviation, axis=1) / 0.6745  # the median of |N(0, 1)|
+    return np.minimum(sigma, MAX_NOISE) ** 2
 
 
 @functools.cache
@@ -146,8 +154,8 @@ def _bank(size: int) -> tuple[list[tuple[str, float, float, float]], np.ndarray,
     return names, np.stack(templates, axis=1).astype(np.float32), 2 * half + 1
 
 
-def _fit_chunk(contrast, labels, noise_n, ids, centroids, boxes) -> list[Fit]:
-    """Fits components `ids` [K]; see `fit_components`."""
+def _fit_chunk(contrast, labels, noise_n, ids, centroids, boxes, first) -> list[Fit]:
+    """Fits the bank to components `ids` [K] of a few images, numbered from `first` on."""
     names, templates_pt, width = _bank(contrast.shape[1])
     half = width // 2
     at = np.round(centroids).astype(int)  # [K, 3]
@@ -164,7 +172,7 @@ def _fit_chunk(contrast, labels, noise_n, ids, centroids, boxes) -> list[Fit]:
     values_k = 3 * owned.sum(axis=(1, 2))
     noise_k = noise_n[at[:, 0]]
     excess_k = residual_k - noise_k * (values_k + _NOISE_SIGMAS * np.sqrt(2 * values_k))
-    r_squared_k = 1 - excess_k / np.maximum(total_k - noise_k * values_k, 1e-12)
+    r_squared_k = 1 - np.maximum(excess_k, 0) / np.maximum(total_k - noise_k * values_k, 1e-12)
     fits = []
     for k, (image, row, column) in enumerate(at.tolist()):
         shape, radius, x, y = names[best_k[k]]
@@ -172,7 +180,7 @@ def _fit_chunk(contrast, labels, noise_n, ids, centroids, boxes) -> list[Fit]:
         _, rows, columns = boxes[ids[k] - 1]
         too_large = max(rows.stop - rows.start, columns.stop - columns.start) > width
         best = Object(shape, _nearest_color(color), column + 0.5 + x, row + 0.5 + y, radius)
-        fits.append(Fit(image, best, -np.inf if too_large else float(r_squared_k[k])))
+        fits.append(Fit(first + image, best, -np.inf if too_large else float(r_squared_k[k])))
     return fits
 
 

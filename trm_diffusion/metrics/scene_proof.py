@@ -5,34 +5,34 @@ import time
 import numpy as np
 
 from trm_diffusion.data.scene_shapes import BACKGROUND, COLORS, render
-from trm_diffusion.data.scenes import MARGIN, RADIUS_RANGE, SHAPES_BY_SIZE, TASKS, SceneSource
+from trm_diffusion.data.scenes import MARGIN, RADIUS_RANGE, SHAPES_BY_SIZE, TASKS, Scene, SceneSource
 from trm_diffusion.metrics.scene_detect import MIN_FIT, Detection, fit_components, group
 from trm_diffusion.metrics.scenes import is_lenient, is_strict, strict_chance
 
 NOISE_SIGMAS = (0.0, 0.05, 0.1)  # of white noise added to RGB in [0, 1]
-THRESHOLDS = (0.80, 0.85, 0.90, 0.93, 0.95, 0.96, 0.97, 0.98)
-PAIRS_PER_SCENE = 9  # other requests that each scene is judged by, at each size
-CHANCE_PAIRS = 5000  # independent pairs of scenes a task
+THRESHOLDS = (0.80, 0.85, 0.90, 0.93, 0.95, 0.97, 0.98, 0.99)
+PAIRS_PER_SCENE = 9  # scenes of the same task, and of any, that each request is held against
 MIN_STRICT = {32: 0.999, 64: 1.0}
 MAX_DISTRACTORS = 0.01  # share of distractors taken for a shape
 DISTRACTORS = ("ellipse", "half_disc", "merged_discs")
 
-_CHUNK = 500  # images judged at once, to bound the memory
 _SEED = 0
 
 
-def prove_judge(num_scenes: int) -> dict:
+def prove_judge(num_scenes: int = 3000, chance_pairs: int = 5000) -> dict:
     """Runs all trials; see `metrics/scenes.py`.
 
     Args:
       num_scenes: scenes for each image size and noise level, of all compositions, held-out ones included.
+      chance_pairs: independent pairs of scene graphs for each task.
 
     Returns:
       A dict for JSON, for each image size:
-        truth_strict: {sigma: share of scenes that are right, strictly, for their own request}.
+        truth_strict: {sigma: share of scenes in which exactly the drawn shapes and colours are found, and which are
+          right, strictly, for their own request}.
         seconds: {sigma: time of judging them}.
-        shuffled_pairs, shuffled_disagreements: pairs of a scene and another scene's request, half of them of
-          the same task, and those on which judging the picture and judging the scene graph differ.
+        shuffled_pairs, shuffled_disagreements: pairs of a request and another scene, half of them of the
+          same task, and those on which judging the picture and judging the scene graph differ.
         accepted: {kind: {threshold: share of blobs taken for an object}}, for truth and each distractor.
         chance: {task: [expected, measured, low, high]}, with a 99.9% interval.
       and `pass`, whether all of it is as it should be.
@@ -45,16 +45,17 @@ def prove_judge(num_scenes: int) -> dict:
         truth, seconds = {}, {}
         for sigma in NOISE_SIGMAS:
             start = time.perf_counter()
-            fits = _fit(_noisy(images, sigma))
+            fits = fit_components(_noisy(images, sigma))
             detections = group(fits, num_scenes)
             seconds[str(sigma)] = round(time.perf_counter() - start, 2)
-            right = [is_strict(scene.request, found) for scene, found in zip(scenes, detections, strict=True)]
-            truth[str(sigma)] = float(np.mean(right))
+            truth[str(sigma)] = float(np.mean([_is_true(*pair) for pair in zip(scenes, detections, strict=True)]))
             if not sigma:
                 clean_detections, accepted = detections, {"truth": _sweep(fits)}
         pairs, disagreements = _shuffled_disagreements(scenes, clean_detections)
-        accepted |= {kind: _sweep(_fit(draw_distractors(kind, size, num_scenes // 6))) for kind in DISTRACTORS}
-        chance = measure_chance(source, CHANCE_PAIRS)
+        accepted |= {
+            kind: _sweep(fit_components(draw_distractors(kind, size, num_scenes // 6))) for kind in DISTRACTORS
+        }
+        chance = measure_chance(source, chance_pairs)
         passed &= min(truth.values()) >= MIN_STRICT[size] and not disagreements
         passed &= all(accepted[kind][str(MIN_FIT)] <= MAX_DISTRACTORS for kind in DISTRACTORS)
         passed &= all(low <= expected <= high for expected, _, low, high in chance.values())
@@ -69,18 +70,14 @@ def prove_judge(num_scenes: int) -> dict:
     return report | {"pass": bool(passed)}
 
 
+def _is_true(scene: Scene, detection: Detection) -> bool:
+    drawn, found = (sorted((item.shape, item.color) for item in some.objects) for some in (scene, detection))
+    return found == drawn and is_strict(scene.request, detection)
+
+
 def _noisy(images: np.ndarray, sigma: float) -> np.ndarray:
     noise = np.random.default_rng(_SEED).standard_normal(images.shape, np.float32)
     return images + 2 * sigma * noise  # [-1, 1] is twice as wide as [0, 1]
-
-
-def _fit(images: np.ndarray) -> list:
-    """`fit_components` in chunks; images keep their numbers only within a chunk of at most _CHUNK."""
-    fits = []
-    for start in range(0, len(images), _CHUNK):
-        for fit in fit_components(images[start : start + _CHUNK]):
-            fits.append(type(fit)(start + fit.image, fit.best, fit.r_squared))
-    return fits
 
 
 def _sweep(fits: list) -> dict[str, float]:
@@ -91,8 +88,9 @@ def _shuffled_disagreements(scenes: list, detections: list[Detection]) -> tuple[
     """Pairs of a scene and another's request, and on how many the picture and the scene graph disagree."""
     graphs = [Detection(scene.objects) for scene in scenes]
     count = disagreements = 0
-    # Tasks follow one another in a cycle: multiples of its length keep the task, other offsets change it.
-    for offset in [len(TASKS) * (i + 1) for i in range(PAIRS_PER_SCENE)] + [7 * i + 1 for i in range(PAIRS_PER_SCENE)]:
+    # Tasks follow one another in a cycle: multiples of its length keep the task, most other offsets change it.
+    cycle = len(TASKS)
+    for offset in [step * i for step in (cycle, cycle + 1) for i in range(1, PAIRS_PER_SCENE + 1)]:
         for number, scene in enumerate(scenes):
             other = (number + offset) % len(scenes)
             for is_right in (is_strict, is_lenient):
@@ -122,7 +120,7 @@ def measure_chance(source: SceneSource, num_pairs: int) -> dict[str, list[float]
 def draw_distractors(kind: str, size: int, number: int) -> np.ndarray:
     """Images [number, size, size, 3] in [-1, 1], each of one thing that is none of the shapes.
 
-    ellipse: of aspect 1.4 to 1.8; half_disc: cut through the centre; merged_discs: two discs of one colour, whose
+    ellipse: of aspect 1.25 to 1.8; half_disc: cut through the centre; merged_discs: two discs of one colour, whose
     centres are 0.8 to 1.2 radii apart. All turned at random, in the palette's colours.
     """
     rng = np.random.default_rng(_SEED)
@@ -136,7 +134,7 @@ def draw_distractors(kind: str, size: int, number: int) -> np.ndarray:
         x, y = np.meshgrid(centres - middle[0], centres - middle[1])
         x, y = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
         if kind == "ellipse":
-            aspect = rng.uniform(1.4, 1.8)
+            aspect = rng.uniform(1.25, 1.8)
             distance = (np.hypot(x, y * aspect) - radius) / np.sqrt(aspect)
         elif kind == "half_disc":
             distance = np.maximum(np.hypot(x, y) - radius, -y)

@@ -15,7 +15,9 @@ import numpy as np
 
 from trm_diffusion.data.scene_shapes import COLORS
 from trm_diffusion.data.scenes import COUNTS, TASKS, Request, SceneSource, holds
-from trm_diffusion.metrics.scene_detect import MAX_COLOR_DISTANCE, MIN_FIT, THRESHOLD, Detection, detect
+from trm_diffusion.metrics.scene_detect import MAX_COLOR_DISTANCE, MIN_FIT, THRESHOLD, Detection, fit_components, group
+
+FIT_SWEEP = (0.90, 0.93, 0.95, 0.97, 0.98)  # thresholds of the judge at which the strict score is reported as well
 
 _RESAMPLES = 2000  # bootstrap
 
@@ -75,6 +77,7 @@ def evaluate_scenes(images: np.ndarray, source: SceneSource, *, seed: int = 0) -
           to set beside held-out scores, for no single object can be held out.
         strict_95, lenient_95: the same keys, [low, high]: 95% percentile bootstrap over the images of each
           task. It has no width where all images of a task are right, or wrong.
+        strict_overall_by_min_fit: the strict overall score at other thresholds of the judge than its own.
         chance_strict: the same keys, for perfect images of other requests when all are equally likely.
         shuffled_strict: the same keys, measured: each image against another image's request of the same task.
           Held-out requests are few, so it is far above chance there.
@@ -89,7 +92,8 @@ def evaluate_scenes(images: np.ndarray, source: SceneSource, *, seed: int = 0) -
     if len(images) < 2 * len(source.tasks):
         raise ValueError(f"{len(images)} images are too few for {len(source.tasks)} tasks")
     requests = [source.scene(i)[0].request for i in range(len(images))]
-    detections = detect(images)
+    fits = fit_components(images)
+    detections = group(fits, len(images))
     task_n = np.array([request.task for request in requests])
     rng = np.random.default_rng(seed)
     blobs = sum(len(found.objects) + found.unrecognised for found in detections)
@@ -101,17 +105,30 @@ def evaluate_scenes(images: np.ndarray, source: SceneSource, *, seed: int = 0) -
         "judge": {"min_fit": MIN_FIT, "max_color_distance": MAX_COLOR_DISTANCE, "threshold": THRESHOLD},
     }
     for name, is_right in (("strict", is_strict), ("lenient", is_lenient)):
-        right_n = np.array([is_right(*pair) for pair in zip(requests, detections, strict=True)])
-        result[name] = _by_task({task: float(right_n[task_n == task].mean()) for task in source.tasks})
-        result[f"{name}_95"] = _intervals({task: right_n[task_n == task] for task in source.tasks}, rng)
+        right = _right_by_task(is_right, requests, detections, source.tasks)
+        result[name] = _by_task({task: float(r.mean()) for task, r in right.items()})
+        result[f"{name}_95"] = _intervals(right, rng)
+    overall_by_fit = {}
+    for min_fit in FIT_SWEEP:
+        right = _right_by_task(is_strict, requests, group(fits, len(images), min_fit), source.tasks)
+        overall_by_fit[str(min_fit)] = float(np.mean([r.mean() for r in right.values()]))
     shuffled = {task: _shuffled(np.flatnonzero(task_n == task), requests, detections, rng) for task in source.tasks}
     return result | {
+        "strict_overall_by_min_fit": overall_by_fit,
         "chance_strict": _by_task({task: strict_chance(task, len(source.shapes)) for task in source.tasks}),
         "shuffled_strict": _by_task(shuffled),
         "unrecognised_blob_rate": sum(found.unrecognised for found in detections) / max(1, blobs),
         "unrecognised_image_rate": float(np.mean([found.unrecognised > 0 for found in detections])),
         "empty_image_rate": {task: float(empty[task_n == task].mean()) for task in source.tasks},
     }
+
+
+def _right_by_task(is_right, requests, detections, tasks) -> dict[str, np.ndarray]:
+    """{task: bool [images of the task]}."""
+    right = {task: [] for task in tasks}
+    for request, detection in zip(requests, detections, strict=True):
+        right[request.task].append(is_right(request, detection))
+    return {task: np.array(values) for task, values in right.items()}
 
 
 def _by_task(scores: dict) -> dict:
