@@ -150,6 +150,7 @@ class SceneSource(Source):
     """
 
     captioned = True
+    vocabulary = vocabulary()
     in_memory = True
 
     def __init__(self, image_size: int, split: str = "train", *, seed: int = 0, num_scenes: int = 2**20):
