@@ -355,7 +355,7 @@ def _check_condition(config: Config) -> None:
         _require(
             source in CAPTIONED_SOURCES,
             f"config.model.text.encoder learned needs captions; config.data.source {source} has none, "
-            f"{', '.join(CAPTIONED_SOURCES)} has",
+            f"{', '.join(CAPTIONED_SOURCES)} have",
         )
         _require(
             text.features % text.heads == 0 and text.features % 2 == 0,

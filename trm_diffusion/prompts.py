@@ -49,8 +49,13 @@ def training_source(config: Config) -> Source:
     if model.architecture == "dit":
         return source
     if model.reads_words:
+        if not source.vocabulary:
+            raise UserError(
+                f"config.data.source {config.data.source} has captions of open text; "
+                "config.model.text.encoder learned needs a closed vocabulary, such as that of scenes"
+            )
         needed = len(source.vocabulary) + len(SPECIAL_WORDS)
-        if not source.vocabulary or needed > model.text.vocabulary:
+        if needed > model.text.vocabulary:
             raise UserError(
                 f"config.model.text.vocabulary is {model.text.vocabulary}; the captions of config.data.source "
                 f"{config.data.source} have {len(source.vocabulary)} words, which with {len(SPECIAL_WORDS)} special "
