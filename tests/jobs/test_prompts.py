@@ -1,6 +1,7 @@
 """Text to image through the jobs: captions in, pictures of prompts out."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from trm_diffusion import prompts
 from trm_diffusion.build import build
 from trm_diffusion.data.base import Source, make_captioned_element
 from trm_diffusion.errors import UserError
+from trm_diffusion.evaluate import evaluate
 from trm_diffusion.models.tokenizer import null_tokens
 from trm_diffusion.runtime.signals import StopRequest
 from trm_diffusion.sample import sample
@@ -109,6 +111,24 @@ def test_read_prompts(tmp_path):
     for name in ("empty", "none"):
         with pytest.raises(UserError, match=name):
             prompts.read_prompts(str(tmp_path / name))
+
+
+def test_scenes_are_evaluated_on_seen_and_held_out_compositions(tmp_path, capsys):
+    """An untrained model draws noise: nothing is right, and the report says of what."""
+    config = text_config(
+        data__image_size=32, model__patch=16, model__text__vocabulary=80, train__updates=1, evaluate__kind="scenes",
+        evaluate__num_samples=12,
+    )  # fmt: skip
+    train(config, epath.Path(tmp_path), StopRequest())
+    evaluate(config, epath.Path(tmp_path), StopRequest())
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report == json.loads((tmp_path / "evaluation.json").read_text())
+    assert report["seen"]["split"] == "seen" and report["held_out"]["num_images"] == 12
+    assert report["seen"]["strict"]["overall"] == 0.0 and report["pass"] is False
+    assert {path.name for path in (tmp_path / "samples").iterdir()} == {
+        "evaluation_seen.png",
+        "evaluation_held_out.png",
+    }
 
 
 def batch_of(config, size=8):
