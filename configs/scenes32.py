@@ -13,7 +13,7 @@ def get_config():
     c.data.num_classes = 0  # captions take the place of labels
 
     c.model.architecture = "mmdit"
-    c.model.depth = 6
+    c.model.depth = 5
     c.model.width = 128
     c.model.heads = 4
     c.model.patch = 4  # 64 tokens an image; an object is about three of them across
@@ -37,11 +37,13 @@ def get_config():
     c.optim.clip_norm = 1.0
     c.optim.ema_decays = (0.999,)
 
-    c.sample.sampler = "dpm_2m"
-    c.sample.diffusion_steps = 25
+    c.sample.sampler = "ab2"
+    c.sample.diffusion_steps = 30
     c.sample.guidance = 3.0
     c.sample.per_class = 6
     c.sample.batch_size = 60
+    c.evaluate.kind = "scenes"
+    c.evaluate.num_samples = 1200  # 200 of each category
 
     c.log.every = 50
     c.log.samples_every = 1000

@@ -49,7 +49,7 @@ CHOICES = {  # field: the values it may take
     "train.frozen_dtype": ("float32", "bfloat16"),
     "data.source": SOURCES,
     "optim.schedule": SCHEDULES,
-    "evaluate.kind": ("none", "digits"),
+    "evaluate.kind": ("none", "digits", "scenes"),
     "evaluate.label_rule": LABEL_RULES,
 }
 AT_LEAST = {  # field: its smallest value
@@ -133,7 +133,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    sampler: str = "euler"  # euler, heun, dpm_2m (DPM-Solver++), ddim, or ddpm (ancestral; objective ddpm only)
+    sampler: str = "euler"  # euler, heun, ab2 (multistep), ddim, or ddpm (ancestral; objective ddpm only)
     diffusion_steps: int = 50  # network evaluations, or pairs of them for heun
     eta: float = 0.0  # ddim: share of fresh noise, 0 deterministic, 1 as noisy as ddpm
     guidance: float = 1.0  # classifier-free guidance scale; 1 is the conditional model alone
@@ -149,11 +149,12 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    kind: str = "none"  # none, or digits (judge accuracy, Frechet distance, memorisation)
-    num_samples: int = 2000  # images generated for the measures
+    kind: str = "none"  # none, digits (judge accuracy, Frechet distance, memorisation), scenes (text following)
+    num_samples: int = 2000  # images generated for the measures; scenes: of seen compositions, and as many of others
     label_rule: str = "balanced"  # labels of the generated images: balanced (round robin) or random
-    min_class_accuracy: float = 0.9  # `pass` needs the generated images' class accuracy to reach this
+    min_class_accuracy: float = 0.9  # digits: `pass` needs the generated images' class accuracy to reach this
     min_judge_accuracy: float = 0.97  # and the judge's own accuracy on real test images this
+    min_strict_score: float = 0.6  # scenes: `pass` needs the strict overall score of seen compositions to reach this
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,7 +362,7 @@ def _check_condition(config: Config) -> None:
         _require(
             source in CAPTIONED_SOURCES,
             f"config.model.text.encoder learned needs captions; config.data.source {source} has none, "
-            f"{', '.join(CAPTIONED_SOURCES)} has",
+            f"{', '.join(CAPTIONED_SOURCES)} have",
         )
         _require(
             text.features % text.heads == 0 and text.features % 2 == 0,
@@ -447,8 +448,8 @@ def _check_sampling(config: Config) -> None:
         f"config.sample.parameters is {sample.parameters!r}; this run keeps {', '.join(('raw', *averages))}",
     )
     _require(
-        config.evaluate.kind != "digits" or data.source == "digits",
-        "config.evaluate.kind digits measures images of config.data.source digits only",
+        config.evaluate.kind in ("none", data.source),
+        f"config.evaluate.kind {config.evaluate.kind} is for images of config.data.source {config.evaluate.kind} only",
     )
 
 

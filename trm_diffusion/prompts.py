@@ -14,6 +14,7 @@ from trm_diffusion.data.base import Source
 from trm_diffusion.data.sources import make_source
 from trm_diffusion.data.texts import SyntheticTextSource, TokenizedSource
 from trm_diffusion.errors import UserError
+from trm_diffusion.models.text import Text
 from trm_diffusion.models.tokenizer import SPECIAL_WORDS, Tokenizer
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.workdir import write_json
@@ -28,6 +29,12 @@ class Request(NamedTuple):
     condition: Any  # [N, ...], see `Experiment.condition_of`
     captions: list[str] | None = None  # [N] prompts, where there are any
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What was asked for, by name, to be kept beside the images."""
+        if self.captions is not None:
+            return {"prompts": np.array(self.captions)}
+        return self.condition._asdict() if isinstance(self.condition, Text) else {"labels": self.condition}
+
 
 class Words(NamedTuple):
     """What a run knows of its captions, kept in its workdir."""
@@ -37,11 +44,23 @@ class Words(NamedTuple):
 
 
 def training_source(config: Config) -> Source:
-    """The records of the config in the form that its model reads."""
+    """The records of the config in the form that its model reads. Raises UserError for too many words."""
     source, model = make_source(config.data), config.model
     if model.architecture == "dit":
         return source
     if model.reads_words:
+        if not source.vocabulary:
+            raise UserError(
+                f"config.data.source {config.data.source} has captions of open text; "
+                "config.model.text.encoder learned needs a closed vocabulary, such as that of scenes"
+            )
+        needed = len(source.vocabulary) + len(SPECIAL_WORDS)
+        if needed > model.text.vocabulary:
+            raise UserError(
+                f"config.model.text.vocabulary is {model.text.vocabulary}; the captions of config.data.source "
+                f"{config.data.source} have {len(source.vocabulary)} words, which with {len(SPECIAL_WORDS)} special "
+                f"ones need {needed} rows"
+            )
         return TokenizedSource(source, Tokenizer(source.vocabulary, model.text.length))
     text = model.text
     return SyntheticTextSource(source, length=text.length, features=text.features, pooled_features=text.pooled_features)
@@ -50,17 +69,11 @@ def training_source(config: Config) -> Source:
 def keep_words(config: Config, workdir: epath.Path) -> None:
     """Writes the vocabulary and some captions of the data to the workdir of a run that reads words.
 
-    Raises UserError if the words do not fit the model's table, or are not those that the run began with.
+    Raises UserError if the words are not those that the run began with.
     """
     if not config.model.reads_words:
         return
-    source, rows = make_source(config.data), config.model.text.vocabulary
-    needed = len(source.vocabulary) + len(SPECIAL_WORDS)
-    if not source.vocabulary or needed > rows:
-        raise UserError(
-            f"config.model.text.vocabulary is {rows}; the captions of config.data.source {config.data.source} "
-            f"have {len(source.vocabulary)} words, which with {len(SPECIAL_WORDS)} special ones need {needed} rows"
-        )
+    source = make_source(config.data)
     path = workdir / WORDS_FILE
     if path.exists() and load_words(workdir).vocabulary != source.vocabulary:
         raise UserError(

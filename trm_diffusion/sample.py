@@ -79,7 +79,7 @@ def draw_all(
             raise Interrupted(f"stopped after {first} of {count} images; they are drawn again next time")
         rows = np.arange(first, min(first + size, count))
         padded = np.resize(rows, size)  # one shape, one compilation
-        part = jax.tree.map(lambda leaf: jnp.asarray(leaf[padded]), condition)  # noqa: B023  used at once
+        part = jax.tree.map(lambda leaf, rows=padded: jnp.asarray(leaf[rows]), condition)
         images = draw(parameters, part, jnp.arange(first, first + size))
         yield np.asarray(images[: len(rows)])
 
@@ -121,8 +121,7 @@ def sample(config: Config, workdir: epath.Path, stop: StopRequest, prompts: Sequ
     arrays = path.with_suffix(".npz")
     if jax.process_index() == 0:
         with arrays.open("wb") as file:
-            asked = {"labels": request.condition} if request.captions is None else {"prompts": request.captions}
-            np.savez(file, images=images, **asked)
+            np.savez(file, images=images, **request.arrays())
         if prompts:
             write_images(directory / f"prompts_{step}", images, request.captions)
     say(f"drew {len(images)} images with {config.sample.parameters} parameters: {path} and {arrays}")

@@ -117,5 +117,3 @@ def test_asked_to_stop_while_evaluating(experiment):
     _, err = finished(process, code=75)
     assert "start the same command again" in err.splitlines()[-1]
     finished(start(experiment, "whole", "--mode=evaluate"))
-
-

@@ -119,7 +119,9 @@ def test_twelve_layers_do_not_go_into_sixteen(directory, scan):
     with Checkpoints(directory) as checkpoints:
         checkpoints.save(1, state, iterator, LOOP)
     iterator.close()
-    expected = r"stack/segments/0/.* is \(12, .*\), not \(16, " if scan else "missing .*stack/segments/12/.*; and .* more"
+    expected = (
+        r"stack/segments/0/.* is \(12, .*\), not \(16, " if scan else "missing .*stack/segments/12/.*; and .* more"
+    )
     with Checkpoints(directory) as checkpoints:
         with pytest.raises(UserError, match=expected):
             checkpoints.restore(1, sixteen.abstract_state)

@@ -12,9 +12,10 @@ Element = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    source: str = "digits"  # digits, scenes, synthetic, image_folder, tfds, latents
-    path: str = ""  # image_folder, latents: the directory; tfds: the data_dir ("" = TFDS's own default)
-    tfds_name: str = "imagenet2012"  # tfds: the dataset's name, with config and version if need be
+    # digits, synthetic, image_folder, tfds, latents; with captions: scenes, emoji, caption_folder, tfds_captions
+    source: str = "digits"
+    path: str = ""  # folders, latents: the directory; tfds, tfds_captions: the data_dir ("" = TFDS's own default)
+    tfds_name: str = "imagenet2012"  # tfds, tfds_captions: the dataset's name, with config and version if need be
     split: str = "train"  # digits: train or test; scenes: train, seen, held_out or all; tfds: any split expression
     image_size: int = 8  # pixels or latent cells a side
     channels: int = 1  # 1 = grey, 3 = RGB, latents: the VAE's
@@ -35,6 +36,7 @@ class Source(abc.ABC):
       sample_shape: (H, W, C) of every image.
       num_classes: labels are 0 .. num_classes - 1; 0 if captioned.
       captioned: whether elements have captions in place of labels.
+      vocabulary: every word of the captions, if they keep to a closed set; a word's place must not change.
       vocabulary: every word of the captions, if they have a closed vocabulary; a word's place must not change.
       stochastic: whether `sample` uses its generator, so that a record differs from epoch to epoch.
       in_memory: whether reading is so cheap that more than one read thread would only cost time.
@@ -43,6 +45,7 @@ class Source(abc.ABC):
     sample_shape: tuple[int, int, int]
     num_classes: int = 0
     captioned: bool = False
+    vocabulary: tuple[str, ...] = ()
     vocabulary: tuple[str, ...] = ()
     stochastic: bool = False
     in_memory: bool = False

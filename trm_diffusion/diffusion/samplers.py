@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from trm_diffusion.diffusion import gaussian
 from trm_diffusion.diffusion.objective import Objective, Prediction, per_sample
 
-SAMPLERS = ("ddpm", "ddim", "euler", "heun", "dpm_2m")
+SAMPLERS = ("ddpm", "ddim", "euler", "heun", "ab2")
 
 
 def check_sampler(sampler: str, objective_name: str, eta: float = 0.0):
@@ -24,7 +24,7 @@ def check_sampler(sampler: str, objective_name: str, eta: float = 0.0):
     if sampler == "ddpm" and objective_name != "ddpm":
         raise ValueError(
             f"sampler 'ddpm' walks a chain of betas, which objective {objective_name!r} lacks; "
-            "choose ddim, euler, heun or dpm_2m"
+            "choose ddim, euler, heun or ab2"
         )
     if not 0.0 <= eta <= 1.0 or (eta != 0.0 and sampler != "ddim"):
         raise ValueError(f"eta is {eta} with sampler {sampler!r}; it belongs to ddim, between 0 and 1")
@@ -131,33 +131,29 @@ def _heun(network, objective, noise, grid):
     return objective.scale(grid[-1:])[0] * point, jax.tree.map(lambda leaf: leaf[::2], aux)
 
 
-def _dpm_2m(network, objective, noise, grid):
-    """DPM-Solver++(2M), algorithm 2 of Lu et al. 2022: the data prediction is extrapolated from the one before.
+def _ab2(network, objective, noise, grid):
+    """Adams and Bashforth's two-step method on dz/du: Euler's move along the slope extrapolated to its middle.
 
-    In l = log(signal / sigma) the probability flow is linear but for the data prediction D, and with D constant over a
-    diffusion step from s to t it is exactly x_t = (sigma_t / sigma_s) x_s + (signal_t - signal_s sigma_t / sigma_s) D.
-    The second order takes for D its linear extrapolation in l to the middle of the step,
-    D_i + (l_{i+1} - l_i) / (2 (l_i - l_{i-1})) (D_i - D_{i-1}). The steps that begin or end where l is infinite (pure
-    noise of a flow, clean data) and the first step have no finite weight and take D_i as it is.
+        z_{i+1} = z_i + h_i (d_i + h_i / (2 h_{i-1}) (d_i - d_{i-1})),    h_i = u_{i+1} - u_i
+
+    Second order at one evaluation a diffusion step, the first being Euler's. DPM-Solver++(2M) (Lu et al. 2022) is its
+    kin, with the data prediction extrapolated in log(signal / sigma); that is infinite at both ends of a flow.
     """
     batch = len(noise)
-    signal, sigma = objective.signal_and_sigma(grid)  # [n + 1]
-    step = jnp.diff(jnp.log(signal) - jnp.log(sigma))  # [n]
-    before = jnp.concatenate([jnp.full((1,), jnp.inf, step.dtype), step[:-1]])
-    weight = jnp.where(jnp.isinf(step), 0.0, 0.5 * step / before)  # [n]; over an infinite step before it is 0
-    kept = sigma[1:] / sigma[:-1]
-    gained = signal[1:] - signal[:-1] * kept
+    scale, moves = objective.scale(grid), jnp.diff(objective.clock(grid))  # [n + 1], [n]
+    weight = jnp.concatenate([jnp.zeros((1,), grid.dtype), 0.5 * moves[1:] / moves[:-1]])
 
     def diffusion_step(carry, inputs):
-        noisy, clean_before = carry
-        time, weight, kept, gained = inputs
-        times = jnp.full((batch,), time)
+        z, direction_before = carry
+        time, scale, move, weight = inputs
+        times, noisy = jnp.full((batch,), time), scale * z
         output, aux = network(noisy, times)
-        clean = objective.predict(output, noisy, times).clean
-        return (kept * noisy + gained * (clean + weight * (clean - clean_before)), clean), aux
+        direction = objective.direction(objective.predict(output, noisy, times))
+        return (z + move * (direction + weight * (direction - direction_before)), direction), aux
 
-    (samples, _), aux = jax.lax.scan(diffusion_step, (noise, jnp.zeros_like(noise)), (grid[:-1], weight, kept, gained))
-    return samples, aux
+    start = (noise / scale[0], jnp.zeros_like(noise))
+    (z, _), aux = jax.lax.scan(diffusion_step, start, (grid[:-1], scale[:-1], moves, weight))
+    return scale[-1] * z, aux
 
 
 def sample(
@@ -181,8 +177,8 @@ def sample(
     grid = jnp.asarray(objective.time_grid(diffusion_steps), dtype)  # [n + 1]
     if sampler == "heun":
         return _heun(network, objective, noise, grid)
-    if sampler == "dpm_2m":
-        return _dpm_2m(network, objective, noise, grid)
+    if sampler == "ab2":
+        return _ab2(network, objective, noise, grid)
     update = {
         "ddpm": ancestral_update,
         "ddim": functools.partial(ddim_update, eta=eta),
