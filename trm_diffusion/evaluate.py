@@ -27,6 +27,7 @@ def evaluate(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
     experiment, state = load_run(config, workdir)
     labels = evaluation_labels(config)
     parameters = sampling_parameters(experiment, state)
+    say(f"drawing {len(labels)} images to evaluate {workdir} at update {int(state.step)}")
     images = np.concatenate(list(draw_all(drawer(experiment), config, parameters, labels, stop)))
     if jax.process_index() != 0:
         return
