@@ -1,4 +1,4 @@
-"""The ImageNet experiment at a tiny size: equal on 1 and on 8 devices, resumed and sampled; clear where it cannot run."""
+"""The ImageNet experiment at a tiny size: equal on 1 and 8 devices, resumed and sampled; clear where it cannot run."""
 
 import json
 
@@ -70,9 +70,7 @@ def test_a_checkpoint_of_eight_devices_goes_on_on_one(runs):
 
 
 def test_no_prepared_data_ends_in_one_line_that_says_how(tmp_path):
-    _, err = finished(
-        command("--config=configs/imagenet256.py:model=S/8", f"--workdir={tmp_path / 'run'}"), code=2
-    )
+    _, err = finished(command("--config=configs/imagenet256.py:model=S/8", f"--workdir={tmp_path / 'run'}"), code=2)
     line = err.strip().splitlines()[-1]
     assert line.startswith("error: ") and "LatentWriter" in line and "synthetic" in line
 
