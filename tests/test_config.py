@@ -37,7 +37,7 @@ MALFORMED = [  # the flags after --config=configs/digits.py, and what the one li
     ("--config.train.latent_steps=3,1", "config.train.latent_steps"),
     ("--config.train.latent_steps=0", "config.train.latent_steps"),
     ("--config.train.latent_steps=1,9", "config.train.latent_steps"),
-    ("--config.model.heads=3", "config.model.heads"),
+    ("--config.model.heads=5", "config.model.heads"),
     ("--config.model.heads=0", "config.model.heads"),
     ("--config.model.depth=0", "config.model.depth"),
     ("--config.model.width=130 --config.model.heads=2", "multiple of 4"),
@@ -95,6 +95,7 @@ import json, os, sys
 import jax
 from jax._src import xla_bridge
 import trm_diffusion.main as main, trm_diffusion.train, trm_diffusion.evaluate
+trm_diffusion.train.train = lambda *_: sys.exit("accepted")  # a config that passes fails its test at once
 for arguments in json.loads(sys.stdin.read()):
     reader, writer = os.pipe()
     child = os.fork()
