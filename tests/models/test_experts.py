@@ -111,9 +111,9 @@ def plain_updates(h_gsd, down, up, assignment) -> np.ndarray:
 
 class DispatchTest(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True)
-    @parameterized.product(dispatch=(*IMPLEMENTATIONS, "auto"), experts_k=((2, 1), (5, 2)), choices=(1, 3))
-    def test_every_implementation_gives_the_same_values_and_gradients(self, dispatch, experts_k, choices):
-        experts, k = experts_k
+    @parameterized.product(dispatch=(*IMPLEMENTATIONS, "auto"), shape=((2, 1, 3), (5, 2, 1)))
+    def test_every_implementation_gives_the_same_values_and_gradients(self, dispatch, shape):
+        experts, k, choices = shape
         rng, group = np.random.default_rng(0), 2
         routing = random_routing(rng, experts=experts, k=k, choices=choices)
         h, down, up = weights_and_tokens(rng, experts)
