@@ -1,8 +1,9 @@
 """The analysis job: how a trained run's tokens are routed, and how long they recurse, while it samples.
 
-One batch of `sample.batch_size` images is drawn, of all classes in turn, and the gates' reports of every diffusion step
-are kept. They are means over all tokens that the network sees, the unconditional half of guidance included; with Heun's
-sampler they are the predictor's. With halting, the same batch is also drawn without it, and both are timed in turn.
+One batch of `sample.batch_size` images is drawn, of the classes or texts of the run's grids in turn, and the gates'
+reports of every diffusion step are kept. They are means over all tokens that the network sees, the unconditional half
+of guidance included; with Heun's sampler they are the predictor's. With halting, the same batch is also drawn without
+it, and both are timed in turn.
 """
 
 import dataclasses
@@ -19,8 +20,9 @@ from trm_diffusion.build import Experiment, build
 from trm_diffusion.config import Config
 from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.evaluate import protocol
-from trm_diffusion.models.dit import stack_layout
+from trm_diffusion.models.architecture import stack_layout
 from trm_diffusion.models.recursion import RoutingReport
+from trm_diffusion.prompts import request_of
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.parameters import Parameters
 from trm_diffusion.runtime.signals import StopRequest
@@ -38,17 +40,18 @@ def analyze(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
         raise UserError("config.model.recursion.blocks is none: no block recurses, so there is nothing to analyze")
     experiment, state = load_run(config, workdir)
     parameters = sampling_parameters(experiment, state)
-    images, reports = _batch_drawer(experiment, parameters, stop, with_reports=True)()
+    condition = _condition_of_batch(experiment, workdir)
+    images, reports = _batch_drawer(experiment, parameters, condition, stop, with_reports=True)()
     images, reports = jax.tree.map(np.asarray, (images, reports))
     report = {
         "blocks": list(stack_layout(config.model).recursive),
         "latent_steps": reports.ran.shape[-1],
         **_routing(reports),
         "halting": {"rule": config.model.recursion.halting},
-        "protocol": {**protocol(config, update=int(state.step)), "samples": len(images), "label_rule": "balanced"},
+        "protocol": {**protocol(config, update=int(state.step)), "samples": len(images), "label_rule": "grid"},
     }
     if config.model.recursion.halting != "none":
-        report["halting"] |= _halting(experiment, parameters, images, reports, stop)
+        report["halting"] |= _halting(experiment, parameters, condition, images, reports, stop)
     if jax.process_index() != 0:
         return
     write_json(workdir / "analysis.json", {**report, "by_diffusion_step": _by_diffusion_step(experiment, reports)})
@@ -56,16 +59,21 @@ def analyze(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
     print(json.dumps(report), flush=True)
 
 
-def _batch_drawer(experiment: Experiment, parameters: Parameters, stop: StopRequest, *, with_reports: bool = False):
+def _condition_of_batch(experiment: Experiment, workdir: epath.Path):
+    """The condition of the run's grids, cut or repeated to `sample.batch_size` images."""
+    condition, size = request_of(experiment, workdir).condition, experiment.config.sample.batch_size
+    return jax.tree.map(lambda leaf: jnp.asarray(np.resize(leaf, (size, *leaf.shape[1:]))), condition)
+
+
+def _batch_drawer(experiment: Experiment, parameters: Parameters, condition, stop, *, with_reports: bool = False):
     """A function that draws the batch."""
-    size, classes = experiment.config.sample.batch_size, experiment.config.data.num_classes
     draw = drawer(experiment, with_reports=with_reports)
-    labels, indices = jnp.arange(size, dtype=jnp.int32) % classes, jnp.arange(size)
+    indices = jnp.arange(experiment.config.sample.batch_size)
 
     def once():
         if stop.requested:
             raise Interrupted("stopped before the analysis was complete; nothing of it is written")
-        return draw(parameters, labels, indices)
+        return draw(parameters, condition, indices)
 
     return once
 
@@ -79,13 +87,15 @@ def _routing(reports: RoutingReport) -> dict:
     }
 
 
-def _halting(experiment: Experiment, parameters: Parameters, images, reports: RoutingReport, stop: StopRequest) -> dict:
+def _halting(experiment: Experiment, parameters: Parameters, condition, images, reports: RoutingReport, stop) -> dict:
     """What halting saved, and what it changed, against the same parameters without it."""
     config = experiment.config
     recursion = dataclasses.replace(config.model.recursion, halting="none")
     plain = build(dataclasses.replace(config, model=dataclasses.replace(config.model, recursion=recursion)))
-    without = _batch_drawer(plain, {name: parameters[name] for name in plain.model.shapes}, stop)
-    seconds = interleaved_seconds({"with": _batch_drawer(experiment, parameters, stop), "without": without}, REPEATS)
+    without = _batch_drawer(plain, {name: parameters[name] for name in plain.model.shapes}, condition, stop)
+    seconds = interleaved_seconds(
+        {"with": _batch_drawer(experiment, parameters, condition, stop), "without": without}, REPEATS
+    )
     ratios = [one / other for one, other in zip(seconds["with"], seconds["without"], strict=True)]
     rows = expert_rows(reports, experts_per_token=recursion.experts_per_token)
     change = np.sqrt(np.mean(np.square(images - np.asarray(without()))))

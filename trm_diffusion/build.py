@@ -1,6 +1,7 @@
 """What every job builds from its config: the mesh, the objective, the model and its optimiser."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import optax
@@ -9,7 +10,8 @@ from jax.sharding import Mesh
 
 from trm_diffusion.config import Config, check_batch
 from trm_diffusion.diffusion.objective import Objective, make_objective
-from trm_diffusion.models.dit import DiT
+from trm_diffusion.models.architecture import make_network, null_condition
+from trm_diffusion.models.text import Text
 from trm_diffusion.runtime.optimizer import make_optimizer
 from trm_diffusion.runtime.parameters import PureModel
 from trm_diffusion.runtime.random import Purpose, key_for
@@ -29,8 +31,16 @@ class Experiment:
     abstract_state: TrainState  # shapes, dtypes and shardings
 
     @property
-    def null_label(self) -> int:
-        return self.config.data.num_classes
+    def null_condition(self) -> Any:
+        """One image's condition that stands for none: a label, word ids [L], or a `Text`, without the batch axis."""
+        return null_condition(self.config.model, self.config.data.num_classes)
+
+    def condition_of(self, batch: dict) -> Any:
+        """What the model is conditioned on, out of a batch of the data: labels [B], word ids [B, L], or a `Text`."""
+        model = self.config.model
+        if model.architecture == "dit":
+            return batch["label"]
+        return batch["tokens"] if model.reads_words else Text(*(batch[name] for name in Text._fields))
 
     def fresh_state(self) -> TrainState:
         """The state before the first update, made shard by shard on the devices that hold it."""
@@ -61,7 +71,7 @@ def make_model(config: Config, objective: Objective) -> PureModel:
     """The model of the config as a pure function of its parameters."""
     data = config.data
     return PureModel(
-        lambda key: DiT(
+        lambda key: make_network(
             config.model,
             image_size=data.image_size,
             in_channels=data.channels,

@@ -14,17 +14,18 @@ import typing
 import ml_collections
 from ml_collections import config_dict
 
-from trm_diffusion.data.sources import SOURCES, DataConfig
+from trm_diffusion.data.sources import CAPTIONED_SOURCES, SOURCES, DataConfig
 from trm_diffusion.diffusion.guidance import check_guidance
 from trm_diffusion.diffusion.objective import DiffusionConfig
 from trm_diffusion.diffusion.samplers import check_sampler
 from trm_diffusion.errors import UserError
-from trm_diffusion.models.dit import DiTConfig
+from trm_diffusion.models.architecture import ARCHITECTURES, ModelConfig
 from trm_diffusion.models.experts import DISPATCH
 from trm_diffusion.models.gate import FORWARD_WEIGHTS, GATE_INPUTS
 from trm_diffusion.models.halting import HALTING
 from trm_diffusion.models.recursion import BASE_INPUTS, POOLS, RESIDUALS, ROUTING_SCOPES, recursive_blocks
 from trm_diffusion.models.remat import POLICIES
+from trm_diffusion.models.text import ENCODERS
 from trm_diffusion.runtime.checkpoints import CheckpointConfig
 from trm_diffusion.runtime.logging import LogConfig
 from trm_diffusion.runtime.optimizer import SCHEDULES, OptimConfig
@@ -32,6 +33,8 @@ from trm_diffusion.runtime.sharding import MeshConfig
 
 LABEL_RULES = ("balanced", "random")
 CHOICES = {  # field: the values it may take
+    "model.architecture": ARCHITECTURES,
+    "model.text.encoder": ENCODERS,
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": tuple(POLICIES),
     "model.recursion.forward_weight": FORWARD_WEIGHTS,
@@ -54,6 +57,15 @@ AT_LEAST = {  # field: its smallest value
     "model.heads": 1,
     "model.patch": 1,
     "model.mlp_ratio": 0.01,
+    "model.mmdit.dual_attention_blocks": 0,
+    "model.mmdit.position_max_size": 1,
+    "model.mmdit.position_base_size": 1,
+    "model.text.length": 1,
+    "model.text.features": 2,
+    "model.text.pooled_features": 1,
+    "model.text.depth": 0,
+    "model.text.heads": 1,
+    "model.text.vocabulary": 4,
     "model.recursion.latent_steps": 1,
     "model.recursion.experts": 1,
     "model.recursion.experts_per_token": 1,
@@ -71,7 +83,7 @@ AT_LEAST = {  # field: its smallest value
     "train.latent_step_loss_weight": 0,
     "data.image_size": 1,
     "data.channels": 1,
-    "data.num_classes": 1,
+    "data.num_classes": 0,
     "data.synthetic_records": 1,
     "data.workers": 0,
     "train.updates": 1,
@@ -111,14 +123,14 @@ class TrainConfig:
     latent_step_loss_weight: float = (
         0.0  # weight of the mean loss with fewer latent steps, 1 .. T - 1 (T - 1 more passes)
     )
-    label_dropout: float = 0.1  # share of labels replaced by the null label, for classifier-free guidance
+    label_dropout: float = 0.1  # share of labels, or texts, replaced by none, for classifier-free guidance
     trainable: str = "all"  # all, recursion (gates and experts alone), or comma-separated path patterns
     nonfinite_limit: int = 10  # non-finite updates in a row (each skipped) after which the run gives up
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    sampler: str = "euler"  # euler, heun, ddim, or ddpm (ancestral; objective ddpm only)
+    sampler: str = "euler"  # euler, heun, ab2 (multistep), ddim, or ddpm (ancestral; objective ddpm only)
     diffusion_steps: int = 50  # network evaluations, or pairs of them for heun
     eta: float = 0.0  # ddim: share of fresh noise, 0 deterministic, 1 as noisy as ddpm
     guidance: float = 1.0  # classifier-free guidance scale; 1 is the conditional model alone
@@ -127,7 +139,7 @@ class SampleConfig:
     latent_steps: int | None = None  # T at inference; None is the model's
     parameters: str = "ema"  # ema (the first average), raw, or an average named by its decay
     classes: tuple = ()  # labels to draw, a row of the grid each; () is every class, at most ten
-    per_class: int = 10  # images of each label
+    per_class: int = 10  # images of each label or prompt, a row of the grid
     batch_size: int = 256  # images denoised at a time, over all devices
     seed: int = 0  # of the noise; each image's noise depends on the seed and its index alone
 
@@ -153,7 +165,7 @@ class Config:
 
     name: str = "experiment"  # of the run: its default workdir is runs/NAME
     seed: int = 0  # of initial weights, data order, noise and dropout
-    model: DiTConfig = dataclasses.field(default_factory=DiTConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = dataclasses.field(default_factory=DiffusionConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
@@ -285,6 +297,7 @@ def _check(config: Config) -> None:
         value = _field(config, path)
         _require(value is None or value >= smallest, f"config.{path} is {value}; it must be at least {smallest}")
     _check_model(config)
+    _check_condition(config)
     _check_training(config)
     _check_sampling(config)
 
@@ -326,6 +339,50 @@ def _check_model(config: Config) -> None:
         recursive_blocks(recursion.blocks, model.depth)
     except ValueError as error:
         raise UserError(f"config.model.recursion.blocks: {error}") from None
+
+
+def _check_condition(config: Config) -> None:
+    """The model is conditioned on what the data hold."""
+    model, text, source = config.model, config.model.text, config.data.source
+    if model.architecture == "dit":
+        _require(
+            source not in CAPTIONED_SOURCES and config.data.num_classes >= 1,
+            f"config.model.architecture dit needs labels; config.data.source {source} with config.data.num_classes "
+            f"{config.data.num_classes} has none",
+        )
+        return
+    if model.reads_words:
+        _require(
+            source in CAPTIONED_SOURCES,
+            f"config.model.text.encoder learned needs captions; config.data.source {source} has none, "
+            f"{', '.join(CAPTIONED_SOURCES)} have",
+        )
+        _require(
+            text.features % text.heads == 0 and text.features % 2 == 0,
+            f"config.model.text.features {text.features} must be even and a multiple of config.model.text.heads "
+            f"{text.heads}",
+        )
+        _require(
+            text.features == text.pooled_features,
+            f"config.model.text.pooled_features {text.pooled_features} must equal config.model.text.features "
+            f"{text.features} with config.model.text.encoder learned",
+        )
+    else:
+        _require(
+            source == "synthetic",
+            f"config.model.text.encoder encoded needs encoded text: config.data.source synthetic, not {source}",
+        )
+    _require(
+        model.mmdit.dual_attention_blocks <= model.depth,
+        f"config.model.mmdit.dual_attention_blocks {model.mmdit.dual_attention_blocks} exceeds config.model.depth "
+        f"{model.depth}",
+    )
+    grid = config.data.image_size // model.patch
+    _require(
+        grid <= model.mmdit.position_max_size,
+        f"config.model.mmdit.position_max_size {model.mmdit.position_max_size} is less than the {grid} tokens a side "
+        "of config.data.image_size over config.model.patch",
+    )
 
 
 def _check_training(config: Config) -> None:

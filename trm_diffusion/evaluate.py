@@ -20,7 +20,7 @@ from trm_diffusion.sample import draw_all, drawer, load_run, sampling_parameters
 
 
 def evaluate(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
-    """Measures the run in `workdir` as `evaluate.kind` says; writes evaluation.json and a grid, prints the JSON last."""
+    """Measures the run in `workdir` as `evaluate.kind` says; writes evaluation.json and a grid, prints the JSON."""
     if config.evaluate.kind == "none":
         say("config.evaluate.kind is none: nothing to measure")
         return

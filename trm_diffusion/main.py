@@ -5,6 +5,7 @@
 75  asked to stop (SIGTERM or Ctrl-C): everything is saved, start the same command again
 """
 
+import functools
 import re
 import sys
 
@@ -22,6 +23,8 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, runs/NAME by default; may be gs://...")
 MODE = flags.DEFINE_enum("mode", "train", MODES, "train (then sample and evaluate), or one job alone")
+PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to draw with --mode=sample; may be given several times")
+PROMPTS = flags.DEFINE_string("prompts", None, "File of such texts, one a line")
 PLATFORM = flags.DEFINE_enum("platform", "", PLATFORMS, "Refuse to run on anything else; any device by default")
 
 
@@ -82,6 +85,7 @@ def run(mode: str, platform: str) -> int:
     from trm_diffusion.analyze import analyze
     from trm_diffusion.config import resolve
     from trm_diffusion.evaluate import evaluate
+    from trm_diffusion.prompts import read_prompts
     from trm_diffusion.runtime.signals import StopRequest
     from trm_diffusion.sample import sample
     from trm_diffusion.train import train
@@ -89,6 +93,11 @@ def run(mode: str, platform: str) -> int:
     if CONFIG.value is None:
         raise UserError("no experiment given; add --config=configs/digits.py, or another file of configs/")
     config = resolve(CONFIG.value)
+    prompts = PROMPT.value + (read_prompts(PROMPTS.value) if PROMPTS.value else [])
+    if prompts:
+        if mode != "sample":
+            raise UserError("--prompt and --prompts are for --mode=sample")
+        sample = functools.partial(sample, prompts=prompts)
     workdir = epath.Path(WORKDIR.value or f"runs/{config.name}")
     use_compilation_cache(workdir.parent / ".compilation_cache")
     jobs = {"train": (train, sample, evaluate), "sample": (sample,), "evaluate": (evaluate,), "analyze": (analyze,)}

@@ -1,21 +1,24 @@
 """The sampling job: from a checkpoint to images, and what training and evaluation share of it."""
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from trm_diffusion.analysis.grids import image_grid, save_png
+from trm_diffusion.analysis.grids import captioned_grid, image_grid, save_png
 from trm_diffusion.build import Experiment, build
 from trm_diffusion.config import Config
 from trm_diffusion.diffusion.guidance import guide
 from trm_diffusion.diffusion.samplers import draw_initial_noise
 from trm_diffusion.diffusion.samplers import sample as run_sampler
 from trm_diffusion.errors import Interrupted, UserError
-from trm_diffusion.models.dit import stack_layout
+from trm_diffusion.models.architecture import stack_layout
 from trm_diffusion.models.stack import per_layer
+from trm_diffusion.prompts import Request, request_of
 from trm_diffusion.runtime.checkpoints import Checkpoints
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.parameters import Parameters
@@ -25,27 +28,28 @@ from trm_diffusion.runtime.signals import StopRequest
 from trm_diffusion.runtime.state import TrainState
 from trm_diffusion.runtime.workdir import changed_fields, load_config
 
-CLASSES_SHOWN = 10  # rows of a grid when the config names no classes
 GRID_PIXELS = 64  # images narrower than this are shown enlarged
+CAPTIONED_PIXELS = 160  # and with captions than this
 
 
 def drawer(experiment: Experiment, *, with_reports: bool = False) -> Callable:
-    """draw(parameters, labels [B], indices [B]) -> images [B, H, W, C] float32, jitted over the mesh.
+    """draw(parameters, condition [B, ...], indices [B]) -> images [B, H, W, C] float32, jitted over the mesh.
 
-    An image depends on its label, its index and `sample.seed` alone, not on its batch or the number of devices.
-    With `with_reports` it also returns the gates' `RoutingReport` of every diffusion step, [S, R, T, ...].
+    An image depends on its condition (see `Experiment.condition_of`), its index and `sample.seed` alone, not on its
+    batch or the number of devices. With `with_reports` it also returns the gates' `RoutingReport` of every diffusion
+    step, [S, R, T, ...].
     """
     sample, data, objective = experiment.config.sample, experiment.config.data, experiment.objective
     shape = (data.image_size, data.image_size, data.channels)
 
-    def draw(parameters: Parameters, labels: jax.Array, indices: jax.Array) -> jax.Array:
+    def draw(parameters: Parameters, condition: Any, indices: jax.Array) -> jax.Array:
         model = experiment.model.bind(parameters)
         keys = jax.vmap(lambda index: key_for(sample.seed, Purpose.SAMPLING, index))(indices)
         network = guide(
-            lambda noisy, times, labels: model(noisy, times, labels, latent_steps=sample.latent_steps),
+            lambda noisy, times, condition: model(noisy, times, condition, latent_steps=sample.latent_steps),
             objective,
-            labels,
-            jnp.full_like(labels, experiment.null_label),
+            condition,
+            jax.tree.map(lambda null, given: jnp.broadcast_to(null, given.shape), experiment.null_condition, condition),
             scale=sample.guidance,
             interval=sample.guidance_interval,
             channels=sample.guidance_channels,
@@ -69,18 +73,19 @@ def draw_all(
     draw: Callable,
     config: Config,
     parameters: Parameters,
-    labels: np.ndarray,
+    condition: Any,
     stop: StopRequest | None = None,
 ) -> Iterator[np.ndarray]:
-    """Images of labels [N], batch by batch, in order; image i has index i. Raises Interrupted when asked to stop."""
-    size = config.sample.batch_size
-    for first in range(0, len(labels), size):
+    """Images of a condition [N, ...], batch by batch, in order; image i has index i. Raises Interrupted if asked to."""
+    size, count = config.sample.batch_size, len(jax.tree.leaves(condition)[0])
+    for first in range(0, count, size):
         if stop is not None and stop.requested:
-            raise Interrupted(f"stopped after {first} of {len(labels)} images; they are drawn again next time")
-        part = labels[first : first + size]
-        padded = np.resize(part, size)  # one shape, one compilation
-        images = draw(parameters, jnp.asarray(padded), jnp.arange(first, first + size))
-        yield np.asarray(images[: len(part)])
+            raise Interrupted(f"stopped after {first} of {count} images; they are drawn again next time")
+        rows = np.arange(first, min(first + size, count))
+        padded = np.resize(rows, size)  # one shape, one compilation
+        part = jax.tree.map(lambda leaf: jnp.asarray(leaf[padded]), condition)  # noqa: B023  used at once
+        images = draw(parameters, part, jnp.arange(first, first + size))
+        yield np.asarray(images[: len(rows)])
 
 
 def sampling_parameters(experiment: Experiment, state: TrainState) -> Parameters:
@@ -92,23 +97,22 @@ def sampling_parameters(experiment: Experiment, state: TrainState) -> Parameters
     return {**state.ema[decay], **state.frozen}
 
 
-def grid_labels(config: Config) -> np.ndarray:
-    """Labels of a grid, a row of `per_class` for each class, int32."""
-    classes = config.sample.classes or range(min(CLASSES_SHOWN, config.data.num_classes))
-    return np.repeat(np.asarray(classes, np.int32), config.sample.per_class)
-
-
-def save_grid(draw: Callable, experiment: Experiment, state: TrainState, path: epath.Path) -> np.ndarray:
-    """Draws the grid of the config and writes it as a PNG; returns it, uint8 [H, W, 3]."""
-    config = experiment.config
+def save_grid(
+    draw: Callable, experiment: Experiment, state: TrainState, request: Request, path: epath.Path
+) -> np.ndarray:
+    """Draws what is asked for and writes it as one PNG; returns it, uint8 [H, W, 3]."""
     parameters = sampling_parameters(experiment, state)
-    images = np.concatenate(list(draw_all(draw, config, parameters, grid_labels(config))))
-    return write_grid(path, images, config)
+    images = np.concatenate(list(draw_all(draw, experiment.config, parameters, request.condition)))
+    return write_grid(path, images, experiment.config, request.captions)
 
 
-def write_grid(path: epath.Path, images: np.ndarray, config: Config) -> np.ndarray:
-    scale = max(1, GRID_PIXELS // config.data.image_size)
-    grid = image_grid(images, columns=config.sample.per_class, scale=scale)
+def write_grid(path: epath.Path, images: np.ndarray, config: Config, captions: Sequence[str] | None = None):
+    """Lays [N, H, W, C] out, `per_class` images in a row and captions under them, and writes a PNG; returns it."""
+    size, columns = config.data.image_size, config.sample.per_class
+    if captions:
+        grid = captioned_grid(images, captions, columns, scale=max(1, CAPTIONED_PIXELS // size))
+    else:
+        grid = image_grid(images, columns, scale=max(1, GRID_PIXELS // size))
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_png(path, grid)
@@ -133,19 +137,32 @@ def layers_of_run(workdir: epath.Path) -> Parameters:
     return per_layer(sampling_parameters(experiment, state), stack_layout(experiment.config.model))
 
 
-def sample(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
-    """Draws the grid of the config from the run in `workdir`; writes a PNG and the images as an npz beside it."""
+def sample(config: Config, workdir: epath.Path, stop: StopRequest, prompts: Sequence[str] = ()) -> None:
+    """Draws the grid of the config, or of the prompts, from the run in `workdir`.
+
+    Writes a PNG and the images as an npz beside it; for prompts, each image as a PNG of its own too.
+    """
     experiment, state = load_run(config, workdir)
-    labels = grid_labels(config)
+    request = request_of(experiment, workdir, prompts)
     parameters = sampling_parameters(experiment, state)
-    images = np.concatenate(list(draw_all(drawer(experiment), config, parameters, labels, stop)))
-    path = workdir / "samples" / f"grid_{int(state.step):07d}.png"
-    write_grid(path, images, config)
+    images = np.concatenate(list(draw_all(drawer(experiment), config, parameters, request.condition, stop)))
+    directory, step = workdir / "samples", f"{int(state.step):07d}"
+    path = directory / f"{'prompts' if prompts else 'grid'}_{step}.png"
+    write_grid(path, images, config, request.captions)
     arrays = path.with_suffix(".npz")
     if jax.process_index() == 0:
         with arrays.open("wb") as file:
-            np.savez(file, images=images, labels=labels)
-    classes = ", ".join(map(str, dict.fromkeys(labels.tolist())))
-    say(
-        f"drew {len(labels)} images of classes {classes} with {config.sample.parameters} parameters: {path} and {arrays}"
-    )
+            np.savez(file, images=images, **request.arrays())
+        if prompts:
+            write_images(directory / f"prompts_{step}", images, request.captions)
+    say(f"drew {len(images)} images with {config.sample.parameters} parameters: {path} and {arrays}")
+    if prompts:
+        say(f"each image by its prompt: {directory / f'prompts_{step}'}")
+
+
+def write_images(directory: epath.Path, images: np.ndarray, captions: Sequence[str]) -> None:
+    """Each image as "NUMBER_WORDS-OF-ITS-CAPTION.png", pixel by pixel."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        name = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:80]
+        save_png(directory / f"{number:04d}_{name}.png", image_grid(image[None], columns=1, padding=0))

@@ -10,6 +10,7 @@ import dataclasses
 import fnmatch
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +21,13 @@ from etils import epath
 from trm_diffusion.build import Experiment, build
 from trm_diffusion.config import Config
 from trm_diffusion.data.pipeline import make_iterator
-from trm_diffusion.data.sources import make_source
+from trm_diffusion.diffusion.objective import per_sample
 from trm_diffusion.errors import Interrupted, UserError
+from trm_diffusion.models.architecture import stack_layout
 from trm_diffusion.models.balance import auxiliary_loss, moved_biases
-from trm_diffusion.models.dit import stack_layout
 from trm_diffusion.models.recursion import RoutingReport
 from trm_diffusion.models.stack import from_per_layer
+from trm_diffusion.prompts import keep_words, request_of, training_source
 from trm_diffusion.runtime.checkpoints import Checkpoints
 from trm_diffusion.runtime.logging import RunLogger, say
 from trm_diffusion.runtime.optimizer import ema_decay, learning_rate, update_ema
@@ -40,27 +42,31 @@ from trm_diffusion.sample import drawer, layers_of_run, save_grid
 
 
 def loss_and_metrics(
-    experiment: Experiment, parameters: Parameters, images: jax.Array, labels: jax.Array, key: jax.Array
+    experiment: Experiment, parameters: Parameters, images: jax.Array, condition: Any, key: jax.Array
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], RoutingReport | None]]:
     """The loss to minimise on one batch, float32 []; what is logged of it, and the gates' reports [R, T, ...].
 
-    images [B, H, W, C] in [-1, 1] or scaled latents, labels [B] int32. `key` draws times, noise, dropped labels, the
-    gates' noise and, where the config gives a range, the number of latent steps. metrics["loss"] is the diffusion loss,
-    without the terms that the config adds to it.
+    images [B, H, W, C] in [-1, 1] or scaled latents; condition: see `Experiment.condition_of`. `key` draws times,
+    noise, dropped conditions, the gates' noise and, where the config gives a range, the number of latent steps.
+    metrics["loss"] is the diffusion loss, without the terms that the config adds to it.
     """
     config, objective = experiment.config, experiment.objective
     time_key, noise_key, drop_key, gate_key, depth_key = jax.random.split(key, 5)
-    batch = labels.shape[0]
+    batch = images.shape[0]
     times = objective.sample_times(time_key, batch)
     noise = jax.random.normal(noise_key, images.shape, jnp.float32)
     noisy = objective.perturb(images, noise, times)
     dropped = jax.random.bernoulli(drop_key, config.train.label_dropout, (batch,))
-    conditions = jnp.where(dropped, experiment.null_label, labels)
+    condition = jax.tree.map(
+        lambda null, given: jnp.where(per_sample(dropped, given), null[None], given),
+        experiment.null_condition,
+        condition,
+    )
     model = experiment.model.bind(parameters)
 
     def losses_at(latent_steps):
         output, reports = model(
-            noisy, objective.network_times(times), conditions, latent_steps=latent_steps, key=gate_key
+            noisy, objective.network_times(times), condition, latent_steps=latent_steps, key=gate_key
         )
         return objective.loss(output, images, noise, noisy, times), reports  # [B]
 
@@ -94,34 +100,34 @@ def draw_latent_steps(latent_steps: tuple, key: jax.Array) -> int | jax.Array | 
 def make_train_step(experiment: Experiment) -> Callable:
     """(state, batch) -> (state, metrics), pure, jitted over the mesh, with the state donated.
 
-    A batch is {"image": [B, H, W, C], "label": [B], ...}. An update whose loss or gradient is not finite changes nothing
-    but the update number, and says so in metrics["skipped"].
+    A batch is {"image": [B, H, W, C]} and what `Experiment.condition_of` reads. An update whose loss or gradient is not
+    finite changes nothing but the update number, and says so in metrics["skipped"].
     """
     config, optimizer = experiment.config, experiment.optimizer
     parts = config.train.accumulate
     schedule = learning_rate(config.optim, config.train.updates)
 
-    def split(
-        leaf,
-    ):  # [B, ...] -> [parts, B / parts, ...]; interleaved, so that each device keeps its own images
+    def split(leaf):
+        """[B, ...] -> [parts, B / parts, ...]; interleaved, so that each device keeps its own images."""
         return leaf.reshape(leaf.shape[0] // parts, parts, *leaf.shape[1:]).swapaxes(0, 1)
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         key = key_for(config.seed, Purpose.TRAINING, state.step)
 
-        def loss(trainable, images, labels, key):
-            return loss_and_metrics(experiment, {**trainable, **state.frozen}, images, labels, key)
+        def loss(trainable, images, condition, key):
+            return loss_and_metrics(experiment, {**trainable, **state.frozen}, images, condition, key)
 
         def part(_, inputs):
-            index, images, labels = inputs
+            index, images, condition = inputs
             part_key = jax.random.fold_in(key, index)
-            (_, extra), gradients = jax.value_and_grad(loss, has_aux=True)(state.trainable, images, labels, part_key)
+            (_, extra), gradients = jax.value_and_grad(loss, has_aux=True)(state.trainable, images, condition, part_key)
             return None, (gradients, extra)
 
         def accumulate(total, inputs):
             return jax.tree.map(jnp.add, total, part(None, inputs)[1]), None
 
-        inputs = (jnp.arange(parts), split(batch["image"]), split(batch["label"]))
+        images, condition = jax.tree.map(split, (batch["image"], experiment.condition_of(batch)))
+        inputs = (jnp.arange(parts), images, condition)
         total = part(None, jax.tree.map(lambda leaf: leaf[0], inputs))[1]
         if parts > 1:
             total, _ = jax.lax.scan(accumulate, total, jax.tree.map(lambda leaf: leaf[1:], inputs))
@@ -160,7 +166,7 @@ def make_train_step(experiment: Experiment) -> Callable:
 def train(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
     """Trains to `train.updates`, from wherever the run stands. Raises Interrupted after saving, when asked to stop."""
     experiment = build(config)
-    source = make_source(config.data)
+    source = training_source(config)
     iterator = make_iterator(
         source,
         config.data,
@@ -171,6 +177,7 @@ def train(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
     )
     with Checkpoints(workdir / "checkpoints", config.checkpoint) as checkpoints:
         state, loop = starting_state(experiment, workdir, checkpoints, iterator)
+        keep_words(config, workdir)
         _describe(experiment, state)
         if int(state.step) < config.train.updates:
             _loop(experiment, workdir, stop, checkpoints, iterator, state, loop)
@@ -258,13 +265,18 @@ def _loop(experiment, workdir, stop, checkpoints, iterator, state, loop) -> None
                 logger.metrics(step, line)
 
     draw = drawer(experiment)
+    request = request_of(experiment, workdir) if config.log.samples_every else None
     unread = None  # the metrics of the update before, read while the present one runs
     try:
         for step in range(start + 1, total + 1):
             waited = time.perf_counter()
             batch = next(iterator)
             window.data_wait_seconds += time.perf_counter() - waited
-            batch = {name: jax.make_array_from_process_local_data(sharding, batch[name]) for name in ("image", "label")}
+            batch = {
+                name: jax.make_array_from_process_local_data(sharding, value)
+                for name, value in batch.items()
+                if name != "index"
+            }
             state, metrics = train_step(state, batch)
             if unread:
                 record(*unread)
@@ -275,7 +287,7 @@ def _loop(experiment, workdir, stop, checkpoints, iterator, state, loop) -> None
                 record(*unread)
                 unread = None
             if sampling:
-                image = save_grid(draw, experiment, state, workdir / "samples" / f"update_{step:07d}.png")
+                image = save_grid(draw, experiment, state, request, workdir / "samples" / f"update_{step:07d}.png")
                 if logger:
                     logger.image(step, "samples", image)
             if saving:

@@ -23,7 +23,7 @@ FLOW = make_objective(DiffusionConfig())
 FINE_DDPM = make_objective(DiffusionConfig(objective="ddpm", beta_start=1e-6))
 DDPM = make_objective(DiffusionConfig(objective="ddpm"))
 HYBRID = make_objective(DiffusionConfig(objective="ddpm", learned_sigma=True))
-EVERY_PAIR = [(DDPM, name) for name in samplers.SAMPLERS] + [(FLOW, name) for name in ("ddim", "euler", "heun")]
+EVERY_PAIR = [(DDPM, name) for name in samplers.SAMPLERS] + [(FLOW, name) for name in ("ddim", "euler", "heun", "ab2")]
 KEYS = jax.random.split(jax.random.key(0), 4)
 
 
@@ -66,7 +66,9 @@ def observed_orders(errors, counts):
     return np.log(np.divide(errors[:-1], errors[1:])) / np.log(np.divide(counts[1:], counts[:-1]))
 
 
-@pytest.mark.parametrize("sampler, order, largest_error", [("euler", 1, 0.05), ("ddim", 1, 0.05), ("heun", 2, 5e-4)])
+@pytest.mark.parametrize(
+    "sampler, order, largest_error", [("euler", 1, 0.05), ("ddim", 1, 0.05), ("heun", 2, 5e-4), ("ab2", 2, 5e-4)]
+)
 @pytest.mark.parametrize("objective, strides", [(FLOW, (20, 40, 80)), (FINE_DDPM, (37, 111, 333))], ids=name_of)
 def test_moments_and_order_of_the_probability_flow(sampler, order, largest_error, objective, strides, float64):
     """The exact flow keeps quantiles. DDPM's strides divide its 999 intervals, so nothing is rounded."""
@@ -211,11 +213,13 @@ class IdentityTest(chex.TestCase):
         assert jnp.abs(ancestral - quiet).max() > 0.1
 
     @chex.variants(with_jit=True, without_jit=True)
-    def test_one_step_of_heun_is_euler(self):
+    def test_one_step_of_a_second_order_sampler_is_euler(self):
         for objective in (FLOW, DDPM):
-            heun, euler = (self.run_sampler(objective, sampler=name, diffusion_steps=1) for name in ("heun", "euler"))
-            # DDPM starts at z = 157 x and ends at z = x: float32 leaves 157 times its usual rounding.
-            chex.assert_trees_all_close(heun, euler, atol=1e-4)
+            names = ("heun", "ab2", "euler")
+            *second, euler = (self.run_sampler(objective, sampler=name, diffusion_steps=1) for name in names)
+            for samples in second:
+                # DDPM starts at z = 157 x and ends at z = x: float32 leaves 157 times its usual rounding.
+                chex.assert_trees_all_close(samples, euler, atol=1e-4)
 
 
 @pytest.mark.parametrize("objective, sampler", EVERY_PAIR, ids=name_of)
@@ -314,7 +318,7 @@ def test_initial_noise_is_standard_normal():
 
 @pytest.mark.parametrize(
     "sampler, objective_name, word",
-    [("ddpm", "rectified_flow", "ddim, euler or heun"), ("dopri5", "ddpm", "dopri5")],
+    [("ddpm", "rectified_flow", "ddim, euler, heun or ab2"), ("dopri5", "ddpm", "dopri5")],
 )
 def test_check_sampler_refuses_in_one_line(sampler, objective_name, word):
     with pytest.raises(ValueError, match=word) as refusal:

@@ -90,3 +90,39 @@ def test_doctor_prints_one_json_line_last():
     out, _ = finished(command("--mode=doctor", "--platform=cpu"))
     report = json.loads(out.splitlines()[-1])
     assert report["pass"] is True and report["missing"] == [] and report["devices"]
+
+
+TINY_SD3 = (
+    "--config=configs/sd3_medium.py:recursion=0",
+    "--config.data.image_size=8",
+    "--config.model.depth=2",
+    "--config.model.width=32",
+    "--config.model.heads=2",
+    "--config.model.dtype=float32",
+    "--config.model.text.length=5",
+    "--config.model.text.features=12",
+    "--config.model.text.pooled_features=6",
+    "--config.model.recursion.rank=4",
+    "--config.train.updates=3",
+    "--config.train.trainable=all",
+    "--config.train.batch_size=8",
+    "--config.optim.lr=1e-2",
+    "--config.sample.diffusion_steps=2",
+    "--config.sample.batch_size=8",
+    "--config.log.every=1",
+    "--config.log.tensorboard=false",
+)
+
+
+def test_text_to_image_on_eight_devices_equals_one(tmp_path):
+    """SD3-medium's config from encoded text. All of it trains: a fresh base answers zero whatever recursion does."""
+    lines = []
+    for name in ("one", "data_fsdp_tensor"):
+        devices, mesh = MESHES[name]
+        workdir = tmp_path / name
+        finished(command(*TINY_SD3, *mesh, f"--workdir={workdir}", devices=devices))
+        lines.append([json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()])
+        assert (workdir / "samples" / "grid_0000003.png").exists()
+    one, eight = (np.array([line["loss"] for line in run]) for run in lines)
+    assert len(set(one)) == 3
+    np.testing.assert_allclose(eight, one, rtol=1e-5)

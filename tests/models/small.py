@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from tests.models import reference
-from trm_diffusion.models.attention import Attention
+from trm_diffusion.models.attention import Attention, Context
 from trm_diffusion.models.gate import Conditioning
 from trm_diffusion.models.recursion import Recursion, RecursionConfig
 
@@ -55,7 +55,7 @@ def run(graphdef, state, data, *, steps, joint=False, key=None):
         shift_bd=shift,
         scale_bd=scale,
         conditioning=conditioning,
-        attend=lambda qkv: attention.attend(qkv, context if joint else None),
+        attend=lambda qkv: attention.attend(qkv, Context(*context) if joint else None),
         project_base=attention.project,
         latent_steps=steps,
         key=key,

@@ -37,13 +37,17 @@ class Wrapper(nnx.Module):
     """Gives the stack the place in the paths that it has in a model."""
 
     def __init__(self, depth, recursive, scan, remat, key):
-        self.stack = BlockStack(FakeBlock, depth, recursive, scan=scan, remat=remat, rngs=nnx.Rngs(key))
+        self.stack = BlockStack(FakeBlock, kinds_of(depth, recursive), scan=scan, remat=remat, rngs=nnx.Rngs(key))
+
+
+def kinds_of(depth, recursive) -> list[bool]:
+    return [index in recursive for index in range(depth)]
 
 
 def fake_stack(depth, recursive, *, scan=True, remat="none"):
     """The model, its parameters and its layout."""
     model = PureModel(lambda key: Wrapper(depth, recursive, scan, remat, key))
-    layout = StackLayout(tuple(segment_lengths(depth, recursive, scan)), tuple(recursive), scan)
+    layout = StackLayout(tuple(segment_lengths(kinds_of(depth, recursive), scan)), tuple(recursive), scan)
     return model, model.init(jax.random.key(0)), layout
 
 
@@ -166,5 +170,5 @@ def test_layers_go_from_one_cut_into_segments_to_another():
     (1, (0,), True, [(0, 1)]),
 ])  # fmt: skip
 def test_segment_lengths(depth, recursive, scan, expected):
-    assert segment_lengths(depth, recursive, scan) == expected
+    assert segment_lengths(kinds_of(depth, recursive), scan) == expected
     assert sum(length for _, length in expected) == depth

@@ -1,7 +1,8 @@
-"""Pictures of samples: many images as one, and one image as a PNG file."""
+"""Pictures of samples: many images as one, with captions if need be, and one image as a PNG file."""
 
 import os
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -23,18 +24,56 @@ def image_grid(
     Returns:
       uint8 [H', W', 3], values clip(127.5 x + 128, 0, 255) rounded down.
     """
+    if columns < 1 or scale < 1 or padding < 0:
+        raise ValueError(f"columns={columns}, scale={scale} must be positive, padding={padding} not negative")
+    return _lay_out(_pixels(images, scale), columns, padding, background)
+
+
+def captioned_grid(images: np.ndarray, captions: Sequence[str], columns: int, *, scale: int = 1) -> np.ndarray:
+    """`image_grid` with a caption [N] printed under each image, in as many lines as its width asks for."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    pixels = _pixels(images, scale)
+    font, width = ImageFont.load_default(), pixels.shape[2]
+    texts = [_wrapped(caption, lambda line: font.getlength(line) <= width) for caption in captions]
+    line_height = sum(font.getmetrics()) + 1
+    strip = line_height * max(map(len, texts)) + 2
+    labelled = []
+    for image, lines in zip(pixels, texts, strict=True):
+        below = Image.new("L", (width, strip), 255)
+        for number, line in enumerate(lines):
+            ImageDraw.Draw(below).text((0, number * line_height), line, fill=0, font=font)
+        labelled.append(np.concatenate([image, np.repeat(np.asarray(below)[..., None], 3, axis=2)]))
+    return _lay_out(np.stack(labelled), columns, padding=6, background=255)
+
+
+def _wrapped(text: str, fits) -> list[str]:
+    """The words of a text in lines that fit, one word at least to each."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and not fits(longer):
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
+def _pixels(images: np.ndarray, scale: int) -> np.ndarray:
+    """[N, H, W, C] in [-1, 1], or latents, -> uint8 [N, H * scale, W * scale, 3]."""
     images = np.asarray(images, np.float32)
     if images.ndim != 4 or images.shape[-1] in (0, 2) or 0 in images.shape:
         raise ValueError(f"images must be [N, H, W, C] with 1, 3 or more channels, not {images.shape}")
-    if columns < 1 or scale < 1 or padding < 0:
-        raise ValueError(f"columns={columns}, scale={scale} must be positive, padding={padding} not negative")
     images = np.nan_to_num(images, nan=0.0, posinf=1.0, neginf=-1.0)
     if images.shape[-1] > 3:
         images = _stretch(images[..., :3])
     pixels = np.clip(127.5 * images + 128, 0, 255).astype(np.uint8)
     pixels = np.broadcast_to(pixels, (*pixels.shape[:3], 3))
-    pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)  # [N, H * scale, W * scale, 3]
+    return pixels.repeat(scale, axis=1).repeat(scale, axis=2)
 
+
+def _lay_out(pixels: np.ndarray, columns: int, padding: int, background: int) -> np.ndarray:
+    """uint8 [N, H, W, 3] row by row on one picture."""
     count, height, width, _ = pixels.shape
     rows = -(-count // columns)
     row_step, column_step = height + padding, width + padding

@@ -12,13 +12,14 @@ Element = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    source: str = "digits"  # digits, synthetic, image_folder, tfds, latents
-    path: str = ""  # image_folder, latents: the directory; tfds: the data_dir ("" = TFDS's own default)
-    tfds_name: str = "imagenet2012"  # tfds: the dataset's name, with config and version if need be
-    split: str = "train"  # digits: train or test; tfds: any split expression
+    # digits, synthetic, image_folder, tfds, latents; with captions: scenes, emoji, caption_folder, tfds_captions
+    source: str = "digits"
+    path: str = ""  # folders, latents: the directory; tfds, tfds_captions: the data_dir ("" = TFDS's own default)
+    tfds_name: str = "imagenet2012"  # tfds, tfds_captions: the dataset's name, with config and version if need be
+    split: str = "train"  # digits: train or test; scenes: train, seen, held_out or all; tfds: any split expression
     image_size: int = 8  # pixels or latent cells a side
     channels: int = 1  # 1 = grey, 3 = RGB, latents: the VAE's
-    num_classes: int = 10  # labels are 0 .. num_classes - 1
+    num_classes: int = 10  # labels are 0 .. num_classes - 1; 0 where captions take their place
     flip: bool = False  # random horizontal flip, anew in each epoch
     synthetic_records: int = 4096  # synthetic: records in one epoch
     workers: int = 0  # loader worker processes (0 = in this process, with grain's read threads)
@@ -28,17 +29,24 @@ class Source(abc.ABC):
     """Random access to records, as grain asks for it; picklable, so that worker processes can have a copy.
 
     An element is {"image": float32 [H, W, C], in [-1, 1] or scaled latents, "label": int32 scalar,
-    "index": int32 scalar, the record's id}. Reading must be safe from several threads at once.
+    "index": int32 scalar, the record's id}; a captioned source has "caption", a string scalar, for "label".
+    Reading must be safe from several threads at once.
 
     Attributes:
       sample_shape: (H, W, C) of every image.
-      num_classes: labels are 0 .. num_classes - 1.
+      num_classes: labels are 0 .. num_classes - 1; 0 if captioned.
+      captioned: whether elements have captions in place of labels.
+      vocabulary: every word of the captions, if they keep to a closed set; a word's place must not change.
+      vocabulary: every word of the captions, if they have a closed vocabulary; a word's place must not change.
       stochastic: whether `sample` uses its generator, so that a record differs from epoch to epoch.
       in_memory: whether reading is so cheap that more than one read thread would only cost time.
     """
 
     sample_shape: tuple[int, int, int]
-    num_classes: int
+    num_classes: int = 0
+    captioned: bool = False
+    vocabulary: tuple[str, ...] = ()
+    vocabulary: tuple[str, ...] = ()
     stochastic: bool = False
     in_memory: bool = False
 
@@ -65,6 +73,15 @@ def make_element(image: np.ndarray, label: int, index: int) -> Element:
     }
 
 
+def make_captioned_element(image: np.ndarray, caption: str, index: int) -> Element:
+    """Bundles one record of a captioned source with the dtypes of the contract."""
+    return {
+        "image": np.asarray(image, np.float32),
+        "caption": np.asarray(caption, np.str_),
+        "index": np.asarray(index, np.int32),
+    }
+
+
 def check_matches_config(source: Source, config: DataConfig) -> None:
     """Raises a UserError if the data are not what the configuration says they are."""
     wanted_shape = (config.image_size, config.image_size, config.channels)
@@ -76,8 +93,9 @@ def check_matches_config(source: Source, config: DataConfig) -> None:
             f"set config.data.image_size={height} and config.data.channels={channels}"
         )
     if source.num_classes != config.num_classes:
+        held = "captions and no classes" if source.captioned else f"{source.num_classes} classes"
         raise UserError(
-            f"config.data.source={config.source} has {source.num_classes} classes, the config says "
+            f"config.data.source={config.source} has {held}, the config says "
             f"{config.num_classes}: set config.data.num_classes={source.num_classes}"
         )
     if len(source) == 0:

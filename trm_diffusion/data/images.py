@@ -36,6 +36,20 @@ def to_training_image(image, size: int, channels: int) -> np.ndarray:
     return pixels / 127.5 - 1
 
 
+def read_training_image(path: str, size: int, channels: int) -> np.ndarray:
+    """`to_training_image` of a file. Raises a UserError if it cannot be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return to_training_image(image, size, channels)
+    # PIL's plugins report damage through all of these.
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise UserError(
+            f"cannot read the image {path} ({' '.join(str(error).split())}): repair or remove the file"
+        ) from error
+
+
 class ImageFolderSource(Source):
     """`directory/<class>/<image>`: classes are the subfolders, numbered in the order of their names."""
 
@@ -68,18 +82,8 @@ class ImageFolderSource(Source):
         return len(self._files)
 
     def __getitem__(self, index: int) -> Element:
-        from PIL import Image
-
-        path = f"{self._root}/{self._files[index]}"
         size, _, channels = self.sample_shape
-        try:
-            with Image.open(path) as image:
-                pixels = to_training_image(image, size, channels)
-        # PIL's plugins report damage through all of these.
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            raise UserError(
-                f"cannot read the image {path} ({' '.join(str(error).split())}): repair or remove the file"
-            ) from error
+        pixels = read_training_image(f"{self._root}/{self._files[index]}", size, channels)
         return make_element(pixels, self._labels[index], index)
 
 
@@ -90,32 +94,39 @@ class TfdsSource(Source):
         self._name, self._split, self._data_dir = name, split, data_dir
         self._lock = threading.Lock()
         builder = self._builder()
-        features = dict(builder.info.features or {})
-        found = sorted(features)
-        if "image" not in features or not hasattr(features.get("label"), "num_classes"):
-            raise UserError(
-                f"the TFDS dataset {name!r} has the features {', '.join(found) or 'none'}: choose one in "
-                "config.data.tfds_name that has an image and a class label, named image and label"
-            )
+        self._check_features(dict(builder.info.features or {}))
         self._records = self._open(builder)
         self._length = len(self._records)
-        self.num_classes = features["label"].num_classes
         self.sample_shape = (image_size, image_size, channels)
+
+    def _check_features(self, features: dict) -> None:
+        if "image" not in features or not hasattr(features.get("label"), "num_classes"):
+            raise UserError(
+                f"the TFDS dataset {self._name!r} has the features {', '.join(sorted(features)) or 'none'}: choose one "
+                "in config.data.tfds_name that has an image and a class label, named image and label"
+            )
+        self.num_classes = features["label"].num_classes
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> Element:
-        from PIL import Image
+        record = self._record(index)
+        return make_element(self._training_image(record), record["label"], index)
 
+    def _record(self, index: int) -> dict:
         with self._lock:
             if self._records is None:
                 self._records = self._open(self._builder())
-        record = self._records[index]
+        return self._records[index]
+
+    def _training_image(self, record: dict) -> np.ndarray:
+        from PIL import Image
+
         pixels = np.asarray(record["image"])  # [H, W, 1 or 3] uint8
         image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
         size, _, channels = self.sample_shape
-        return make_element(to_training_image(image, size, channels), record["label"], index)
+        return to_training_image(image, size, channels)
 
     def __getstate__(self) -> dict:
         # Open files and locks stay behind; a worker process opens the dataset again when it first reads.
@@ -136,11 +147,27 @@ class TfdsSource(Source):
                 f"TFDS knows no dataset {self._name!r}: set config.data.tfds_name to a name of its "
                 "catalogue, or config.data.path to the data_dir that holds it"
             ) from error
+        except ImportError as error:
+            return self._prepared_builder(tfds, error)
         except ValueError as error:
             raise UserError(
                 f"TFDS cannot open {self._name!r} ({' '.join(str(error).split())[:200]}): check "
                 "config.data.tfds_name and config.data.path"
             ) from error
+
+    def _prepared_builder(self, tfds, cause: ImportError):
+        """A data set whose own code needs TensorFlow to be imported: once prepared, it is read without that code."""
+        data_dir = self._data_dir or None
+        try:
+            return tfds.core.read_only_builder.builder_from_files(
+                self._name, data_dir=data_dir, file_format="array_record"
+            )
+        except tfds.core.DatasetNotFoundError:
+            raise UserError(
+                f"the TFDS dataset {self._name!r} is not prepared in {data_dir or 'the default data_dir'}, and its "
+                "code needs TensorFlow: prepare it as array_record where TensorFlow is installed, and set "
+                "config.data.path to the data_dir"
+            ) from cause
 
     def _open(self, builder):
         try:

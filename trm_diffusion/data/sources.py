@@ -5,9 +5,10 @@ import numpy as np
 from trm_diffusion.data.base import DataConfig, Element, Source, check_matches_config, make_element
 from trm_diffusion.errors import UserError
 
-__all__ = ["SOURCES", "DataConfig", "Element", "Source", "SyntheticSource", "make_source"]
+__all__ = ["CAPTIONED_SOURCES", "SOURCES", "DataConfig", "Element", "Source", "SyntheticSource", "make_source"]
 
-SOURCES = ("digits", "synthetic", "image_folder", "tfds", "latents")
+CAPTIONED_SOURCES = ("scenes", "emoji", "caption_folder", "tfds_captions")
+SOURCES = ("digits", "synthetic", "image_folder", "tfds", "latents", *CAPTIONED_SOURCES)
 
 _SYNTHETIC_SEED = 20_231
 
@@ -41,27 +42,38 @@ def make_source(config: DataConfig) -> Source:
         channel count or class count than the config's.
     """
     _check_config(config)
+    size = {"image_size": config.image_size, "channels": config.channels}
     if config.source == "digits":
         from trm_diffusion.data.digits import DigitsSource
 
         source = DigitsSource(config.split)
+    elif config.source == "scenes":
+        from trm_diffusion.data.scenes import SceneSource
+
+        source = SceneSource(config.image_size, config.split)
     elif config.source == "synthetic":
         shape = (config.image_size, config.image_size, config.channels)
         source = SyntheticSource(shape, config.num_classes, config.synthetic_records)
+    elif config.source == "emoji":
+        from trm_diffusion.data.emoji import EmojiSource
+
+        source = EmojiSource(config.image_size, config.split)
     elif config.source == "image_folder":
         from trm_diffusion.data.images import ImageFolderSource
 
-        source = ImageFolderSource(config.path, image_size=config.image_size, channels=config.channels)
+        source = ImageFolderSource(config.path, **size)
+    elif config.source == "caption_folder":
+        from trm_diffusion.data.captions import CaptionFolderSource
+
+        source = CaptionFolderSource(config.path, **size)
     elif config.source == "tfds":
         from trm_diffusion.data.images import TfdsSource
 
-        source = TfdsSource(
-            config.tfds_name,
-            config.split,
-            config.path,
-            image_size=config.image_size,
-            channels=config.channels,
-        )
+        source = TfdsSource(config.tfds_name, config.split, config.path, **size)
+    elif config.source == "tfds_captions":
+        from trm_diffusion.data.captions import TfdsCaptionSource
+
+        source = TfdsCaptionSource(config.tfds_name, config.split, config.path, **size)
     else:
         from trm_diffusion.data.latents import LatentSource
 
@@ -79,9 +91,10 @@ def _check_config(config: DataConfig) -> None:
     if config.source not in SOURCES:
         raise UserError(f"config.data.source={config.source!r} is none of {', '.join(SOURCES)}: choose one")
     for field in ("image_size", "channels", "num_classes", "synthetic_records"):
-        if getattr(config, field) < 1:
-            raise UserError(f"config.data.{field}={getattr(config, field)} must be at least 1")
+        least = 0 if field == "num_classes" and config.source in CAPTIONED_SOURCES else 1
+        if getattr(config, field) < least:
+            raise UserError(f"config.data.{field}={getattr(config, field)} must be at least {least}")
     if config.workers < 0:
         raise UserError(f"config.data.workers={config.workers} must be 0 (no worker processes) or more")
-    if config.source in ("image_folder", "tfds") and config.channels not in (1, 3):
+    if config.source in ("image_folder", "tfds", "caption_folder", "tfds_captions") and config.channels not in (1, 3):
         raise UserError(f"config.data.channels={config.channels}: images have 1 (grey) or 3 (RGB) channels")

@@ -1,5 +1,7 @@
 """Attention: projection to heads, query-key normalisation, and the softmax attention itself."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,9 +9,23 @@ from flax import nnx
 from trm_diffusion.models.layers import linear
 
 
-def dot_product_attention(q_bnhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(d)) v per head. Returns [B, N, H, d] in q's dtype; the softmax runs in float32."""
-    return jax.nn.dot_product_attention(q_bnhd, k_bmhd, v_bmhd)
+def dot_product_attention(
+    q_bnhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array, mask_bm: jax.Array | None = None
+) -> jax.Array:
+    """softmax(q k^T / sqrt(d)) v per head. Returns [B, N, H, d] in q's dtype; the softmax runs in float32.
+
+    mask_bm: bool, False for keys that nobody sees; None is all True.
+    """
+    mask = None if mask_bm is None else mask_bm[:, None, None, :]
+    return jax.nn.dot_product_attention(q_bnhd, k_bmhd, v_bmhd, mask=mask)
+
+
+class Context(NamedTuple):
+    """What one stream of tokens shows to another in joint attention."""
+
+    keys: jax.Array  # [B, L, H, d], normalised
+    values: jax.Array  # [B, L, H, d]
+    mask: jax.Array | None = None  # [B, L] bool, False for padding; None is all True
 
 
 class Attention(nnx.Module):
@@ -19,10 +35,11 @@ class Attention(nnx.Module):
     added to them before the heads are normalised and attended.
     """
 
-    def __init__(self, width: int, heads: int, *, qk_norm: bool, dtype, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, *, qk_norm: bool, output: bool = True, dtype, rngs: nnx.Rngs):
+        """output: whether anything is attended for this stream; without it there is no output projection."""
         self.heads, self.head_dim = heads, width // heads
         self.qkv = linear(width, 3 * width, axes=("embed", "heads"), dtype=dtype, rngs=rngs)
-        self.out = linear(width, width, axes=("heads", "embed"), dtype=dtype, rngs=rngs)
+        self.out = linear(width, width, axes=("heads", "embed"), dtype=dtype, rngs=rngs) if output else None
         self.query_norm = nnx.RMSNorm(self.head_dim, dtype=dtype, rngs=rngs) if qk_norm else None
         self.key_norm = nnx.RMSNorm(self.head_dim, dtype=dtype, rngs=rngs) if qk_norm else None
 
@@ -37,14 +54,29 @@ class Attention(nnx.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         return q, k, v
 
-    def attend(self, qkv: jax.Array, context: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
+    def attend(
+        self,
+        qkv: jax.Array,
+        context: Context | None = None,
+        *,
+        queries: jax.Array | None = None,
+        mask_bn: jax.Array | None = None,
+    ) -> jax.Array:
         """This stream's queries over its own keys and values, before the output projection.
 
-        qkv: [B, N, 3, H, d]. context: keys and values of another stream, [B, L, H, d] each and already normalised,
-        which are attended to as well (joint attention). Returns [B, N, D].
+        qkv: [B, N, 3, H, d]. context: another stream, whose keys and values are attended to as well (joint attention).
+        queries: the other stream's, [B, L, H, d] and normalised, to be answered in the same pass. mask_bn: bool, False
+        for tokens of this stream that nobody sees. Returns [B, N, D]; with queries [B, N + L, D], the others last.
         """
         q, k, v = self.normalized_heads(qkv)
+        mask = mask_bn
         if context is not None:
-            k, v = jnp.concatenate([k, context[0]], axis=1), jnp.concatenate([v, context[1]], axis=1)
-        attended = dot_product_attention(q, k, v)
+            masks = (mask_bn, k), (context.mask, context.keys)
+            if any(given is not None for given, _ in masks):
+                whole = [jnp.ones(keys.shape[:2], bool) if given is None else given for given, keys in masks]
+                mask = jnp.concatenate(whole, axis=1)
+            k, v = jnp.concatenate([k, context.keys], axis=1), jnp.concatenate([v, context.values], axis=1)
+        if queries is not None:
+            q = jnp.concatenate([q, queries], axis=1)
+        attended = dot_product_attention(q, k, v, mask)
         return attended.reshape(*attended.shape[:2], self.heads * self.head_dim)

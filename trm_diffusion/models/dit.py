@@ -1,17 +1,15 @@
 """The class-conditional diffusion transformer (DiT, arXiv 2212.09748) with recursion in the blocks that are named."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from trm_diffusion.models.attention import Attention
 from trm_diffusion.models.embed import LabelEmbedder, TimestepEmbedder, patchify, sincos_positions, unpatchify
 from trm_diffusion.models.gate import Conditioning
-from trm_diffusion.models.layers import ZEROS, Mlp, layer_norm, linear, modulate
-from trm_diffusion.models.recursion import Recursion, RecursionConfig, RoutingReport, recursive_blocks
+from trm_diffusion.models.layers import layer_norm, linear, modulate
+from trm_diffusion.models.recursion import Recursion, RoutingReport, recursive_blocks
 from trm_diffusion.models.stack import BlockStack, StackLayout, segment_lengths
+from trm_diffusion.models.transformer import FinalLayer, Stream, TransformerConfig, project
 
 SIZES = {  # name: depth, width, heads (DiT, table 1)
     "S": (12, 384, 6),
@@ -22,18 +20,8 @@ SIZES = {  # name: depth, width, heads (DiT, table 1)
 PATCHES = (2, 4, 8)
 
 
-@dataclasses.dataclass(frozen=True)
-class DiTConfig:
-    depth: int = 28  # transformer blocks
-    width: int = 1152  # D, features of a token
-    heads: int = 16  # H, attention heads
-    patch: int = 2  # pixels (or latent cells) a side of one token
-    mlp_ratio: float = 4.0  # hidden width of the MLP over D
-    qk_norm: bool = False  # RMS-normalise queries and keys per head
-    dtype: str = "bfloat16"  # of the computation; parameters, norms, softmax and gate are float32
-    scan_blocks: bool = True  # run equal blocks under one scan (compiles once); False unrolls them
-    remat: str = "none"  # what the backward pass of a block keeps: none, dots, full
-    recursion: RecursionConfig = dataclasses.field(default_factory=RecursionConfig)
+class DiTConfig(TransformerConfig):
+    """A DiT has no settings but those of every transformer here."""
 
 
 def dit_size(name: str) -> dict[str, int]:
@@ -45,64 +33,43 @@ def dit_size(name: str) -> dict[str, int]:
     return dict(depth=depth, width=width, heads=heads, patch=int(patch))
 
 
-def stack_layout(config: DiTConfig) -> StackLayout:
+def stack_layout(config: TransformerConfig) -> StackLayout:
     """How the blocks lie in the parameters."""
     recursive = recursive_blocks(config.recursion.blocks, config.depth)
-    return StackLayout(
-        tuple(segment_lengths(config.depth, recursive, config.scan_blocks)), recursive, config.scan_blocks
-    )
+    return StackLayout(tuple(segment_lengths(block_kinds(config), config.scan_blocks)), recursive, config.scan_blocks)
 
 
-class DiTBlock(nnx.Module):
+def block_kinds(config: TransformerConfig) -> list[bool]:
+    """Of each block, whether it recurses."""
+    recursive = recursive_blocks(config.recursion.blocks, config.depth)
+    return [index in recursive for index in range(config.depth)]
+
+
+class DiTBlock(Stream):
     """One adaLN-Zero block: x + g1 Attn(Mod(LN(x))), then x + g2 MLP(Mod(LN(x))), with recursion in the attention."""
 
-    def __init__(self, config: DiTConfig, recursive: bool, *, rngs: nnx.Rngs):
+    def __init__(self, config: TransformerConfig, recursive: bool, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
         dtype = jnp.dtype(config.dtype)
-        width = config.width
-        self.modulation = linear(width, 6 * width, axes=("embed", None), init=ZEROS, dtype=dtype, rngs=rngs)
-        self.attention = Attention(width, config.heads, qk_norm=config.qk_norm, dtype=dtype, rngs=rngs)
-        self.mlp = Mlp(width, int(width * config.mlp_ratio), dtype=dtype, rngs=rngs)
         # Built last, so that the base weights are the same with and without it.
-        self.recursion = Recursion(width, config.heads, config.recursion, dtype=dtype, rngs=rngs) if recursive else None
+        self.recursion = (
+            Recursion(config.width, config.heads, config.recursion, dtype=dtype, rngs=rngs) if recursive else None
+        )
 
     def __call__(self, x_bnd, *, conditioning: Conditioning, latent_steps=None, key=None):
         """[B, N, D] -> [B, N, D] and the block's `RoutingReport`, None without recursion."""
-        vector = self.modulation(jax.nn.silu(conditioning.vector))
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(vector, 6, axis=-1)  # [B, D] each
-
-        modulated = modulate(layer_norm(x_bnd), shift_1, scale_1)
-        if self.recursion is None:
-            qkv, report = self.attention.project(modulated), None
-        else:
-            update, base_input, report = self.recursion(
-                modulated,
-                shift_bd=shift_1,
-                scale_bd=scale_1,
-                conditioning=conditioning,
-                attend=self.attention.attend,
-                project_base=self.attention.project,
-                latent_steps=latent_steps,
-                key=key,
-            )
-            qkv = self.attention.project(base_input) + update
-        attended = self.attention.out(self.attention.attend(qkv))
-        x_bnd = x_bnd + gate_1[:, None, :] * attended
-        hidden = self.mlp(modulate(layer_norm(x_bnd), shift_2, scale_2))
-        return x_bnd + gate_2[:, None, :] * hidden, report
-
-
-class FinalLayer(nnx.Module):
-    """adaLN and a zero-initialised linear map from tokens to patches, [B, N, D] -> [B, N, patch^2 * C]."""
-
-    def __init__(self, config: DiTConfig, out_channels: int, *, rngs: nnx.Rngs):
-        dtype = jnp.dtype(config.dtype)
-        width, patch_features = config.width, config.patch**2 * out_channels
-        self.modulation = linear(width, 2 * width, axes=("embed", None), init=ZEROS, dtype=dtype, rngs=rngs)
-        self.out = linear(width, patch_features, axes=("embed", None), init=ZEROS, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x_bnd, conditioning_bd):
-        shift, scale = jnp.split(self.modulation(jax.nn.silu(conditioning_bd)), 2, axis=-1)
-        return self.out(modulate(layer_norm(x_bnd), shift, scale))
+        shift, scale, *rest = self.modulations(conditioning.vector)
+        qkv, report = project(
+            self.attention,
+            self.recursion,
+            modulate(layer_norm(x_bnd), shift, scale),
+            shift,
+            scale,
+            conditioning,
+            latent_steps=latent_steps,
+            key=key,
+        )
+        return self.finish(x_bnd, self.attention.attend(qkv), *rest), report
 
 
 class DiT(nnx.Module):
@@ -114,7 +81,7 @@ class DiT(nnx.Module):
 
     def __init__(
         self,
-        config: DiTConfig,
+        config: TransformerConfig,
         *,
         image_size: int,
         in_channels: int,
@@ -130,8 +97,7 @@ class DiT(nnx.Module):
         self.label_embed = LabelEmbedder(num_classes, width, dtype=dtype, rngs=rngs)
         self.stack = BlockStack(
             lambda recursive, key: DiTBlock(config, recursive, rngs=nnx.Rngs(key)),
-            config.depth,
-            recursive_blocks(config.recursion.blocks, config.depth),
+            block_kinds(config),
             scan=config.scan_blocks,
             remat=config.remat,
             rngs=rngs,

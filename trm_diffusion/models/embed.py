@@ -1,4 +1,4 @@
-"""Into tokens and out again: patches, positions, diffusion timesteps, class labels."""
+"""Into tokens and out again: patches, positions, diffusion timesteps, class labels, pooled text."""
 
 import jax
 import jax.numpy as jnp
@@ -25,20 +25,32 @@ def unpatchify(patches_bnp: jax.Array, patch: int, height: int, width: int) -> j
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, height, width, c)
 
 
+def sincos(positions: np.ndarray, features: int) -> np.ndarray:
+    """Positions [N] -> [N, features] float32: [sin, cos] over the frequencies 10000^(-i / (features / 2))."""
+    frequencies = 10000.0 ** (-np.arange(features // 2) / (features // 2))
+    angles = np.asarray(positions)[:, None] * frequencies[None, :]
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
+
+
 def sincos_positions(width: int, rows: int, columns: int) -> np.ndarray:
-    """Fixed sine-cosine position table [rows * columns, width], float32 (DiT).
+    """Fixed position table [rows * columns, width] float32: half the channels for columns, half for rows (DiT)."""
+    return _grid_positions(width, np.arange(rows), np.arange(columns))
 
-    The first half of the channels encodes the column, the second half the row; each half is [sin, cos] over
-    width / 4 frequencies 10000^(-i / (width / 4)).
+
+def cropped_sincos_positions(width: int, rows: int, columns: int, *, max_size: int, base_size: int) -> np.ndarray:
+    """The middle rows x columns of a table of max_size x max_size, [rows * columns, width] float32 (SD3).
+
+    The whole table's positions go from 0 to base_size in steps of base_size / max_size, so that one table serves every
+    resolution and the centre of an image stays where it was.
     """
-    frequencies = 10000.0 ** (-np.arange(width // 4) / (width // 4))
+    positions = np.arange(max_size) * (base_size / max_size)
+    top, left = (max_size - rows) // 2, (max_size - columns) // 2
+    return _grid_positions(width, positions[top : top + rows], positions[left : left + columns])
 
-    def encode(positions):  # [N] -> [N, width / 2]
-        angles = positions[:, None] * frequencies[None, :]
-        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
-    row, column = np.divmod(np.arange(rows * columns), columns)
-    return np.concatenate([encode(column), encode(row)], axis=1).astype(np.float32)
+def _grid_positions(width: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    column, row = np.meshgrid(columns, rows)
+    return np.concatenate([sincos(column.ravel(), width // 2), sincos(row.ravel(), width // 2)], axis=1)
 
 
 def sinusoid(times_b: jax.Array, features: int, max_period: float = 10000.0) -> jax.Array:
@@ -49,17 +61,26 @@ def sinusoid(times_b: jax.Array, features: int, max_period: float = 10000.0) -> 
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-class TimestepEmbedder(nnx.Module):
-    """Diffusion timestep [B] (0..1000) -> [B, D]: sinusoid, then a two-layer MLP with SiLU."""
+class VectorEmbedder(nnx.Module):
+    """[B, features] -> [B, D]: a two-layer MLP with SiLU."""
 
-    def __init__(self, width: int, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, features: int, width: int, *, dtype, rngs: nnx.Rngs):
         self.dtype = dtype
-        self.first = linear(TIMESTEP_FREQUENCIES, width, axes=(None, "embed"), init=NORMAL_002, dtype=dtype, rngs=rngs)
+        self.first = linear(features, width, axes=(None, "embed"), init=NORMAL_002, dtype=dtype, rngs=rngs)
         self.second = linear(width, width, axes=("embed", None), init=NORMAL_002, dtype=dtype, rngs=rngs)
 
+    def __call__(self, vectors_bf: jax.Array) -> jax.Array:
+        return self.second(jax.nn.silu(self.first(vectors_bf.astype(self.dtype))))
+
+
+class TimestepEmbedder(VectorEmbedder):
+    """Diffusion timestep [B] (0..1000) -> [B, D]: sinusoid, then the MLP."""
+
+    def __init__(self, width: int, *, dtype, rngs: nnx.Rngs):
+        super().__init__(TIMESTEP_FREQUENCIES, width, dtype=dtype, rngs=rngs)
+
     def __call__(self, times_b: jax.Array) -> jax.Array:
-        x = sinusoid(times_b, TIMESTEP_FREQUENCIES).astype(self.dtype)
-        return self.second(jax.nn.silu(self.first(x)))
+        return super().__call__(sinusoid(times_b, TIMESTEP_FREQUENCIES))
 
 
 class LabelEmbedder(nnx.Module):

@@ -1,4 +1,4 @@
-"""A stack of transformer blocks, of which some recurse, compiled once per run of equal blocks.
+"""A stack of transformer blocks of several kinds, compiled once per run of blocks of one kind.
 
 Consecutive blocks of one kind form a *segment*. A scanned segment holds its blocks' parameters stacked along a leading
 layer axis and runs them with `jax.lax.scan`, so that a stack without recursion, or with recursion everywhere, is traced
@@ -6,8 +6,9 @@ once whatever its depth. Unrolled, each block is a segment of its own, which is 
 The same seed gives the same weights either way, and the base weights do not depend on which blocks recurse.
 """
 
+import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -36,13 +37,12 @@ class Segment(nnx.Module):
 
 
 class BlockStack(nnx.Module):
-    """`depth` blocks in segments; `make_block(recursive, key)` builds one."""
+    """A block of each of `kinds`, in segments; `make_block(kind, key)` builds one."""
 
     def __init__(
         self,
-        make_block: Callable[[bool, jax.Array], nnx.Module],
-        depth: int,
-        recursive: Sequence[int],
+        make_block: Callable[[Hashable, jax.Array], nnx.Module],
+        kinds: Sequence[Hashable],
         *,
         scan: bool,
         remat: str,
@@ -51,14 +51,14 @@ class BlockStack(nnx.Module):
         self.remat = remat
         key = rngs.params()
         segments = []
-        for first, length in segment_lengths(depth, recursive, scan):
+        for first, length in segment_lengths(kinds, scan):
             keys = jax.vmap(lambda layer: jax.random.fold_in(key, layer))(jnp.arange(first, first + length))
-            build = _builder(make_block, first in recursive)
+            build = functools.partial(make_block, kinds[first])
             segments.append(Segment(first, length, scan, nnx.vmap(build)(keys) if scan else build(keys[0])))
         self.segments = nnx.List(segments)
 
     def __call__(self, x, *, key: jax.Array | None, **inputs):
-        """Runs x through all blocks: `block(x, key=..., **inputs) -> x, report`.
+        """Runs x, an array or a tuple of them, through all blocks: `block(x, key=..., **inputs) -> x, report`.
 
         Returns x and the reports of the recursive blocks stacked along a leading axis, in order of depth, or None
         where no block recurses. Each block's key is `key` folded with its index.
@@ -84,20 +84,16 @@ class BlockStack(nnx.Module):
         return x, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *reports) if reports else None
 
 
-def segment_lengths(depth: int, recursive: Sequence[int], scan: bool) -> list[tuple[int, int]]:
-    """(first block, length) of each segment: runs of equal blocks, or every block alone."""
+def segment_lengths(kinds: Sequence[Hashable], scan: bool) -> list[tuple[int, int]]:
+    """(first block, length) of each segment: runs of blocks of one kind, or every block alone."""
     segments = []
-    for index in range(depth):
-        if scan and segments and (index in recursive) == (index - 1 in recursive):
+    for index, kind in enumerate(kinds):
+        if scan and segments and kind == kinds[index - 1]:
             first, length = segments[-1]
             segments[-1] = (first, length + 1)
         else:
             segments.append((index, 1))
     return segments
-
-
-def _builder(make_block, recursive: bool):
-    return lambda key: make_block(recursive, key)
 
 
 def segment_of(name: str) -> int:

@@ -1,0 +1,62 @@
+"""Stable Diffusion 3 medium at 1024x1024, frozen, with the paper's recursion to be trained in layers 4, 8 and 12.
+
+Options, after a colon: recursion=off|middle|all|4.8.12 (block indices, joined by dots), T=2 (latent steps), M=2
+(experts). The data are synthetic latents and text encodings as long as config.data.source says so.
+"""
+
+from trm_diffusion.config import default_config, variant
+from trm_diffusion.errors import UserError
+from trm_diffusion.models.mmdit import SD3_MEDIUM
+from trm_diffusion.models.recursion import recursive_blocks
+
+
+def get_config(argument: str = ""):
+    options = variant(argument, recursion="4.8.12", T="2", M="2")
+    c = default_config()
+    c.name = f"sd3_medium_{options['recursion']}"
+
+    c.model.architecture = "mmdit"
+    c.model.update(SD3_MEDIUM)  # depth, width, heads, patch
+    c.model.mmdit.position_max_size = 192
+    c.model.mmdit.position_base_size = 64
+    c.model.text.encoder = "encoded"
+    c.model.text.length = 333  # 77 tokens of the two CLIP encoders, then 256 of T5
+    c.model.text.features = 4096
+    c.model.text.pooled_features = 2048
+    try:
+        c.model.recursion.latent_steps = int(options["T"])  # paper: 2
+        c.model.recursion.experts = int(options["M"])  # paper: 2
+        blocks = {"off": "none"}.get(options["recursion"], options["recursion"].replace(".", ","))
+        recursive_blocks(blocks, c.model.depth)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    c.model.recursion.blocks = blocks  # paper: one middle layer, or layers 4, 8 and 12
+    c.model.recursion.rank = 128  # paper
+    c.model.recursion.temperature = 5.0  # paper
+    c.model.recursion.routing_group = 1
+    c.model.dtype = "bfloat16"
+    c.model.remat = "full"
+
+    c.data.source = "synthetic"
+    c.data.image_size = 128  # latent cells a side, of 8 pixels each
+    c.data.channels = 16
+
+    c.diffusion.objective = "rectified_flow"
+    c.diffusion.shift = 3.0  # SD3's at this resolution
+
+    c.train.trainable = "recursion"  # gates and experts; the base stays as published
+    c.train.updates = 5_000
+    c.train.batch_size = 16
+    c.optim.lr = 1e-4
+    c.optim.clip_norm = 1.0
+    c.optim.ema_decays = (0.999,)
+
+    c.sample.sampler = "euler"
+    c.sample.diffusion_steps = 28
+    c.sample.guidance = 7.0
+    c.sample.per_class = 1
+    c.sample.batch_size = 16
+
+    c.log.every = 20
+    c.checkpoint.every = 500
+    return c

@@ -1,0 +1,112 @@
+"""Images with captions for real training: a folder, or TensorFlow Datasets without TensorFlow.
+
+The captions are open text: they want a pretrained text encoder, or a vocabulary of the user's own.
+"""
+
+import json
+import pathlib
+
+import numpy as np
+
+from trm_diffusion.data.base import Element, Source, make_captioned_element
+from trm_diffusion.data.images import IMAGE_SUFFIXES, TfdsSource, read_training_image
+from trm_diffusion.errors import UserError
+
+CAPTIONS_FILE = "captions.jsonl"
+
+
+class _CaptionedSource(Source):
+    """Records with one or more captions: training draws one anew each time, plain reading takes the first."""
+
+    captioned = True
+    stochastic = True
+
+    def __getitem__(self, index: int) -> Element:
+        image, captions = self._read(index)
+        return make_captioned_element(image, captions[0], index)
+
+    def sample(self, index: int, rng: np.random.Generator) -> Element:
+        image, captions = self._read(index)
+        return make_captioned_element(image, captions[int(rng.integers(len(captions)))], index)
+
+    def _read(self, index: int) -> tuple[np.ndarray, list[str]]:
+        """The image [H, W, C] in [-1, 1] and its captions, at least one."""
+        raise NotImplementedError
+
+
+class CaptionFolderSource(_CaptionedSource):
+    """A folder of images, in the order of `captions.jsonl` or else of their paths.
+
+    With `captions.jsonl`, each line is {"file": path below the folder, "caption": text}, or "captions" with several.
+    Without it, beside each `name.png` (or another image) lies `name.txt`, one caption a line.
+    """
+
+    def __init__(self, directory: str, *, image_size: int, channels: int):
+        self._root = pathlib.Path(directory)
+        if not directory or not self._root.is_dir():
+            raise UserError(
+                f"config.data.path={directory!r} is not a directory: config.data.source=caption_folder needs one "
+                f"with images, and {CAPTIONS_FILE} or a .txt beside each"
+            )
+        listed = (self._root / CAPTIONS_FILE).exists()
+        self._records = self._listed() if listed else self._beside()
+        if not self._records:
+            raise UserError(f"config.data.path={directory!r} holds no images with captions")
+        self.sample_shape = (image_size, image_size, channels)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def _listed(self) -> list[tuple[str, list[str]]]:
+        path, records = self._root / CAPTIONS_FILE, []
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                file, captions = record["file"], record["captions"] if "captions" in record else [record["caption"]]
+            except (json.JSONDecodeError, KeyError, TypeError):
+                raise UserError(f'{path}, line {number}: not {{"file": ..., "caption": ...}} in JSON') from None
+            records.append(_checked(self._root, file, captions, f"{path}, line {number}"))
+        return records
+
+    def _beside(self) -> list[tuple[str, list[str]]]:
+        records = []
+        for path in sorted(self._root.rglob("*")):
+            if path.suffix.lower() in IMAGE_SUFFIXES:
+                text = path.with_suffix(".txt")
+                captions = text.read_text("utf-8").splitlines() if text.exists() else []
+                file = path.relative_to(self._root).as_posix()
+                records.append(_checked(self._root, file, captions, str(text)))
+        return records
+
+    def _read(self, index: int) -> tuple[np.ndarray, list[str]]:
+        file, captions = self._records[index]
+        size, _, channels = self.sample_shape
+        return read_training_image(str(self._root / file), size, channels), captions
+
+
+def _checked(root: pathlib.Path, file: str, captions: list[str], where: str) -> tuple[str, list[str]]:
+    """The record, if its image exists and it has a caption."""
+    if not (root / file).is_file():
+        raise UserError(f"{where}: the image {root / file} does not exist")
+    captions = [caption.strip() for caption in captions if caption.strip()]
+    if not captions:
+        raise UserError(f"{where}: no caption for the image {file}")
+    return file, captions
+
+
+class TfdsCaptionSource(_CaptionedSource, TfdsSource):
+    """A prepared TFDS dataset with the features `image` and `captions`, each with a `text`, as `coco_captions` has."""
+
+    def _check_features(self, features: dict) -> None:
+        if "image" not in features or "text" not in getattr(features.get("captions"), "feature", {}):
+            raise UserError(
+                f"the TFDS dataset {self._name!r} has the features {', '.join(sorted(features)) or 'none'}: choose one "
+                "in config.data.tfds_name that has an image, and captions with text, as coco_captions"
+            )
+
+    def _read(self, index: int) -> tuple[np.ndarray, list[str]]:
+        record = self._record(index)
+        texts = record["captions"]["text"]
+        return self._training_image(record), [text.decode() if isinstance(text, bytes) else text for text in texts]

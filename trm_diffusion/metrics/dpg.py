@@ -1,0 +1,243 @@
+"""DPG-Bench (Hu et al., 2024, with ELLA): image grids out, a question answerer's yes and no in, scores out.
+
+    python -m trm_diffusion.metrics.dpg --questions dpg_bench.csv --answers answers.jsonl [--mode official]
+                                        [--images DIR --vqa MODEL]
+
+prints the scores as one line of JSON. With --images and --vqa, it first asks the model what `answers.jsonl`
+lacks; --vqa is a local path or a hub id for the `transformers` library (see `metrics/vqa.py`). DIR holds one
+<item_id>.png a prompt, a grid of four images; crops are numbered top left, top right, bottom left, bottom right.
+
+An answer that is exactly "yes" scores 1. In each crop, in the order of the CSV, a question of which a parent scores 0
+scores 0 as well; a crop is the mean of its questions, an image the mean of its crops, the total the mean of the
+images, times 100. Categories pool questions: L2 is the text of the tuple before "(", L1 that before " - ".
+
+    official    as the reference script computes it, slips included: the first row of the CSV is ignored; the
+                categories see the last crop only, before zeroing; an image that the script cannot score (it is
+                absent, or a question's parent is not there, such as that first row) is left out.
+    corrected   all rows; all crops, after zeroing; an absent image or parent is an error.
+"""
+
+import argparse
+import csv
+import dataclasses
+import io
+import json
+import pathlib
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from trm_diffusion.analysis.grids import save_png
+from trm_diffusion.errors import UserError
+from trm_diffusion.metrics.exports import check_files, print_json, read_json_lines, read_text
+
+CROPS = 4
+MODES = ("official", "corrected")
+_COLUMNS = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
+
+Answers = dict[str, list[list[str]]]  # {item_id: [crop][question, in the order of the CSV]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    number: int  # proposition_id, unique within its item
+    parents: tuple[int, ...]
+    category: str  # L2
+    text: str
+    row: int  # of the CSV's data, from 0
+
+
+def read_questions(path: str | pathlib.Path) -> dict[str, list[Question]]:
+    """Reads the user's copy of dpg_bench.csv: {item_id: its questions}, both in the order of the file.
+
+    Raises:
+      UserError: an unreadable file, a missing column, or numbers that are none.
+    """
+    reader = csv.DictReader(io.StringIO(read_text(path)))
+    absent = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
+    if absent:
+        raise UserError(f"{path} has no column {absent[0]!r}: this should be the benchmark's dpg_bench.csv")
+    questions = defaultdict(list)
+    for row, line in enumerate(reader):
+        try:
+            number = int(line["proposition_id"])
+            parents = tuple(int(parent) for parent in line["dependency"].split(",") if int(parent))
+        except ValueError:
+            raise UserError(
+                f"{path}, data row {row + 1}: proposition_id and dependency must be whole numbers"
+            ) from None
+        category = line["tuple"].split("(")[0].strip()
+        questions[line["item_id"]].append(Question(number, parents, category, line["question_natural_language"], row))
+    if not questions:
+        raise UserError(f"{path} holds no questions")
+    return dict(questions)
+
+
+def read_prompts(path: str | pathlib.Path) -> dict[str, str]:
+    """Reads {item_id: prompt} from a folder of <item_id>.txt, or from JSON lines {"item_id", "prompt"}."""
+    path = pathlib.Path(path)
+    if path.is_dir():
+        prompts = {file.stem: read_text(file).strip() for file in sorted(path.glob("*.txt"))}
+        if not prompts:
+            raise UserError(f"{path} holds no <item_id>.txt")
+        return prompts
+    return {str(record["item_id"]): record["prompt"] for record in read_json_lines(path, ("item_id", "prompt"))}
+
+
+def make_grid(images: np.ndarray) -> np.ndarray:
+    """Four images [4, H, W, 3] as one [2 H, 2 W, 3]: top left, top right, bottom left, bottom right."""
+    if len(images) != CROPS:
+        raise ValueError(f"a grid is made of {CROPS} images, not {len(images)}")
+    return np.concatenate([np.concatenate(row, axis=1) for row in (images[:2], images[2:])])
+
+
+def split_grid(grid: np.ndarray) -> np.ndarray:
+    """The inverse of `make_grid`."""
+    height, width, channels = grid.shape
+    if height % 2 or width % 2:
+        raise UserError(f"a grid of {height} x {width} pixels cannot be cut into 2 x 2 equal images")
+    rows = grid.reshape(2, height // 2, 2, width // 2, channels)
+    return rows.transpose(0, 2, 1, 3, 4).reshape(CROPS, height // 2, width // 2, channels)
+
+
+def write_grid(directory: str | pathlib.Path, item_id: str, images: np.ndarray) -> None:
+    """Writes the grid of uint8 images [4, H, W, 3] as <item_id>.png, whole or not at all."""
+    save_png(pathlib.Path(directory) / f"{item_id}.png", make_grid(images))
+
+
+def check_export(directory: str | pathlib.Path, item_ids: Iterable[str]) -> None:
+    """Raises a UserError that names a missing or an extra image."""
+    check_files(directory, {f"{item_id}.png" for item_id in item_ids})
+
+
+def ask(
+    directory: str | pathlib.Path,
+    questions: dict[str, list[Question]],
+    vqa: Callable[[np.ndarray, str], str],
+    answers_path: str | pathlib.Path,
+) -> None:
+    """Asks `vqa(crop, question)` about every crop, uint8 [H, W, 3], of every image; appends an item a line.
+
+    Items that `answers_path` has already are not asked again, so an interrupted run goes on; a last line that
+    the interruption cut off is dropped.
+    """
+    from PIL import Image
+
+    check_export(directory, questions)
+    path = pathlib.Path(answers_path)
+    written, newline, _ = path.read_bytes().rpartition(b"\n") if path.exists() else (b"", b"", b"")
+    done = {json.loads(line)["item_id"] for line in written.splitlines()}
+    with path.open("ab") as file:
+        file.truncate(len(written + newline))
+        for item_id, asked in questions.items():
+            if item_id in done:
+                continue
+            with Image.open(pathlib.Path(directory) / f"{item_id}.png") as image:
+                crops = split_grid(np.asarray(image.convert("RGB")))
+            answers = [[vqa(crop, question.text) for question in asked] for crop in crops]
+            file.write(json.dumps({"item_id": item_id, "answers": answers}).encode() + b"\n")
+            file.flush()
+
+
+def read_answers(path: str | pathlib.Path) -> Answers:
+    """Reads what `ask` wrote."""
+    return {record["item_id"]: record["answers"] for record in read_json_lines(path, ("item_id", "answers"))}
+
+
+def score_crop(questions: Sequence[Question], answers: Sequence[str]) -> tuple[list[float], list[float]]:
+    """Scores of the questions before and after zeroing those of which a parent scores 0, in order, so it cascades.
+
+    Raises:
+      KeyError: a parent that is not among the questions.
+    """
+    before = {question.number: float(answer == "yes") for question, answer in zip(questions, answers, strict=True)}
+    after = dict(before)
+    for question in questions:
+        # The search ends at the first zero, as in the reference: only a parent that is looked up can be absent.
+        if any(after[parent] == 0 for parent in question.parents):
+            after[question.number] = 0.0
+    return list(before.values()), list(after.values())
+
+
+def aggregate(questions: dict[str, list[Question]], answers: Answers, mode: str) -> dict:
+    """Scores answers as the module's docstring says.
+
+    Returns:
+      A dict for JSON: {"mode", "score": 0 .. 100, "l1", "l2": {category: 0 .. 100}, "num_images", "dropped":
+      item ids that were left out}.
+
+    Raises:
+      UserError: answers to something else than the questions; in mode corrected, absent images or parents.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r} is none of {MODES}")
+    _check_answers(questions, answers)
+    images, pooled, dropped = [], defaultdict(list), []
+    for item_id, asked in questions.items():
+        kept = [i for i, question in enumerate(asked) if mode == "corrected" or question.row > 0]
+        asked = [asked[i] for i in kept]
+        try:
+            crops = [score_crop(asked, [answers_of_crop[i] for i in kept]) for answers_of_crop in answers[item_id]]
+        except KeyError as error:
+            if mode == "corrected":
+                reason = "no answers" if item_id not in answers else f"a question whose parent {error} is absent"
+                raise UserError(f"item {item_id} has {reason}: complete the answers and the CSV") from None
+            dropped.append(item_id)
+            continue
+        if not asked:
+            dropped.append(item_id)
+            continue
+        images.append(np.mean([after for _, after in crops]))
+        counted = crops[-1][:1] if mode == "official" else [after for _, after in crops]
+        for scores in counted:
+            for question, score in zip(asked, scores, strict=True):
+                pooled[question.category].append(score)
+    if not images:
+        raise UserError("none of the items could be scored: do the answers belong to these questions?")
+    l1 = defaultdict(list)
+    for category, scores in pooled.items():
+        l1[category.split(" - ")[0]] += scores
+    return {
+        "mode": mode,
+        "score": 100 * float(np.mean(images)),
+        "l1": {category: 100 * float(np.mean(scores)) for category, scores in sorted(l1.items())},
+        "l2": {category: 100 * float(np.mean(scores)) for category, scores in sorted(pooled.items())},
+        "num_images": len(images),
+        "dropped": dropped,
+    }
+
+
+def _check_answers(questions: dict[str, list[Question]], answers: Answers) -> None:
+    for item_id, crops in answers.items():
+        if item_id not in questions:
+            raise UserError(f"there are answers for item {item_id}, of which the CSV knows no question")
+        if len(crops) != CROPS or any(len(crop) != len(questions[item_id]) for crop in crops):
+            raise UserError(f"item {item_id} needs {CROPS} crops of {len(questions[item_id])} answers each")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m trm_diffusion.metrics.dpg", description=__doc__.split("\n")[0])
+    parser.add_argument("--questions", required=True, help="dpg_bench.csv")
+    parser.add_argument("--answers", required=True, help="JSON lines of answers; read, and written with --vqa")
+    parser.add_argument("--mode", choices=MODES, default="corrected")
+    parser.add_argument("--images", help="the folder of <item_id>.png, with --vqa")
+    parser.add_argument("--vqa", help="a visual question answering model: local path or hub id")
+    options = parser.parse_args(arguments)
+    if bool(options.images) != bool(options.vqa):
+        parser.error("--images and --vqa go together")
+
+    def compute() -> dict:
+        questions = read_questions(options.questions)
+        if options.vqa:
+            from trm_diffusion.metrics.vqa import TransformersVqa
+
+            ask(options.images, questions, TransformersVqa(options.vqa), options.answers)
+        return aggregate(questions, read_answers(options.answers), options.mode)
+
+    return print_json(compute)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""GenEval (Ghosh et al., 2023), images out and results in; its detector runs elsewhere, in its own environment.
+
+    python -m trm_diffusion.metrics.geneval --prompts evaluation_metadata.jsonl --images DIR    # is the export whole?
+    python -m trm_diffusion.metrics.geneval --results results.jsonl                             # the official figures
+
+each print one line of JSON. The layout that the official evaluator reads is
+
+    DIR/00000/metadata.jsonl       the prompt's line of the prompt file
+    DIR/00000/samples/0000.png     and 0001.png, 0002.png, 0003.png
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from trm_diffusion.analysis.grids import save_png
+from trm_diffusion.errors import UserError
+from trm_diffusion.metrics.exports import check_files, print_json, read_json_lines
+
+TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+IMAGES_PER_PROMPT = 4
+NUM_PROMPTS = 553
+
+
+def read_prompts(path: str | pathlib.Path) -> list[dict]:
+    """Reads the user's copy of `evaluation_metadata.jsonl`: {"tag", "include", "prompt", perhaps "exclude"} each.
+
+    Raises:
+      UserError: an unreadable file, a line without one of these keys, or an unknown tag.
+    """
+    prompts = read_json_lines(path, ("tag", "include", "prompt"))
+    for number, prompt in enumerate(prompts):
+        if prompt["tag"] not in TASKS:
+            raise UserError(f"{path}, prompt {number}: tag {prompt['tag']!r} is none of {', '.join(TASKS)}")
+    return prompts
+
+
+def image_path(directory: str | pathlib.Path, prompt: int, image: int) -> pathlib.Path:
+    """Where image `image` of prompt `prompt` belongs; both count from 0."""
+    return pathlib.Path(directory) / f"{prompt:05d}" / "samples" / f"{image:04d}.png"
+
+
+def write_image(directory: str | pathlib.Path, prompts: Sequence[dict], prompt: int, image: int, pixels: np.ndarray):
+    """Writes one image, uint8 [H, W, 3], and its prompt's metadata; each file appears whole or not at all."""
+    path = image_path(directory, prompt, image)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = path.parent.parent / "metadata.jsonl"
+    if not metadata.exists():
+        temporary = metadata.with_name(f".{metadata.name}.partial-{os.getpid()}")
+        temporary.write_text(json.dumps(prompts[prompt]) + "\n", "utf-8")
+        os.replace(temporary, metadata)
+    save_png(path, pixels)
+
+
+def missing_images(
+    directory: str | pathlib.Path, num_prompts: int, images_per_prompt: int = IMAGES_PER_PROMPT
+) -> list[tuple[int, int]]:
+    """The (prompt, image) pairs still to be written, in order: an export that was stopped goes on with them."""
+    pairs = ((prompt, image) for prompt in range(num_prompts) for image in range(images_per_prompt))
+    return [pair for pair in pairs if not image_path(directory, *pair).exists()]
+
+
+def check_export(
+    directory: str | pathlib.Path, prompts: Sequence[dict], images_per_prompt: int = IMAGES_PER_PROMPT
+) -> dict:
+    """Demands every image of every prompt, nothing else, and the right prompt beside each.
+
+    Returns:
+      {"num_prompts", "images_per_prompt", "num_images"}.
+
+    Raises:
+      UserError: it names the missing file, the extra file, or the folder of another prompt.
+    """
+    folders = [f"{number:05d}" for number in range(len(prompts))]
+    expected = {f"{folder}/metadata.jsonl" for folder in folders}
+    for number in range(len(prompts)):
+        paths = (image_path("", number, image) for image in range(images_per_prompt))
+        expected |= {path.as_posix() for path in paths}
+    check_files(directory, expected)
+    for folder, prompt in zip(folders, prompts, strict=True):
+        metadata = pathlib.Path(directory) / folder / "metadata.jsonl"
+        if read_json_lines(metadata, ("prompt",)) != [prompt]:
+            raise UserError(f"{metadata} is not the prompt {prompt['prompt']!r}: export into an empty directory")
+    return {
+        "num_prompts": len(prompts),
+        "images_per_prompt": images_per_prompt,
+        "num_images": len(prompts) * images_per_prompt,
+    }
+
+
+def summarise(results: Sequence[dict]) -> dict:
+    """The official summary of the official evaluator's lines {"filename", "tag", "correct", "metadata", ...}.
+
+    Returns:
+      A dict for JSON:
+        tasks: {tag: share of the task's images that are correct}.
+        overall: the unweighted mean of the six tasks; None if one is missing.
+        percent_correct_images: over all images.
+        percent_correct_prompts: prompts with at least one correct image; equal metadata are one prompt.
+        num_images, num_prompts, official_size: whether these are the benchmark's 2,212 and 553.
+
+    Raises:
+      UserError: an image that is there twice, an unknown tag, or `correct` that is no truth value.
+    """
+    by_task, by_prompt, filenames = defaultdict(list), defaultdict(list), set()
+    for number, result in enumerate(results, start=1):
+        if result["filename"] in filenames:
+            raise UserError(
+                f"result {number}: {result['filename']} is there twice; was the evaluator run into one file?"
+            )
+        if result["tag"] not in TASKS:
+            raise UserError(f"result {number}: tag {result['tag']!r} is none of {', '.join(TASKS)}")
+        if not isinstance(result["correct"], bool):
+            raise UserError(f"result {number}: correct is {result['correct']!r}, not true or false")
+        filenames.add(result["filename"])
+        by_task[result["tag"]].append(result["correct"])
+        by_prompt[json.dumps(result["metadata"])].append(result["correct"])
+    tasks = {task: float(np.mean(by_task[task])) for task in TASKS if task in by_task}
+    return {
+        "tasks": tasks,
+        "overall": sum(tasks.values()) / len(TASKS) if len(tasks) == len(TASKS) else None,
+        "percent_correct_images": 100 * sum(map(sum, by_task.values())) / len(results),
+        "percent_correct_prompts": 100 * float(np.mean([any(correct) for correct in by_prompt.values()])),
+        "num_images": len(results),
+        "num_prompts": len(by_prompt),
+        "official_size": (len(results), len(by_prompt)) == (NUM_PROMPTS * IMAGES_PER_PROMPT, NUM_PROMPTS),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m trm_diffusion.metrics.geneval", description=__doc__.split("\n")[0])
+    parser.add_argument("--results", help="result lines of the official evaluator, to be summarised")
+    parser.add_argument("--prompts", help="evaluation_metadata.jsonl, with --images")
+    parser.add_argument("--images", help="an export, to be checked against --prompts")
+    options = parser.parse_args(arguments)
+    if bool(options.results) == bool(options.images) or bool(options.images) != bool(options.prompts):
+        parser.error("give either --results, or both --prompts and --images")
+    if options.results:
+        required = ("filename", "tag", "correct", "metadata")
+        return print_json(lambda: summarise(read_json_lines(options.results, required)))
+    return print_json(lambda: check_export(options.images, read_prompts(options.prompts)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

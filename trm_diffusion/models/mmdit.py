@@ -1,0 +1,187 @@
+"""The text-to-image diffusion transformer of Stable Diffusion 3 (MMDiT, arXiv 2403.03206), with recursion.
+
+Visual and text tokens are two streams with their own weights that attend jointly. In the blocks that recurse, the
+visual q, k, v go through latent steps over the text's keys and values, which are computed once; the text's queries take
+part in the block's own attention alone. The arithmetic is SD3's. Shift comes before scale everywhere, as published; the
+diffusers library has scale first in the final layer and in the last block's text.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from trm_diffusion.models.attention import Attention, Context
+from trm_diffusion.models.embed import (
+    TimestepEmbedder,
+    VectorEmbedder,
+    cropped_sincos_positions,
+    patchify,
+    unpatchify,
+)
+from trm_diffusion.models.gate import Conditioning
+from trm_diffusion.models.layers import layer_norm, linear, modulate
+from trm_diffusion.models.recursion import Recursion, RoutingReport, recursive_blocks
+from trm_diffusion.models.stack import BlockStack, StackLayout, segment_lengths
+from trm_diffusion.models.text import Text
+from trm_diffusion.models.transformer import FinalLayer, Stream, TransformerConfig, project
+
+
+@dataclasses.dataclass(frozen=True)
+class JointConfig:
+    """What an MMDiT has beside the settings of every transformer here; the defaults are SD3-medium's."""
+
+    dual_attention_blocks: int = 0  # the first so many blocks have a second attention, over visual tokens alone (SD3.5)
+    position_max_size: int = 192  # rows and columns of the position table, which is cropped at its centre
+    position_base_size: int = 64  # the table's positions go from 0 to this
+    mask_padding: bool = False  # keep padding out of the attention; SD3 lets it take part
+
+
+@dataclasses.dataclass(frozen=True)
+class MMDiTConfig(TransformerConfig):
+    mmdit: JointConfig = dataclasses.field(default_factory=JointConfig)
+
+
+SD3_MEDIUM = dict(depth=24, width=1536, heads=24, patch=2)  # fields of `TransformerConfig`
+
+
+class BlockKind(NamedTuple):
+    """What sets a block apart from others of the stack."""
+
+    recursive: bool
+    dual: bool  # a second attention of the visual tokens alone
+    last: bool  # the text is attended to and ends here
+
+
+def block_kinds(config: MMDiTConfig) -> list[BlockKind]:
+    recursive = recursive_blocks(config.recursion.blocks, config.depth)
+    return [
+        BlockKind(index in recursive, index < config.mmdit.dual_attention_blocks, index == config.depth - 1)
+        for index in range(config.depth)
+    ]
+
+
+def stack_layout(config: MMDiTConfig) -> StackLayout:
+    """How the blocks lie in the parameters."""
+    recursive = recursive_blocks(config.recursion.blocks, config.depth)
+    return StackLayout(tuple(segment_lengths(block_kinds(config), config.scan_blocks)), recursive, config.scan_blocks)
+
+
+class MMDiTBlock(nnx.Module):
+    """Two adaLN-Zero streams under one attention, with recursion in the visual q, k, v.
+
+    The last block's text projection has the published query weights too, which nothing reads.
+    """
+
+    def __init__(self, config: MMDiTConfig, kind: BlockKind, *, rngs: nnx.Rngs):
+        dtype, width, heads = jnp.dtype(config.dtype), config.width, config.heads
+        self.kind = kind
+        self.visual = Stream(config, chunks=9 if kind.dual else 6, rngs=rngs)
+        self.text = Stream(config, chunks=2 if kind.last else 6, rngs=rngs)
+        self.dual = Attention(width, heads, qk_norm=config.qk_norm, dtype=dtype, rngs=rngs) if kind.dual else None
+        # Built last, so that the base weights are the same with and without it.
+        self.recursion = Recursion(width, heads, config.recursion, dtype=dtype, rngs=rngs) if kind.recursive else None
+
+    def __call__(self, tokens, *, conditioning: Conditioning, text_mask=None, latent_steps=None, key=None):
+        """(visual [B, N, D], text [B, L, D]) -> the same, and the block's `RoutingReport`, None without recursion."""
+        x_bnd, text_bld = tokens
+        shift, scale, *rest = self.visual.modulations(conditioning.vector)
+        text_shift, text_scale, *text_rest = self.text.modulations(conditioning.vector)
+
+        text_qkv = self.text.attention.project(modulate(layer_norm(text_bld), text_shift, text_scale))
+        text_queries, text_keys, text_values = self.text.attention.normalized_heads(text_qkv)
+        context = Context(text_keys, text_values, text_mask)
+        normed = layer_norm(x_bnd)
+        attention = self.visual.attention
+        qkv, report = project(
+            attention,
+            self.recursion,
+            modulate(normed, shift, scale),
+            shift,
+            scale,
+            conditioning,
+            context=context,
+            latent_steps=latent_steps,
+            key=key,
+        )
+        attended = attention.attend(qkv, context, queries=None if self.kind.last else text_queries)
+        attended, text_attended = jnp.split(attended, [x_bnd.shape[1]], axis=1)
+        if self.kind.dual:
+            rest, (dual_shift, dual_scale, dual_gate) = rest[:4], rest[4:]
+            second = self.dual.attend(self.dual.project(modulate(normed, dual_shift, dual_scale)))
+            x_bnd = x_bnd + dual_gate[:, None, :] * self.dual.out(second)
+        x_bnd = self.visual.finish(x_bnd, attended, *rest)
+        if not self.kind.last:
+            text_bld = self.text.finish(text_bld, text_attended, *text_rest)
+        return (x_bnd, text_bld), report
+
+
+class MMDiT(nnx.Module):
+    """Noisy images, times and encoded text in; the network's prediction and the routing report out.
+
+    image_size and in_channels are those of the latents (or pixels) it denoises; out_channels is the objective's;
+    text_features and pooled_features are the C and P of the text it is given.
+    """
+
+    def __init__(
+        self,
+        config: MMDiTConfig,
+        *,
+        image_size: int,
+        in_channels: int,
+        out_channels: int,
+        text_features: int,
+        pooled_features: int,
+        rngs: nnx.Rngs,
+    ):
+        dtype, width = jnp.dtype(config.dtype), config.width
+        self.config, self.image_size = config, image_size
+        self.patch_embed = linear(config.patch**2 * in_channels, width, axes=(None, "embed"), dtype=dtype, rngs=rngs)
+        self.timestep_embed = TimestepEmbedder(width, dtype=dtype, rngs=rngs)
+        self.pooled_embed = VectorEmbedder(pooled_features, width, dtype=dtype, rngs=rngs)
+        self.context_embed = linear(text_features, width, axes=(None, "embed"), dtype=dtype, rngs=rngs)
+        self.stack = BlockStack(
+            lambda kind, key: MMDiTBlock(config, kind, rngs=nnx.Rngs(key)),
+            block_kinds(config),
+            scan=config.scan_blocks,
+            remat=config.remat,
+            rngs=rngs,
+        )
+        self.final = FinalLayer(config, out_channels, rngs=rngs)
+
+    def __call__(
+        self,
+        images_bhwc: jax.Array,
+        times_b: jax.Array,
+        text: Text,
+        *,
+        latent_steps: int | jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, RoutingReport | None]:
+        """[B, H, W, C], times [B] in 0..1000, text -> float32 [B, H, W, out_channels], reports [R, T, ...].
+
+        R counts the recursive blocks. `key` is given in training alone: it draws the gates' noise.
+        """
+        config, size = self.config, self.image_size
+        x_bnd = self.patch_embed(patchify(images_bhwc.astype(config.dtype), config.patch))
+        x_bnd = x_bnd + self.positions().astype(config.dtype)[None]
+        text_bld = self.context_embed(text.states.astype(config.dtype))
+        conditioning = Conditioning(self.timestep_embed(times_b), self.pooled_embed(text.pooled))
+        (x_bnd, _), reports = self.stack(
+            (x_bnd, text_bld),
+            key=key,
+            conditioning=conditioning,
+            text_mask=text.mask if config.mmdit.mask_padding else None,
+            latent_steps=latent_steps,
+        )
+        patches = self.final(x_bnd, conditioning.vector).astype(jnp.float32)
+        return unpatchify(patches, config.patch, size, size), reports
+
+    def positions(self):
+        """The fixed position table of this image size, [N, D] float32."""
+        grid, joint = self.image_size // self.config.patch, self.config.mmdit
+        return cropped_sincos_positions(
+            self.config.width, grid, grid, max_size=joint.position_max_size, base_size=joint.position_base_size
+        )

@@ -1,0 +1,77 @@
+"""Text for a model to follow: one form for every encoder, and a small encoder that is trained with the model."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from trm_diffusion.models.attention import Attention
+from trm_diffusion.models.embed import sincos
+from trm_diffusion.models.layers import Mlp, layer_norm
+from trm_diffusion.models.tokenizer import PAD
+
+ENCODERS = ("learned", "encoded")
+UNIT_NORMAL = nnx.initializers.normal(1.0)
+
+
+class Text(NamedTuple):
+    """Encoded texts, whatever encoder they come from."""
+
+    states: jax.Array  # [B, L, C] one vector a token
+    mask: jax.Array  # [B, L] bool, False for padding
+    pooled: jax.Array  # [B, P] one vector a text
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    encoder: str = "learned"  # learned (from words, with the model), or encoded (the data hold encoded text)
+    length: int = 32  # L, tokens of a text; longer ones are cut
+    features: int = 128  # C, of a token's state
+    pooled_features: int = 128  # P, of a whole text; learned: equal to features
+    depth: int = 2  # learned: transformer blocks
+    heads: int = 4  # learned: attention heads
+    vocabulary: int = 256  # learned: rows of the word table, at least the data's words and 3 special ones
+
+
+class TextBlock(nnx.Module):
+    """x + Attn(LN(x)), then x + MLP(LN(x)), over the tokens that are no padding."""
+
+    def __init__(self, config: TextConfig, *, dtype, rngs: nnx.Rngs):
+        self.attention = Attention(config.features, config.heads, qk_norm=False, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(config.features, 4 * config.features, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x_blc: jax.Array, mask_bl: jax.Array) -> jax.Array:
+        attended = self.attention.attend(self.attention.project(layer_norm(x_blc)), mask_bn=mask_bl)
+        x_blc = x_blc + self.attention.out(attended)
+        return x_blc + self.mlp(layer_norm(x_blc))
+
+
+class TextEncoder(nnx.Module):
+    """Word ids [B, L] -> `Text`: a transformer over word vectors of unit scale and fixed sine-cosine positions.
+
+    The pooled vector is the mean state of the tokens that are no padding.
+    """
+
+    def __init__(self, config: TextConfig, *, dtype, rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.words = nnx.Embed(
+            config.vocabulary,
+            config.features,
+            dtype=dtype,
+            embedding_init=UNIT_NORMAL,
+            embedding_metadata={"logical_axes": (None, "embed")},
+            rngs=rngs,
+        )
+        self.blocks = nnx.List([TextBlock(config, dtype=dtype, rngs=rngs) for _ in range(config.depth)])
+
+    def __call__(self, tokens_bl: jax.Array) -> Text:
+        mask = tokens_bl != PAD
+        length, features = tokens_bl.shape[1], self.words.features
+        x_blc = self.words(tokens_bl) + sincos(range(length), features).astype(self.dtype)[None]
+        for block in self.blocks:
+            x_blc = block(x_blc, mask)
+        states = layer_norm(x_blc)
+        weights = mask.astype(self.dtype)[..., None]
+        return Text(states, mask, jnp.sum(states * weights, axis=1) / jnp.sum(weights, axis=1))

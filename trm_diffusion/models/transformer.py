@@ -1,0 +1,96 @@
+"""What the diffusion transformers share: their settings, one stream of tokens through a block, the final layer."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from trm_diffusion.models.attention import Attention, Context
+from trm_diffusion.models.gate import Conditioning
+from trm_diffusion.models.layers import ZEROS, Mlp, layer_norm, linear, modulate
+from trm_diffusion.models.recursion import Recursion, RecursionConfig, RoutingReport
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    depth: int = 28  # transformer blocks
+    width: int = 1152  # D, features of a token
+    heads: int = 16  # H, attention heads
+    patch: int = 2  # pixels (or latent cells) a side of one token
+    mlp_ratio: float = 4.0  # hidden width of the MLP over D
+    qk_norm: bool = False  # RMS-normalise queries and keys per head
+    dtype: str = "bfloat16"  # of the computation; parameters, norms, softmax and gate are float32
+    scan_blocks: bool = True  # run equal blocks under one scan (compiles once); False unrolls them
+    remat: str = "none"  # what the backward pass of a block keeps: none, dots, full
+    recursion: RecursionConfig = dataclasses.field(default_factory=RecursionConfig)
+
+
+class Stream(nnx.Module):
+    """One stream's own weights in an adaLN-Zero block: modulation, the attention's projections, MLP.
+
+    chunks: vectors that the modulation gives, [B, D] each: 6 are shift, scale, gate of the attention and of the MLP; 9
+        have three more for a second attention. 2 are a shift and scale alone, of a stream that ends here: it is
+        attended to, and has neither output projection nor MLP.
+    """
+
+    def __init__(self, config: TransformerConfig, *, chunks: int = 6, rngs: nnx.Rngs):
+        dtype, width, ends = jnp.dtype(config.dtype), config.width, chunks == 2
+        self.chunks = chunks
+        self.modulation = linear(width, chunks * width, axes=("embed", None), init=ZEROS, dtype=dtype, rngs=rngs)
+        self.attention = Attention(width, config.heads, qk_norm=config.qk_norm, output=not ends, dtype=dtype, rngs=rngs)
+        self.mlp = None if ends else Mlp(width, int(width * config.mlp_ratio), dtype=dtype, rngs=rngs)
+
+    def modulations(self, conditioning_bd: jax.Array) -> list[jax.Array]:
+        """The `chunks` vectors, [B, D] each."""
+        return jnp.split(self.modulation(jax.nn.silu(conditioning_bd)), self.chunks, axis=-1)
+
+    def finish(self, x_bnd, attended_bnd, gate_1, shift_2, scale_2, gate_2) -> jax.Array:
+        """x + g1 W_o attended, then x + g2 MLP(Mod(LN(x))); the gates, shift and scale are [B, D]."""
+        x_bnd = x_bnd + gate_1[:, None, :] * self.attention.out(attended_bnd)
+        return x_bnd + gate_2[:, None, :] * self.mlp(modulate(layer_norm(x_bnd), shift_2, scale_2))
+
+
+def project(
+    attention: Attention,
+    recursion: Recursion | None,
+    modulated_bnd: jax.Array,
+    shift_bd: jax.Array,
+    scale_bd: jax.Array,
+    conditioning: Conditioning,
+    *,
+    context: Context | None = None,
+    latent_steps: int | jax.Array | None,
+    key: jax.Array | None,
+) -> tuple[jax.Array, RoutingReport | None]:
+    """q, k, v of the visual tokens [B, N, 3, H, d], after the latent steps where the block recurses, and the report.
+
+    context: the text's keys and values, which every latent step attends to as they are.
+    """
+    if recursion is None:
+        return attention.project(modulated_bnd), None
+    update, base_input, report = recursion(
+        modulated_bnd,
+        shift_bd=shift_bd,
+        scale_bd=scale_bd,
+        conditioning=conditioning,
+        attend=lambda qkv: attention.attend(qkv, context),
+        project_base=attention.project,
+        latent_steps=latent_steps,
+        key=key,
+    )
+    return attention.project(base_input) + update, report
+
+
+class FinalLayer(nnx.Module):
+    """adaLN and a zero-initialised linear map from tokens to patches, [B, N, D] -> [B, N, patch^2 * C]."""
+
+    def __init__(self, config: TransformerConfig, out_channels: int, *, rngs: nnx.Rngs):
+        dtype = jnp.dtype(config.dtype)
+        width, patch_features = config.width, config.patch**2 * out_channels
+        self.modulation = linear(width, 2 * width, axes=("embed", None), init=ZEROS, dtype=dtype, rngs=rngs)
+        self.out = linear(width, patch_features, axes=("embed", None), init=ZEROS, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x_bnd, conditioning_bd):
+        shift, scale = jnp.split(self.modulation(jax.nn.silu(conditioning_bd)), 2, axis=-1)
+        return self.out(modulate(layer_norm(x_bnd), shift, scale))
