@@ -42,6 +42,8 @@ def get_config():
     c.sample.guidance = 3.0
     c.sample.per_class = 6
     c.sample.batch_size = 60
+    c.evaluate.kind = "scenes"
+    c.evaluate.num_samples = 1200  # 200 of each category
 
     c.log.every = 50
     c.log.samples_every = 1000

@@ -45,6 +45,8 @@ def get_config():
     c.sample.guidance = 3.0
     c.sample.per_class = 6
     c.sample.batch_size = 64
+    c.evaluate.kind = "scenes"
+    c.evaluate.num_samples = 6000
 
     c.log.every = 100
     c.log.samples_every = 5000

@@ -47,7 +47,7 @@ CHOICES = {  # field: the values it may take
     "model.recursion.halting": HALTING,
     "data.source": SOURCES,
     "optim.schedule": SCHEDULES,
-    "evaluate.kind": ("none", "digits"),
+    "evaluate.kind": ("none", "digits", "scenes"),
     "evaluate.label_rule": LABEL_RULES,
 }
 AT_LEAST = {  # field: its smallest value
@@ -146,11 +146,12 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    kind: str = "none"  # none, or digits (judge accuracy, Frechet distance, memorisation)
-    num_samples: int = 2000  # images generated for the measures
+    kind: str = "none"  # none, digits (judge accuracy, Frechet distance, memorisation), scenes (text following)
+    num_samples: int = 2000  # images generated for the measures; scenes: of seen compositions, and as many of others
     label_rule: str = "balanced"  # labels of the generated images: balanced (round robin) or random
-    min_class_accuracy: float = 0.9  # `pass` needs the generated images' class accuracy to reach this
+    min_class_accuracy: float = 0.9  # digits: `pass` needs the generated images' class accuracy to reach this
     min_judge_accuracy: float = 0.97  # and the judge's own accuracy on real test images this
+    min_strict_score: float = 0.6  # scenes: `pass` needs the strict overall score of seen compositions to reach this
 
 
 @dataclasses.dataclass(frozen=True)
@@ -441,8 +442,8 @@ def _check_sampling(config: Config) -> None:
         f"config.sample.parameters is {sample.parameters!r}; this run keeps {', '.join(('raw', *averages))}",
     )
     _require(
-        config.evaluate.kind != "digits" or data.source == "digits",
-        "config.evaluate.kind digits measures images of config.data.source digits only",
+        config.evaluate.kind in ("none", data.source),
+        f"config.evaluate.kind {config.evaluate.kind} is for images of config.data.source {config.evaluate.kind} only",
     )
 
 

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -11,41 +12,73 @@ from etils import epath
 
 import trm_diffusion
 from trm_diffusion.config import Config
+from trm_diffusion.data.scenes import SceneSource
 from trm_diffusion.metrics.digits import evaluate_digits
+from trm_diffusion.metrics.scenes import evaluate_scenes
+from trm_diffusion.models.tokenizer import Tokenizer
+from trm_diffusion.prompts import load_words
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.random import Purpose
 from trm_diffusion.runtime.signals import StopRequest
 from trm_diffusion.runtime.workdir import write_json
 from trm_diffusion.sample import draw_all, drawer, load_run, sampling_parameters, write_grid
 
+SCENES_SHOWN = 6  # rows of `per_class` images in the picture of an evaluation
+
 
 def evaluate(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
-    """Measures the run in `workdir` as `evaluate.kind` says; writes evaluation.json and a grid, prints the JSON."""
+    """Measures the run in `workdir` as `evaluate.kind` says.
+
+    Writes evaluation.json and a picture of some of the images, and prints the JSON last.
+    """
     if config.evaluate.kind == "none":
         say("config.evaluate.kind is none: nothing to measure")
         return
     experiment, state = load_run(config, workdir)
-    labels = evaluation_labels(config)
-    parameters = sampling_parameters(experiment, state)
-    say(f"drawing {len(labels)} images to evaluate {workdir} at update {int(state.step)}")
-    images = np.concatenate(list(draw_all(drawer(experiment), config, parameters, labels, stop)))
+    parameters, draw = sampling_parameters(experiment, state), drawer(experiment)
+
+    def generate(condition) -> np.ndarray:
+        say(f"drawing {len(condition)} images to evaluate {workdir} at update {int(state.step)}")
+        return np.concatenate(list(draw_all(draw, config, parameters, condition, stop)))
+
+    measures = {"digits": _digits, "scenes": _scenes}[config.evaluate.kind](config, workdir, generate)
     if jax.process_index() != 0:
         return
+    passed = measures.pop("pass")
+    report = {**measures, "protocol": protocol(config, update=int(state.step)), "pass": bool(passed)}
+    write_json(workdir / "evaluation.json", report)
+    say(f"wrote {workdir / 'evaluation.json'} and pictures in {workdir / 'samples'}")
+    print(json.dumps(report), flush=True)
+
+
+def _digits(config: Config, workdir: epath.Path, generate: Callable) -> dict:
+    """Class accuracy by a judge trained on real digits, Frechet distance, memorisation."""
+    labels = evaluation_labels(config)
+    images = generate(labels)
     measures = evaluate_digits(images, labels)
-    report = {
-        **measures,
-        "protocol": protocol(config, update=int(state.step)),
-        "pass": bool(
-            measures["class_accuracy"] >= config.evaluate.min_class_accuracy
-            and measures["judge_test_accuracy"] >= config.evaluate.min_judge_accuracy
-        ),
-    }
     by_class = np.argsort(labels, kind="stable").reshape(config.data.num_classes, -1) if _balanced(config) else None
     shown = images if by_class is None else images[by_class[:, : config.sample.per_class].reshape(-1)]
     write_grid(workdir / "samples" / "evaluation.png", shown[: 10 * config.sample.per_class], config)
-    write_json(workdir / "evaluation.json", report)
-    say(f"wrote {workdir / 'evaluation.json'} and {workdir / 'samples' / 'evaluation.png'}")
-    print(json.dumps(report), flush=True)
+    passed = (
+        measures["class_accuracy"] >= config.evaluate.min_class_accuracy
+        and measures["judge_test_accuracy"] >= config.evaluate.min_judge_accuracy
+    )
+    return {**measures, "pass": passed}
+
+
+def _scenes(config: Config, workdir: epath.Path, generate: Callable) -> dict:
+    """Text following, judged exactly, on compositions that training has seen and on others, `num_samples` of each."""
+    tokenizer = Tokenizer(load_words(workdir).vocabulary, config.model.text.length)
+    measures = {}
+    for split in ("seen", "held_out"):
+        source = SceneSource(config.data.image_size, split)
+        captions = [source.scene(index)[1] for index in range(config.evaluate.num_samples)]
+        images = generate(np.stack([tokenizer.encode(caption) for caption in captions]))
+        measures[split] = evaluate_scenes(images, source)
+        shown = SCENES_SHOWN * config.sample.per_class
+        write_grid(workdir / "samples" / f"evaluation_{split}.png", images[:shown], config, captions[:shown])
+    passed = measures["seen"]["strict"]["overall"] >= config.evaluate.min_strict_score
+    return {**measures, "pass": passed}
 
 
 def evaluation_labels(config: Config) -> np.ndarray:

@@ -83,7 +83,7 @@ def draw_all(
             raise Interrupted(f"stopped after {first} of {count} images; they are drawn again next time")
         rows = np.arange(first, min(first + size, count))
         padded = np.resize(rows, size)  # one shape, one compilation
-        part = jax.tree.map(lambda leaf: jnp.asarray(leaf[padded]), condition)  # noqa: B023  used at once
+        part = jax.tree.map(lambda leaf, rows=padded: jnp.asarray(leaf[rows]), condition)
         images = draw(parameters, part, jnp.arange(first, first + size))
         yield np.asarray(images[: len(rows)])
 

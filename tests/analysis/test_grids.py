@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trm_diffusion.analysis.grids import image_grid, save_png
+from trm_diffusion.analysis.grids import captioned_grid, image_grid, save_png
 
 
 def test_places_scale_and_padding():
@@ -82,3 +82,16 @@ def test_png_round_trip_and_a_failure_leaves_the_old_file(tmp_path, monkeypatch)
 def test_a_png_of_floats_is_refused(tmp_path):
     with pytest.raises(ValueError, match="uint8"):
         save_png(tmp_path / "grid.png", np.zeros((2, 2, 3)))
+
+
+def test_captions_are_printed_under_their_images():
+    images = np.zeros((3, 8, 8, 3), np.float32)
+    grid = captioned_grid(images, ["a red circle", "", "a circle"], 3, scale=10)
+    cells = [grid[6:-6, 6 + n * 86 : 86 + n * 86] for n in range(3)]
+    for cell in cells:
+        np.testing.assert_array_equal(cell[:80], 128)
+    ink = [int((cell[80:] < 128).sum()) for cell in cells]
+    assert ink[0] > ink[2] > ink[1] == 0
+    narrow = captioned_grid(images, ["a red circle", "", "a circle"], 3, scale=5)  # the longest takes two lines or more
+    assert narrow.shape[0] - 40 > grid.shape[0] - 80
+    assert set(np.unique(narrow[:, :6])) == {255}

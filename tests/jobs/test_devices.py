@@ -115,7 +115,7 @@ TINY_SD3 = (
 
 
 def test_text_to_image_on_eight_devices_equals_one(tmp_path):
-    """SD3-medium's config from encoded text. All of it trains: a fresh base answers zero whatever recursion does."""
+    """SD3-medium's config; all of it trained, for a fresh base answers zero whatever the recursion does."""
     lines = []
     for name in ("one", "data_fsdp_tensor"):
         devices, mesh = MESHES[name]

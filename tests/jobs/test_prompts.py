@@ -1,6 +1,7 @@
 """Text to image through the jobs: captions in, pictures of prompts out."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,9 @@ from tests.jobs.tiny import tiny_config
 from trm_diffusion import prompts
 from trm_diffusion.build import build
 from trm_diffusion.data.base import Source, make_captioned_element
+from trm_diffusion.data.sources import make_source
 from trm_diffusion.errors import UserError
+from trm_diffusion.evaluate import evaluate
 from trm_diffusion.models.tokenizer import null_tokens
 from trm_diffusion.runtime.signals import StopRequest
 from trm_diffusion.sample import sample
@@ -48,17 +51,30 @@ def text_config(**overrides):
     return tiny_config(**fields | overrides)
 
 
+# A patch has 12 values, fewer than the width: noise must pass through a token to be predicted.
+LEARNING = dict(
+    model__width=32, model__patch=2, model__mmdit__position_max_size=4, model__mmdit__position_base_size=4,
+    train__updates=300, train__batch_size=16, optim__lr=3e-3, log__every=100, checkpoint__every=300,
+    log__samples_every=300, sample__diffusion_steps=10, sample__guidance=3.0, sample__batch_size=20,
+)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def squares():
+    """Scenes of 8x8 are squares."""
+
+    def make(config):
+        return SquareSource() if (config.source, config.image_size) == ("scenes", 8) else make_source(config)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prompts, "make_source", lambda config: SquareSource())
+        patch.setattr(prompts, "make_source", make)
         yield
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, squares):
     path = epath.Path(tmp_path_factory.mktemp("run") / "squares")
-    train(text_config(log__samples_every=8), path, StopRequest())
+    train(text_config(**LEARNING), path, StopRequest())
     return path
 
 
@@ -66,24 +82,29 @@ def test_training_keeps_the_words_and_draws_the_runs_own_captions(workdir):
     words = prompts.load_words(workdir)
     assert words.vocabulary == SquareSource.vocabulary and len(words.captions) == 10
     assert words.captions[:2] == ("a red square", "a green square")
-    grid = Image.open(workdir / "samples" / "update_0000008.png")
+    grid = Image.open(workdir / "samples" / "update_0000300.png")
     assert grid.height > 10 * 160 and grid.width > 2 * 160
 
 
 def test_prompts_become_pictures_of_their_own_and_a_captioned_grid(workdir, capsys):
-    sample(text_config(), workdir, StopRequest(), ["a red square", "a purple square"])
+    """And the pictures show what the prompts say."""
+    sample(text_config(**LEARNING), workdir, StopRequest(), ["a red square", "a purple square", "a blue square"])
     text = capsys.readouterr().err
-    assert '"purple"' in text and str(workdir / "samples" / "prompts_0000008") in text
-    names = sorted(path.name for path in (workdir / "samples" / "prompts_0000008").iterdir())
+    assert '"purple"' in text and str(workdir / "samples" / "prompts_0000300") in text
+    names = sorted(path.name for path in (workdir / "samples" / "prompts_0000300").iterdir())
     assert names == [
         "0000_a-red-square.png",
         "0001_a-red-square.png",
         "0002_a-purple-square.png",
         "0003_a-purple-square.png",
+        "0004_a-blue-square.png",
+        "0005_a-blue-square.png",
     ]
-    arrays = np.load(workdir / "samples" / "prompts_0000008.npz")
-    assert arrays["images"].shape == (4, 8, 8, 3) and arrays["prompts"][3] == "a purple square"
-    assert Image.open(workdir / "samples" / "prompts_0000008" / names[0]).size == (8, 8)
+    arrays = np.load(workdir / "samples" / "prompts_0000300.npz")
+    assert arrays["images"].shape == (6, 8, 8, 3) and arrays["prompts"][3] == "a purple square"
+    for color, images in (("red", arrays["images"][:2]), ("blue", arrays["images"][4:])):
+        np.testing.assert_allclose(images[:, 3:5, 3:5].mean((1, 2)), [COLORS[color]] * 2, atol=0.5)
+    assert Image.open(workdir / "samples" / "prompts_0000300" / names[0]).size == (8, 8)
 
 
 def test_other_words_are_refused(workdir, monkeypatch):
@@ -109,6 +130,24 @@ def test_read_prompts(tmp_path):
     for name in ("empty", "none"):
         with pytest.raises(UserError, match=name):
             prompts.read_prompts(str(tmp_path / name))
+
+
+def test_scenes_are_evaluated_on_seen_and_held_out_compositions(tmp_path, capsys):
+    """An untrained model draws noise: nothing is right, and the report says of what."""
+    config = text_config(
+        data__image_size=32, model__patch=16, model__text__vocabulary=80, train__updates=1, evaluate__kind="scenes",
+        evaluate__num_samples=12,
+    )  # fmt: skip
+    train(config, epath.Path(tmp_path), StopRequest())
+    evaluate(config, epath.Path(tmp_path), StopRequest())
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report == json.loads((tmp_path / "evaluation.json").read_text())
+    assert report["seen"]["split"] == "seen" and report["held_out"]["num_images"] == 12
+    assert report["seen"]["strict"]["overall"] == 0.0 and report["pass"] is False
+    assert {path.name for path in (tmp_path / "samples").iterdir()} == {
+        "evaluation_seen.png",
+        "evaluation_held_out.png",
+    }
 
 
 def batch_of(config, size=8):
