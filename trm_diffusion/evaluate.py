@@ -17,11 +17,12 @@ from trm_diffusion.metrics.digits import evaluate_digits
 from trm_diffusion.metrics.scenes import evaluate_scenes
 from trm_diffusion.models.tokenizer import Tokenizer
 from trm_diffusion.prompts import load_words
+from trm_diffusion.runs import load_run, sampling_parameters
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.random import Purpose
 from trm_diffusion.runtime.signals import StopRequest
 from trm_diffusion.runtime.workdir import write_json
-from trm_diffusion.sample import draw_all, drawer, load_run, sampling_parameters, write_grid
+from trm_diffusion.sample import draw_all, drawer, write_grid
 
 SCENES_SHOWN = 6  # rows of `per_class` images in the picture of an evaluation
 
@@ -38,6 +39,7 @@ def evaluate(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
     parameters, draw = sampling_parameters(experiment, state), drawer(experiment)
 
     def generate(condition) -> np.ndarray:
+        say(f"drawing {len(condition)} images to evaluate {workdir} at update {int(state.step)}")
         return np.concatenate(list(draw_all(draw, config, parameters, condition, stop)))
 
     measures = {"digits": _digits, "scenes": _scenes}[config.evaluate.kind](config, workdir, generate)

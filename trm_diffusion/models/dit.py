@@ -93,9 +93,7 @@ class DiT(nnx.Module):
         self.config, self.image_size = config, image_size
         width, grid = config.width, image_size // config.patch
         self.patch_embed = linear(config.patch**2 * in_channels, width, axes=(None, "embed"), dtype=dtype, rngs=rngs)
-        self.timestep_embed = TimestepEmbedder(
-            width, frequency_shift=config.frequency_shift, dtype=dtype, rngs=rngs
-        )
+        self.timestep_embed = TimestepEmbedder(width, frequency_shift=config.frequency_shift, dtype=dtype, rngs=rngs)
         self.label_embed = LabelEmbedder(num_classes, width, dtype=dtype, rngs=rngs)
         self.stack = BlockStack(
             lambda recursive, key: DiTBlock(config, recursive, rngs=nnx.Rngs(key)),
