@@ -13,7 +13,7 @@ from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.parameters import Parameters
 from trm_diffusion.runtime.workdir import load_config
 from trm_diffusion.weights.adapters import adapter_of, merged
-from trm_diffusion.weights.convert import LAYOUTS, Weights, to_ours, to_theirs
+from trm_diffusion.weights.convert import LAYOUTS, Weights, in_dtype, to_ours, to_theirs
 from trm_diffusion.weights.safetensors import TensorSpec, write_safetensors
 from trm_diffusion.weights.source import open_source
 from trm_diffusion.weights.store import holds_weights, load_weights, new_directory, save_weights
@@ -38,7 +38,9 @@ def convert(
     for flag, name, known in (("layout", layout, [*LAYOUTS]), ("to-layout", to_layout, [*LAYOUTS, ADAPTER])):
         if name and name not in known:
             raise UserError(f"--{flag}={name} is none of {', '.join(known)}")
-    weights = _open(source, layout, dtype)
+    weights = _open(source, layout)
+    if dtype:
+        weights = in_dtype(weights, dtype, source)
     if merge:
         weights = merged(weights, source)
     if to_layout == ADAPTER:
@@ -57,13 +59,13 @@ def convert(
     say(f"{source} ({weights.record.get('layout', 'a run')}): {what} written to {destination} ({to_layout or 'ours'})")
 
 
-def _open(source: str, layout: str, dtype: str) -> Weights:
+def _open(source: str, layout: str) -> Weights:
     path = Path(source).expanduser()
     if holds_weights(path):
         return load_weights(path)
     if (path / "checkpoints").is_dir():
         return _of_run(path)
-    return to_ours(open_source(source), layout, dtype)
+    return to_ours(open_source(source), layout)
 
 
 def _of_run(workdir: Path) -> Weights:

@@ -260,8 +260,17 @@ def started(config, workdir):
     iterator.close()
 
 
-def test_dtype_is_kept_unless_asked(tmp_path):
-    path = write(tmp_path / "weights.safetensors", published("dit"))
-    convert(path, str(tmp_path / "half"), dtype="bfloat16")
+def test_another_dtype_where_asked_and_where_it_holds_the_values(tmp_path):
+    tensors = published("dit")
+    path = write(tmp_path / "weights.safetensors", tensors)
+    convert(path, str(tmp_path / "ours"))
+    convert(str(tmp_path / "ours"), str(tmp_path / "half"), dtype="bfloat16")
     weights = load_weights(tmp_path / "half")
     assert {spec.dtype for spec in weights.specs.values()} == {np.dtype(ml_dtypes.bfloat16)}
+    expected = tensors["blocks.0.attn.qkv.weight"].T.astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(weights.read("stack/blocks/0/attention/qkv/kernel"), expected)
+    tensors["x_embedder.proj.bias"][0] = 1e6
+    path = write(tmp_path / "large.safetensors", tensors)
+    with pytest.raises(UserError, match="patch_embed/bias holds values beyond float16"):
+        convert(path, str(tmp_path / "refused"), dtype="float16")
+    assert not (tmp_path / "refused").exists()

@@ -59,8 +59,8 @@ def detect(source: Source, asked: str = "") -> tuple[Layout, str]:
     return LAYOUTS[fitting[0]], found[fitting[0]]
 
 
-def to_ours(source: Source, layout: str = "", dtype: str = "") -> Weights:
-    """The source's tensors as our parameters; dtype "" keeps theirs.
+def to_ours(source: Source, layout: str = "") -> Weights:
+    """The source's tensors as our parameters, of the dtypes they have there.
 
     Raises UserError that lists what is missing, unexpected or misshapen; a tensor that is not finite is refused when it
     is read.
@@ -89,10 +89,7 @@ def to_ours(source: Source, layout: str = "", dtype: str = "") -> Weights:
             problems += _wrong_constant(name, tensors[name], constant)
     refuse(source.name, problems)
     specs = {
-        rule.ours: TensorSpec(
-            ours[rule.ours],
-            np.dtype(dtype) if dtype else np.result_type(*[tensors[name].dtype for name in rule.theirs]),
-        )
+        rule.ours: TensorSpec(ours[rule.ours], np.result_type(*[tensors[name].dtype for name in rule.theirs]))
         for rule in rules
     }
     by_name = {rule.ours: rule for rule in rules}
@@ -108,11 +105,11 @@ def _named(source: Source, layout: Layout, prefix: str) -> tuple[dict[str, np.nd
     tensors, problems = {}, []
     for name, tensor in source.tensors.items():
         if not name.startswith(prefix):
-            if not name.startswith(layout.neighbours or ("\0",)):
+            if not name.startswith(layout.neighbours):
                 problems.append(f"{name} is unexpected")
             continue
         name = name.removeprefix(prefix)
-        if not prefix and layout.neighbours and name.startswith(layout.neighbours):
+        if not prefix and name.startswith(layout.neighbours):
             continue
         for old, new in layout.renamed:
             name = name.replace(old, new)
@@ -140,6 +137,20 @@ def _ours(rule: Rule, tensors: dict[str, np.ndarray], dtype: np.dtype, where: st
         return rule.form.ours(*parts).astype(dtype, copy=False)
     except ValueError as error:
         raise UserError(f"{where}: {rule.theirs[0]} and {len(parts) - 1} others: {error}") from None
+
+
+def in_dtype(weights: Weights, dtype: str, where: str) -> Weights:
+    """The same weights in another dtype. A value that it cannot hold is a UserError when it is read."""
+
+    def read(name: str) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            value = weights.read(name).astype(dtype)
+        if not np.isfinite(value).all():
+            raise UserError(f"{where}: {name} holds values beyond {dtype}; choose another --dtype")
+        return value
+
+    specs = {name: TensorSpec(spec.shape, np.dtype(dtype)) for name, spec in weights.specs.items()}
+    return dataclasses.replace(weights, specs=specs, read=read)
 
 
 def to_theirs(
