@@ -84,7 +84,7 @@ class DiTBlock(nnx.Module):
                 latent_steps=latent_steps,
                 key=key,
             )
-            qkv = self.attention.project(base_input) + update
+            qkv = self.attention.project(base_input, update)
         attended = self.attention.out(self.attention.attend(qkv))
         x_bnd = x_bnd + gate_1[:, None, :] * attended
         hidden = self.mlp(modulate(layer_norm(x_bnd), shift_2, scale_2))

@@ -77,10 +77,11 @@ def grouped(x: jax.Array, group: int) -> jax.Array:
 
 def _within_capacity(priority_gspm: jax.Array, capacity: int) -> jax.Array:
     """[G, S, P, M] bool: is the token among the `capacity` of highest priority? Ties go to the earlier token."""
-    by_token = jnp.moveaxis(priority_gspm, 1, -1)  # [G, P, M, S]
-    _, first = jax.lax.top_k(by_token, capacity)  # [G, P, M, C]
-    within = jnp.put_along_axis(jnp.zeros(by_token.shape, bool), first, True, axis=-1, inplace=False)
-    return jnp.moveaxis(within, -1, 1)
+    by_expert = jnp.moveaxis(priority_gspm, 1, -1)  # [G, P, M, S]
+    lowest = jax.lax.top_k(by_expert, capacity)[0][..., -1]  # [G, P, M], the priority of the last to be taken
+    above = priority_gspm > lowest[:, None]
+    tied = priority_gspm == lowest[:, None]
+    return above | (tied & (_turn(tied) < capacity - jnp.sum(above, axis=1, keepdims=True)))
 
 
 class LowRankExperts(nnx.Module):
@@ -147,7 +148,9 @@ def dense_updates(h_gsd, down_dpmr, up_pmrd, assignment: Assignment, capacity: i
     del capacity  # every expert has room for every token
     low = jnp.einsum("gsd,dpmr->gspmr", h_gsd, down_dpmr)
     low = low * assignment.combine[..., None].astype(low.dtype)  # P = 1 broadcasts over q, k, v
-    return jnp.einsum("gspmr,pmrd->gspd", low, up_pmrd)
+    # A product for each projection: batched over them, the result would be laid out anew for the attention.
+    low = jnp.split(low, PROJECTIONS, axis=2)
+    return jnp.stack([jnp.einsum("gsmr,mrd->gsd", low[p].squeeze(2), up_pmrd[p]) for p in range(PROJECTIONS)], axis=2)
 
 
 def capacity_updates(h_gsd, down_dpmr, up_pmrd, assignment: Assignment, capacity: int) -> jax.Array:

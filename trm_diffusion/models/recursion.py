@@ -57,6 +57,7 @@ class RecursionConfig:
     base_every_step: bool = False  # also add the base projection of h_t in the intermediate latent steps
     dispatch: str = "auto"  # how tokens reach their experts: auto, dense or capacity
     remat: str = "full"  # what the backward pass of a latent step keeps: none, dots, full
+    scan_latent_steps: bool = True  # run the latent steps under one scan (compiles once); False unrolls them
     truncated_latent_steps: int = 0  # the first so many latent steps pass no gradient
     switch_loss_weight: float = 0.0  # weight of the Switch load-balance loss; the paper names none
     z_loss_weight: float = 0.0  # weight of the router z-loss
@@ -191,19 +192,20 @@ class Recursion(nnx.Module):
                 t < steps - 1, run, lambda state, t: (state, _zeros_like_report(run, state, t)), state, t
             )
 
-        body, reports = rematerialized(body, config.remat), []
+        body, reports = rematerialized(body, config.remat, in_loop=config.scan_latent_steps), []
         if halting is not None and not training:
             if most:
                 state, report = self._until_all_stop(body, state, steps, most)
                 reports.append(report)
         else:
+            scan = functools.partial(jax.lax.scan, unroll=not config.scan_latent_steps)
             truncated = min(config.truncated_latent_steps, most)
             if truncated:
-                scanned = jax.lax.scan(body, state, jnp.arange(truncated, dtype=jnp.int32))
+                scanned = scan(body, state, jnp.arange(truncated, dtype=jnp.int32))
                 state, report = jax.lax.stop_gradient(scanned)
                 reports.append(report)
             if most > truncated:
-                state, report = jax.lax.scan(body, state, jnp.arange(truncated, most, dtype=jnp.int32))
+                state, report = scan(body, state, jnp.arange(truncated, most, dtype=jnp.int32))
                 reports.append(report)
 
         if halting is None or not training or config.halting != "learned":
