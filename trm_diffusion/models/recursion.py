@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from trm_diffusion.models.experts import PROJECTIONS, Assignment, LowRankExperts, assign, expert_capacity, grouped
+from trm_diffusion.models.experts import PROJECTIONS, Assignment, LowRankExperts, assign, expert_capacity
 from trm_diffusion.models.gate import Conditioning, Gate, Routing
 from trm_diffusion.models.halting import Halting, Progress
 from trm_diffusion.models.layers import layer_norm, modulate
@@ -268,7 +268,7 @@ class Recursion(nnx.Module):
             routing = routing._replace(experts=jnp.where(running[..., None, None], routing.experts, -1))
         group, capacity = self._routing_group(x_bnd, training=key is not None)
         assignment = assign(routing, group, capacity)
-        update = pool.experts(grouped(h, group), assignment, capacity)  # [G, S, 3, D]
+        update = pool.experts(h, assignment, capacity)  # [B, N, 3, D]
         update = update.reshape(*x_bnd.shape[:2], PROJECTIONS, self.heads, -1)
         return h, update, _report(routing, assignment, running)
 

@@ -15,8 +15,8 @@ POLICIES = {
 def rematerialized(function: Callable, policy: str, *, in_loop: bool) -> Callable:
     """`function` under the named policy.
 
-    in_loop: it is the body of a loop, across whose passes XLA cannot merge what is computed with what is computed again;
-    elsewhere barriers must keep it from doing so.
+    in_loop: it is the body of a loop, across whose passes XLA cannot merge what is computed twice; elsewhere barriers
+    must keep it from doing so.
     """
     if policy == "none":
         return function
