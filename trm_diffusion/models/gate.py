@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from trm_diffusion.models.layers import EPSILON, NORMAL_002
+from trm_diffusion.models.layers import NORMAL_002, moments
 
 GATE_INPUTS = ("tokens", "timestep", "condition")
 HIGHEST = jax.lax.Precision.HIGHEST  # a float32 product in earnest, also where the default is bfloat16 passes
@@ -77,7 +77,7 @@ class Gate(nnx.Module):
             h32, kernel = h_bnd.astype(jnp.float32), self.token_kernel[...]
             centred = kernel - jnp.mean(kernel, axis=0, keepdims=True)
             projected = jnp.einsum("bnd,dpm->bnpm", h32, centred, precision=HIGHEST)
-            logits += projected * jax.lax.rsqrt(jnp.var(h32, axis=-1) + EPSILON)[..., None, None]
+            logits += projected * moments(h32)[1][..., None]
         sources = [getattr(conditioning, name) for name in ("timestep", "condition") if name in self.inputs]
         if sources:
             y_bd = sum(source.astype(jnp.float32) for source in sources)
