@@ -79,7 +79,7 @@ def project(
         latent_steps=latent_steps,
         key=key,
     )
-    return attention.project(base_input) + update, report
+    return attention.project(base_input, update), report
 
 
 class FinalLayer(nnx.Module):
