@@ -160,8 +160,8 @@ def by_compiler(device: jax.Device, depth: int, recursive: int = 0, latent_steps
     """Estimated cost of an XL/2 step of `depth` unrolled blocks, of which the last `recursive` recurse."""
     blocks = ",".join(map(str, range(depth - recursive, depth))) or "none"
     unrolled = {"depth": depth, "scan_blocks": False, "recursion": {"scan_latent_steps": False}}
-    cost = lowered_step(experiment("XL/2", blocks, latent_steps, TPU_IMAGES, device, **unrolled)).compile()
-    cost = cost.cost_analysis()
+    built = experiment("XL/2", blocks, latent_steps, TPU_IMAGES, device, **unrolled)
+    cost = lowered_step(built).compile().cost_analysis()
     result = {"seconds": cost["optimal_seconds"], "flops": cost["flops"], "bytes": cost["bytes accessed"]}
     progress(f"v5p, {depth} blocks of which {recursive} recurse, T = {latent_steps}: {result}")
     if result["seconds"] <= 0:  # how the compiler says that it has no estimate of some operation
@@ -297,7 +297,7 @@ def main() -> None:
     if "not_measured" not in tpu:
         tpu = judged(tpu, MOST_EXTRA)
     result = {
-        "setting": "rank 128, M 2, k 1, capacity factor 1.25, the imagenet256 training step with optimiser and average; "
+        "setting": "rank 128, M 2, k 1, capacity factor 1.25, the imagenet256 training step with its optimiser; "
         f"cpu_by_the_clock: DiT-S/2, float32, {CPU_IMAGES} images, interleaved medians of {CPU_REPEATS}; "
         f"tpu_v5p_by_the_compiler: DiT-XL/2, bfloat16, {TPU_IMAGES} images, its estimate, nothing was run",
         "cpu_by_the_clock": cpu,
