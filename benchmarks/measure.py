@@ -7,27 +7,14 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
+from trm_diffusion.runtime.timing import interleaved_seconds as interleaved_seconds
+
 TPU_TOPOLOGY = "v5p:2x2x1"  # the smallest; programs are compiled for its first chip
 LIBTPU = "TRM_LIBTPU"  # environment variable: a directory into which libtpu was installed with pip --target
-
-
-def interleaved_seconds(programs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each run, by program; every round runs each program once, so that all see the same machine."""
-    for program in programs.values():
-        jax.block_until_ready(program())
-    seconds = {name: [] for name in programs}
-    for _ in range(repeats):
-        for name, program in programs.items():
-            started = time.perf_counter()
-            jax.block_until_ready(program())
-            seconds[name].append(time.perf_counter() - started)
-    return seconds
 
 
 def median_ratio(seconds: list[float], reference: list[float]) -> float:

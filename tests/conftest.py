@@ -6,6 +6,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILE}".strip()
 
-import jax
+import jax  # noqa: E402  after the flags it reads
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -109,6 +109,7 @@ import json, os, sys
 import jax
 from jax._src import xla_bridge
 import trm_diffusion.main as main, trm_diffusion.train, trm_diffusion.evaluate
+trm_diffusion.train.train = lambda *_: sys.exit("accepted")  # a config that passes fails its test at once
 for arguments in json.loads(sys.stdin.read()):
     reader, writer = os.pipe()
     child = os.fork()

@@ -38,6 +38,7 @@ def evaluate(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
     parameters, draw = sampling_parameters(experiment, state), drawer(experiment)
 
     def generate(condition) -> np.ndarray:
+        say(f"drawing {len(condition)} images to evaluate {workdir} at update {int(state.step)}")
         return np.concatenate(list(draw_all(draw, config, parameters, condition, stop)))
 
     measures = {"digits": _digits, "scenes": _scenes}[config.evaluate.kind](config, workdir, generate)

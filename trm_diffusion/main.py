@@ -15,7 +15,7 @@ from ml_collections import config_flags
 
 from trm_diffusion.errors import EXIT_RESUMABLE, EXIT_USER_ERROR, Interrupted, UserError
 
-MODES = ("train", "sample", "evaluate", "doctor")
+MODES = ("train", "sample", "evaluate", "analyze", "doctor")
 PLATFORMS = ("", "cpu", "cuda", "tpu")
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -82,6 +82,7 @@ def run(mode: str, platform: str) -> int:
 
         return 0 if doctor() else 1
 
+    from trm_diffusion.analyze import analyze
     from trm_diffusion.config import resolve
     from trm_diffusion.evaluate import evaluate
     from trm_diffusion.prompts import read_prompts
@@ -99,7 +100,7 @@ def run(mode: str, platform: str) -> int:
         sample = functools.partial(sample, prompts=prompts)
     workdir = epath.Path(WORKDIR.value or f"runs/{config.name}")
     use_compilation_cache(workdir.parent / ".compilation_cache")
-    jobs = {"train": (train, sample, evaluate), "sample": (sample,), "evaluate": (evaluate,)}
+    jobs = {"train": (train, sample, evaluate), "sample": (sample,), "evaluate": (evaluate,), "analyze": (analyze,)}
     with StopRequest() as stop:
         for job in jobs[mode]:
             job(config, workdir, stop)

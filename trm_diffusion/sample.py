@@ -32,11 +32,12 @@ GRID_PIXELS = 64  # images narrower than this are shown enlarged
 CAPTIONED_PIXELS = 160  # and with captions than this
 
 
-def drawer(experiment: Experiment) -> Callable:
+def drawer(experiment: Experiment, *, with_reports: bool = False) -> Callable:
     """draw(parameters, condition [B, ...], indices [B]) -> images [B, H, W, C] float32, jitted over the mesh.
 
     An image depends on its condition (see `Experiment.condition_of`), its index and `sample.seed` alone, not on its
-    batch or the number of devices.
+    batch or the number of devices. With `with_reports` it also returns the gates' `RoutingReport` of every diffusion
+    step, [S, R, T, ...].
     """
     sample, data, objective = experiment.config.sample, experiment.config.data, experiment.objective
     shape = (data.image_size, data.image_size, data.channels)
@@ -53,7 +54,7 @@ def drawer(experiment: Experiment) -> Callable:
             interval=sample.guidance_interval,
             channels=sample.guidance_channels,
         )
-        images, _ = run_sampler(
+        images, reports = run_sampler(
             network,
             objective,
             draw_initial_noise(keys, shape),
@@ -62,7 +63,7 @@ def drawer(experiment: Experiment) -> Callable:
             diffusion_steps=sample.diffusion_steps,
             eta=sample.eta,
         )
-        return images
+        return (images, reports) if with_reports else images
 
     batch = batch_sharding(experiment.mesh)
     return jax.jit(draw, in_shardings=(None, batch, batch), out_shardings=replicated(experiment.mesh))

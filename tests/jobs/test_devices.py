@@ -1,4 +1,4 @@
-"""The ImageNet experiment at a tiny size: equal on 1 and on 8 devices, resumed and sampled; clear where it cannot run."""
+"""The ImageNet experiment at a tiny size: equal on 1 and 8 devices, resumed and sampled; refused where it must be."""
 
 import json
 
@@ -18,6 +18,8 @@ TINY = (
     "--config.model.dtype=float32",
     "--config.model.recursion.rank=4",
     "--config.model.recursion.routing_group=1",
+    "--config.model.recursion.switch_loss_weight=0.1",
+    "--config.model.recursion.balance_bias_rate=0.01",
     "--config.train.batch_size=16",
     "--config.optim.lr=1e-3",
     "--config.sample.diffusion_steps=3",
@@ -49,15 +51,18 @@ def runs(tmp_path_factory):
     return workdir
 
 
-def losses(run) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+def logged(run, field: str) -> list:
+    return [json.loads(line)[field] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("name", ["data", "data_fsdp_tensor"])
 def test_eight_devices_equal_one(runs, name):
-    expected = losses(runs / "one")
+    expected = logged(runs / "one", "loss")
     assert len(expected) == 4 and len(set(expected)) == 4
-    np.testing.assert_allclose(losses(runs / name), expected, rtol=1e-5)
+    np.testing.assert_allclose(logged(runs / name, "loss"), expected, rtol=1e-5)
+    for statistic in ("expert_load", "drop_fraction", "gate_entropy"):  # global, not a device's own
+        np.testing.assert_allclose(logged(runs / name, statistic), logged(runs / "one", statistic), rtol=1e-5)
+    assert min(logged(runs / "one", "drop_fraction")) > 0
     one, other = (np.load(runs / which / "samples" / "grid_0000004.npz")["images"] for which in ("one", name))
     assert one.shape == (4, 8, 8, 4)
     np.testing.assert_allclose(other, one, atol=1e-3)
@@ -66,7 +71,7 @@ def test_eight_devices_equal_one(runs, name):
 def test_a_checkpoint_of_eight_devices_goes_on_on_one(runs):
     arguments = (*TINY, "--config.train.updates=5", f"--workdir={runs / 'data'}")
     _, err = finished(command(*arguments, devices=1))
-    assert "at update 4" in err and len(losses(runs / "data")) == 5
+    assert "at update 4" in err and len(logged(runs / "data", "loss")) == 5
 
 
 def test_no_prepared_data_ends_in_one_line_that_says_how(tmp_path):

@@ -89,7 +89,7 @@ def test_killed_at_random_moments(experiment):
             wait_until(process, (run / "config.json").exists)
         time.sleep(rng.uniform(0.0, 0.5))
         process.kill()
-        process.communicate()
+        process.communicate(timeout=60)  # ends once everything that holds its pipes has: no worker outlives the job
         assert process.returncode in (-signal.SIGKILL, 0)
     finished(start(experiment, "killed"))
     assert_same_run(experiment, "whole", "killed")
@@ -111,8 +111,8 @@ def test_asked_to_stop_while_training(experiment):
 def test_asked_to_stop_while_evaluating(experiment):
     flags = ("--mode=evaluate", "--config.evaluate.num_samples=200000", "--config.sample.batch_size=8")
     process = start(experiment, "whole", *flags)
-    # Evaluation says nothing while it draws; half a minute of drawing is certain with so many samples.
-    wait_until(process, lambda: False, seconds=25.0)
+    while "drawing" not in (line := process.stderr.readline()):
+        assert line, "the job ended before it drew anything"
     process.send_signal(signal.SIGTERM)
     _, err = finished(process, code=75)
     assert "start the same command again" in err.splitlines()[-1]

@@ -122,6 +122,33 @@ def test_draw_latent_steps():
     assert drawn == {2, 3, 4}
 
 
+def lively(experiment):
+    """Parameters in which nothing is zero, so that the number of latent steps matters."""
+    leaves = experiment.fresh_state().parameters.items()
+    rng = np.random.default_rng(0)
+    return {name: jnp.asarray(0.2 * rng.standard_normal(leaf.shape), jnp.float32) for name, leaf in leaves}
+
+
+def test_the_per_latent_step_loss_is_the_mean_loss_of_fewer_latent_steps():
+    """Also where T is drawn: the terms are those below this update's T, and a T of 1 has none."""
+    data, key = batch(), jax.random.key(3)
+
+    def total_and_loss(**overrides):
+        experiment = build(tiny_config(model__recursion__latent_steps=3, **overrides))
+        loss = jax.jit(lambda p, image, label: loss_and_metrics(experiment, p, image, label, key))
+        total, (metrics, _) = loss(lively(experiment), data["image"], data["label"])
+        return float(total), float(metrics["loss"])
+
+    losses = [total_and_loss(train__latent_steps=(steps,))[1] for steps in (1, 2, 3)]
+    assert len(set(losses)) == 3
+    weighted = dict(train__latent_step_loss_weight=0.5)
+    expected = [losses[0], losses[1] + 0.5 * losses[0], losses[2] + 0.5 * (losses[0] + losses[1]) / 2]
+    np.testing.assert_allclose(total_and_loss(**weighted), (expected[2], losses[2]), rtol=1e-5)
+    drawn = total_and_loss(**weighted, train__latent_steps=(1, 3))
+    depth = losses.index(min(losses, key=lambda loss: abs(loss - drawn[1])))
+    np.testing.assert_allclose(drawn, (expected[depth], losses[depth]), rtol=1e-5)
+
+
 def test_metrics_file_and_checkpoint(tmp_path):
     train(tiny_config(), epath.Path(tmp_path / "run"), StopRequest())
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]

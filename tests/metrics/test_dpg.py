@@ -76,6 +76,8 @@ def test_an_absent_image_is_dropped_by_official_and_refused_by_corrected(csv_pat
     with pytest.raises(UserError, match="none of the items"):
         dpg.aggregate(questions, answers, "official")
     assert dpg.aggregate(questions, {"cat": ANSWERS["cat"]}, "official")["dropped"] == ["car"]
+    questions["car"] = questions["car"][:1]  # nothing is left of the car without the first row
+    assert dpg.aggregate(questions, {"car": [["yes"]] * 4, "cat": ANSWERS["cat"]}, "official")["dropped"] == ["car"]
     with pytest.raises(UserError, match="item cat needs 4 crops of 2 answers"):
         dpg.aggregate(questions, {"cat": ANSWERS["car"]}, "official")
 
@@ -114,6 +116,10 @@ def test_asking_is_resumable_and_the_command_scores_the_answers(tmp_path, csv_pa
     for mode, score in (("official", 37.5), ("corrected", 68.75)):
         assert dpg.main([f"--questions={csv_path}", f"--answers={answers_path}", f"--mode={mode}"]) == 0
         assert json.loads(capsys.readouterr().out)["score"] == pytest.approx(score)
+    (folder / "cat.png").write_bytes(b"no picture")
+    answers_path.unlink()
+    with pytest.raises(UserError, match="cannot read the image .*cat.png"):
+        dpg.ask(folder, questions, vqa, answers_path)
     (folder / "cat.png").unlink()
     with pytest.raises(UserError, match="cat.png missing"):
         dpg.ask(folder, questions, vqa, answers_path)

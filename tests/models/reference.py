@@ -4,6 +4,7 @@ Written from the equations, not from the JAX code, and only ever read to check i
 """
 
 import math
+import typing
 
 import numpy as np
 
@@ -87,56 +88,105 @@ def attention(qkv, heads, norms, context):
     return out
 
 
-def recursion(x, shift, scale, timestep, condition, pools, base, heads, config, *, steps, gumbel, norms, context):
-    """Modulated tokens x [B, N, D] -> the q, k, v that the block's own attention sees, [B, N, 3, D].
+def chance_to_stop(state, head):
+    """lambda of the learned halting head (kernel [D], bias) for one token's state."""
+    kernel, bias = head
+    return 1 / (1 + math.exp(-(layer_norm(state) @ kernel + bias)))
+
+
+def has_stopped(states, config, head):
+    """Does a token whose states so far are a_0 .. a_t go no further?"""
+    if config.halting == "none":
+        return False
+    if config.halting == "convergence":
+        pairs = list(zip(states[:-1], states[1:], strict=True))[-config.halting_patience :]
+        small = [np.linalg.norm(b - a) < config.halting_epsilon * np.linalg.norm(b) for a, b in pairs]
+        return len(small) == config.halting_patience and all(small)
+    survival = 1.0
+    for state in states:
+        survival *= 1 - chance_to_stop(state, head)
+    return survival <= 0.5
+
+
+def expected_state(states, config, head):
+    """The learned rule in training: sum of p_t a_t over a token's states a_0 .. a_{T-1}, and KL(p || prior)."""
+    expected, divergence, survival = np.zeros_like(states[0]), 0.0, 1.0
+    for t, state in enumerate(states):
+        last = t == len(states) - 1
+        p = survival if last else survival * chance_to_stop(state, head)
+        prior = (1 - config.halting_prior) ** t * (1.0 if last else config.halting_prior)
+        expected = expected + p * state
+        divergence += p * math.log(p / prior)
+        survival -= p
+    return expected, divergence
+
+
+class Result(typing.NamedTuple):
+    qkv: np.ndarray  # [B, N, 3, D] that the block's own attention sees
+    running: list  # [T] share of the tokens that each latent step is computed for
+    divergence: float  # mean KL(p || prior) of the learned halting in training, else 0
+
+
+def recursion(x, shift, scale, timestep, condition, pools, base, heads, config, *, steps, gumbel, norms, context, head):
+    """The latent steps on modulated tokens x [B, N, D].
 
     pools: a list of {"token_kernel", "condition_kernel" [D, P, M], "down" [D, 3, M, r], "up" [3, M, r, D]}, one, or one
     for each latent step. base: (kernel [D, 3 D], bias [3 D]). gumbel: [T, B, N, P, M], or None at inference.
-    context: (keys, values) [B, L, H, d] of the text, or None.
+    context: (keys, values) [B, L, H, d] of the text, or None. head: (kernel [D], bias) of the learned halting, or None.
     """
     images, tokens, width = x.shape
     kernel, bias = base
+    every_token = [(b, n) for b in range(images) for n in range(tokens)]
 
-    def refine(a, t):
+    def project(a):
+        return (a @ kernel + bias).reshape(images, tokens, 3, width)
+
+    def refine(a, t, running):
+        """h, and the update of q, k and v, zero for tokens that do not run."""
         pool = pools[t] if len(pools) > 1 else pools[0]
-        h = np.zeros_like(x)
-        decisions = [[None] * tokens for _ in range(images)]
+        choices = pool["token_kernel"].shape[1]
+        h, qkv = np.zeros_like(x), np.zeros((images, tokens, 3, width))
+        decisions = [[[[] for _ in range(choices)] for _ in range(tokens)] for _ in range(images)]
         probabilities = [[None] * tokens for _ in range(images)]
-        for b in range(images):
-            for n in range(tokens):
-                h[b, n] = layer_norm(a[b, n])
-                if config.modulation:
-                    h[b, n] = h[b, n] * (1 + scale[b]) + shift[b]
-                if config.residual == "after_norm":
-                    h[b, n] = h[b, n] + x[b, n]
-                noise = None if gumbel is None else gumbel[t][b, n]
-                decisions[b][n], probabilities[b][n] = route(h[b, n], timestep[b], condition[b], pool, config, noise)
+        for b, n in every_token:
+            h[b, n] = layer_norm(a[b, n])
+            if config.modulation:
+                h[b, n] = h[b, n] * (1 + scale[b]) + shift[b]
+            if config.residual == "after_norm":
+                h[b, n] = h[b, n] + x[b, n]
+            noise = None if gumbel is None else gumbel[t][b, n]
+            decision, probabilities[b][n] = route(h[b, n], timestep[b], condition[b], pool, config, noise)
+            if running[b, n]:
+                decisions[b][n] = decision
         if gumbel is not None:
             decisions = drop_over_capacity(decisions, probabilities, config)
-        qkv = np.zeros((images, tokens, 3, width))
-        for b in range(images):
-            for n in range(tokens):
-                for projection in range(3):
-                    choice = projection if len(decisions[b][n]) == 3 else 0
-                    for m, weight in decisions[b][n][choice]:
-                        low = h[b, n] @ pool["down"][:, projection, m]
-                        qkv[b, n, projection] += weight * (low @ pool["up"][projection, m])
+        for b, n in every_token:
+            for projection in range(3):
+                for m, weight in decisions[b][n][projection if choices == 3 else 0]:
+                    low = h[b, n] @ pool["down"][:, projection, m]
+                    qkv[b, n, projection] += weight * (low @ pool["up"][projection, m])
         return h, qkv
 
-    def project(tokens_bnd):
-        return (tokens_bnd @ kernel + bias).reshape(images, tokens, 3, width)
-
-    a = x.copy()
+    averaged = config.halting == "learned" and gumbel is not None  # no token stops: all its states count
+    states = [[[x[b, n]] for n in range(tokens)] for b in range(images)]
+    qkv, shares = np.zeros((images, tokens, 3, width)), []
     for t in range(steps - 1):
-        h, qkv = refine(a, t)
+        running = np.array([[averaged or not has_stopped(token, config, head) for token in image] for image in states])
+        shares.append(running.mean())
+        h, update = refine(np.array([[token[-1] for token in image] for image in states]), t, running)
         if config.base_every_step:
-            qkv = qkv + project(h)
-        attended = np.stack(
-            [
-                attention(qkv[b], heads, norms, None if context is None else (context[0][b], context[1][b]))
-                for b in range(images)
-            ]
-        )
-        a = attended + x if config.residual == "before_norm" else attended
-    _, update = refine(a, steps - 1)
-    return project(x if config.base_input == "modulated" else a + x) + update
+            update = update + project(h)
+        qkv[running] = update[running]
+        for b in range(images):
+            attended = attention(qkv[b], heads, norms, None if context is None else (context[0][b], context[1][b]))
+            for n in range(tokens):
+                if running[b, n]:
+                    states[b][n].append(attended[n] + (x[b, n] if config.residual == "before_norm" else 0))
+    a, divergence = np.array([[token[-1] for token in image] for image in states]), 0.0
+    if averaged:
+        for b, n in every_token:
+            a[b, n], one = expected_state(states[b][n], config, head)
+            divergence += one / (images * tokens)
+    _, update = refine(a, steps - 1, np.ones((images, tokens), bool))
+    base_input = x if config.base_input == "modulated" else a + x
+    return Result(project(base_input) + update, [*shares, 1.0], divergence)

@@ -1,5 +1,7 @@
 """The DiT as a whole: published sizes, dtypes, the zero start, and that recursion starts from the base model."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -132,25 +134,62 @@ def test_an_untrained_block_is_the_identity():
     del final
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("latent_steps", [1, 2, 5])
-def test_recursion_starts_from_the_base_model(latent_steps, training):
-    """While the experts' second map is zero, any number of latent steps leaves the base model's answer."""
-    config, base_config = tiny(RECURSION | dict(latent_steps=latent_steps, experts=3)), tiny(None)
-    model, base = pure(config), pure(base_config)
-    parameters = randomized(model, keep_zero=["experts/up"])
-    layers = per_layer(parameters, stack_layout(config))
-    base_parameters = from_per_layer(layers, list(base.shapes), stack_layout(base_config))
-    assert base_parameters.keys() == base.shapes.keys()
+FORMS = {  # forms of the recursion that must leave the base model as it is while the experts' second map is zero
+    "one_latent_step": dict(latent_steps=1),
+    "two_of_five_experts": dict(latent_steps=5, experts=5, experts_per_token=2, dispatch="one_hot"),
+    "after_norm": dict(residual="after_norm", modulation=False, routing_scope="per_projection", dispatch="capacity"),
+    "pools": dict(pool="per_latent_step", forward_weight="soft", gate_inputs="tokens", dispatch="dense"),
+    "base_every_step": dict(latent_steps=3, base_every_step=True, gate_inputs="timestep,condition"),
+    "convergence": dict(latent_steps=3, base_every_step=True, halting="convergence", halting_epsilon=0.5),
+    "learned": dict(latent_steps=3, experts=1, halting="learned"),
+    "figure_1": dict(base_input="carry", residual="after_norm"),  # in self-attention: a_{T-1} is zero
+}
+
+
+@functools.cache
+def base_answer(training: bool):
+    """The base model's answer with the weights that `randomized` gives a recursive one, as they are per layer."""
+    config = tiny(None)
+    model, layers = pure(config), per_layer(randomized(pure(tiny()), keep_zero=["experts/up"]), stack_layout(tiny()))
+    parameters = from_per_layer(layers, list(model.shapes), stack_layout(config))
+    assert parameters.keys() == model.shapes.keys()
     key = jax.random.key(2) if training else None
-    output, reports = run(model, parameters, key=key)
-    expected, none = run(base, base_parameters, key=key)
-    assert none is None and np.all(np.asarray(reports.ran) == 1)
-    np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-5)
-    assert float(jnp.max(jnp.abs(expected))) > 0.1
-    # and it would not with the experts at work
-    moved, _ = run(model, randomized(model), key=key)
-    assert float(jnp.max(jnp.abs(moved - expected))) > 1e-3
+    output, reports = jax.jit(lambda parameters: run(model, parameters, key=key))(parameters)
+    assert reports is None and float(jnp.max(jnp.abs(output))) > 0.1
+    return output
+
+
+def recursive_answers(fields: dict, training: bool):
+    """A recursive model's answers with the base's weights: its experts' second map zero, and at work."""
+    config = tiny(RECURSION | fields)
+    model, at_start = pure(config), randomized(pure(tiny()), keep_zero=["experts/up"])
+    base = per_layer(at_start, stack_layout(tiny()))
+    own = per_layer(randomized(model), stack_layout(config))
+    layers = {name: own[name] if "/recursion/" in name else base[name] for name in own}
+    at_work = from_per_layer(layers, list(model.shapes), stack_layout(config))
+    zeroed = {name: 0 * leaf if name.endswith("experts/up") else leaf for name, leaf in at_work.items()}
+    key = jax.random.key(2) if training else None
+    answer = jax.jit(lambda parameters: run(model, parameters, key=key)[0])
+    return answer(zeroed), answer(at_work)
+
+
+@pytest.mark.parametrize(
+    ("form", "training"),
+    [(form, True) for form in FORMS] + [(form, False) for form in ("two_of_five_experts", "convergence", "learned")],
+)
+def test_recursion_starts_from_the_base_model(form, training):
+    zeroed, at_work = recursive_answers(FORMS[form], training)
+    expected = base_answer(training)
+    np.testing.assert_allclose(zeroed, expected, rtol=1e-5, atol=1e-5)
+    assert float(jnp.max(jnp.abs(at_work - expected))) > 1e-3
+
+
+@pytest.mark.parametrize("latent_steps", [1, 2])
+def test_the_carry_form_does_not_start_from_the_base_model(latent_steps):
+    """The base projection sees a_{T-1} + x~, which is 2 x~ where the experts add nothing."""
+    fields = dict(base_input="carry", latent_steps=latent_steps)
+    zeroed, _ = recursive_answers(fields, training=False)
+    assert float(jnp.max(jnp.abs(zeroed - base_answer(False)))) > 1e-2
 
 
 def test_qk_norm_bounds_the_logits():
@@ -190,7 +229,7 @@ def test_every_gradient_is_finite_in_bfloat16(qk_norm):
     assert all(np.any(np.asarray(leaf)) for leaf in gradients(randomized(model)).values())
 
 
-def test_times_and_labels_matter_and_images_do_not_mix():
+def test_times_and_labels_matter():
     model = pure(tiny())
     parameters = randomized(model)
     images, times, labels = data()
@@ -198,8 +237,6 @@ def test_times_and_labels_matter_and_images_do_not_mix():
     expected, _ = bound(images, times, labels)
     assert float(jnp.min(jnp.max(jnp.abs(bound(images, times + 5, labels)[0] - expected), axis=(1, 2, 3)))) > 1e-4
     assert float(jnp.min(jnp.max(jnp.abs(bound(images, times, labels + 1)[0] - expected), axis=(1, 2, 3)))) > 1e-4
-    other, _ = bound(images.at[0].add(1.0), times, labels)
-    np.testing.assert_allclose(other[1:], expected[1:], rtol=1e-5, atol=1e-6)
     assert bound.null_label == CLASSES
 
 
@@ -224,3 +261,20 @@ def test_a_longer_recursion_than_it_was_built_for():
     outputs = [run(model, parameters, latent_steps=steps) for steps in (2, 4)]
     chex.assert_shape(outputs[1][1].load, (2, 4, 1, 2))
     assert float(jnp.max(jnp.abs(outputs[0][0] - outputs[1][0]))) > 1e-4
+
+
+@pytest.mark.parametrize("halting", ["none", "convergence", "learned"])
+def test_an_image_at_inference_depends_on_no_other(halting):
+    """To the bit, whatever images lie beside it, and in any order, also where the others recurse for longer."""
+    fields = dict(experts=3, latent_steps=4, halting=halting, halting_epsilon=0.2, routing_group=4)
+    model = pure(tiny(RECURSION | fields))
+    parameters = randomized(model)
+    forward = jax.jit(lambda *data: model.bind(parameters)(*data))
+    images, times, labels = data()
+    expected, reports = forward(images, times, labels)
+    assert halting == "none" or np.any((reports.running > 0) & (reports.running < 1))
+    other, _ = forward(images.at[1:].add(2.0), times.at[1:].multiply(0.5), labels.at[1:].set(0))
+    np.testing.assert_array_equal(other[0], expected[0])
+    assert np.all(np.any(other[1:] != expected[1:], axis=(1, 2, 3)))
+    order = np.asarray([2, 0, 3, 1])
+    np.testing.assert_allclose(forward(images[order], times[order], labels[order])[0], expected[order], rtol=1e-6)

@@ -1,6 +1,7 @@
 """The recursion against its plain NumPy reference, over every switch, and what holds while the experts are zero."""
 
 import dataclasses
+import functools
 import itertools
 
 import chex
@@ -9,98 +10,58 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tests.models import reference
-from trm_diffusion.models.attention import Attention, Context
-from trm_diffusion.models.gate import GATE_INPUTS, Conditioning
-from trm_diffusion.models.recursion import Recursion, RecursionConfig, recursive_blocks
-
-IMAGES, TOKENS, WIDTH, HEADS, TEXT = 4, 3, 8, 2, 5
-SMALL = RecursionConfig(blocks="all", rank=3, routing_group=2, capacity_factor=1.0, remat="none")
-
-
-def build(config: RecursionConfig, *, qk_norm=False, zero_up=False, seed=0):
-    """A recursion and its block's attention, every weight random but (if asked) the experts' second map."""
-
-    def modules():
-        rngs = nnx.Rngs(0)
-        attention = Attention(WIDTH, HEADS, qk_norm=qk_norm, dtype=jnp.float32, rngs=rngs)
-        return attention, Recursion(WIDTH, HEADS, config, dtype=jnp.float32, rngs=rngs)
-
-    rng = np.random.default_rng(seed)
-    graphdef, state = nnx.split(nnx.eval_shape(modules))
-    values = {
-        path: np.zeros(v.shape, np.float32)
-        if zero_up and path[-1] == "up"
-        else 0.5 * rng.standard_normal(v.shape, np.float32)
-        for path, v in nnx.to_flat_state(state)
-    }
-    return nnx.merge(graphdef, nnx.from_flat_state(jax.tree.map(jnp.asarray, values)))
+from tests.models.small import (
+    IMAGES,
+    SMALL,
+    TOKENS,
+    WIDTH,
+    as_reference,
+    build,
+    inputs,
+    run,
+    run_reference,
+    with_zero_up,
+)
+from trm_diffusion.models.gate import GATE_INPUTS
+from trm_diffusion.models.recursion import recursive_blocks
 
 
-def inputs(seed=1):
-    rng = np.random.default_rng(seed)
+def assert_equals_reference(config, *, joint, training, qk_norm=False, steps=None, traced=False):
+    """Values, running tokens and divergence at `steps` latent steps; and with zero experts, the base projections."""
+    steps, key, data = steps or config.latent_steps, jax.random.key(7) if training else None, inputs()
+    graphdef, state = build(config, qk_norm=qk_norm)
 
-    def normal(*shape):
-        return jnp.asarray(rng.standard_normal(shape, np.float32))
+    @jax.jit
+    def forward(state, traced_steps):
+        return run(graphdef, state, data, joint=joint, steps=traced_steps if traced else steps, key=key)
 
-    shift, scale, timestep, condition = (normal(IMAGES, WIDTH) for _ in range(4))
-    context = tuple(normal(IMAGES, TEXT, HEADS, WIDTH // HEADS) for _ in range(2))
-    return normal(IMAGES, TOKENS, WIDTH), 0.3 * shift, 0.3 * scale, Conditioning(timestep, condition), context
+    qkv, report = forward(state, steps)
+    arguments = as_reference(graphdef, state, data, joint=joint)
+    expected = run_reference(arguments, config, steps=steps, key=key)
+    np.testing.assert_allclose(qkv, expected.qkv, rtol=1e-5, atol=1e-5 * np.abs(expected.qkv).max())
 
-
-def run(attention, recursion, *, joint, steps, key=None, data=None):
-    """The q, k, v that the block's own attention would see, [B, N, 3, D], and the report."""
-    x, shift, scale, conditioning, context = data or inputs()
-    out = recursion(
-        x,
-        shift_bd=shift,
-        scale_bd=scale,
-        conditioning=conditioning,
-        attend=lambda qkv: attention.attend(qkv, Context(*context) if joint else None),
-        project_base=attention.project,
-        latent_steps=steps,
-        key=key,
-    )
-    qkv = attention.project(out.base_input) + out.update
-    return qkv.reshape(IMAGES, TOKENS, 3, WIDTH), out.report
-
-
-def run_reference(attention, recursion, *, joint, steps, key=None):
-    config = recursion.config
-    x, shift, scale, conditioning, context = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), inputs())
-    flat = {path[-1]: np.asarray(v[...], np.float64) for path, v in nnx.to_flat_state(nnx.state(recursion))}
-    pools = (
-        [flat] if config.pool == "shared" else [{k: v[t] for k, v in flat.items()} for t in range(config.latent_steps)]
-    )
     choices = 3 if config.routing_scope == "per_projection" else 1
-    gumbel = None
-    if key is not None:
-        shape = (IMAGES, TOKENS, choices, config.experts)
-        gumbel = [np.asarray(jax.random.gumbel(jax.random.fold_in(key, t), shape), np.float64) for t in range(steps)]
-    norms = None
-    if attention.query_norm is not None:
-        norms = [np.asarray(norm.scale[...], np.float64) for norm in (attention.query_norm, attention.key_norm)]
-    base = [np.asarray(v[...], np.float64) for v in (attention.qkv.kernel, attention.qkv.bias)]
-    return reference.recursion(
-        x, shift, scale, conditioning.timestep, conditioning.condition, pools, base, HEADS, config,
-        steps=steps, gumbel=gumbel, norms=norms, context=context if joint else None,
-    )  # fmt: skip
-
-
-def assert_equals_reference(config, *, joint, training, qk_norm=False):
-    key = jax.random.key(7) if training else None
-    attention, recursion = build(config, qk_norm=qk_norm)
-    graphdef, state = nnx.split((attention, recursion))
-    step = jax.jit(lambda state: run(*nnx.merge(graphdef, state), joint=joint, steps=config.latent_steps, key=key))
-    qkv, report = step(state)
-    expected = run_reference(attention, recursion, joint=joint, steps=config.latent_steps, key=key)
-    np.testing.assert_allclose(qkv, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
-    choices = 3 if config.routing_scope == "per_projection" else 1
-    chex.assert_shape(report.load, (config.latent_steps, choices, config.experts))
-    np.testing.assert_allclose(report.load.sum(-1), 1.0, rtol=1e-6)
+    rows = config.latent_steps if traced else steps  # latent steps past `steps` are there in the report, as zeros
+    running = np.array([*expected.running[:-1], *[0.0] * (rows - steps), 1.0])
+    asked = np.array([*[True] * (steps - 1), *[False] * (rows - steps), True])
+    chex.assert_shape(report.load, (rows, choices, config.experts))
+    np.testing.assert_allclose(report.running, running, rtol=1e-6)
+    np.testing.assert_array_equal(report.ran, asked if training else running > 0)  # training never leaves early
+    np.testing.assert_allclose(report.load.sum(-1), np.tile(running[:, None] > 0, choices), rtol=1e-6)
+    np.testing.assert_allclose(report.halting_divergence[-1], expected.divergence, rtol=1e-5, atol=1e-6)
     if not training:
         np.testing.assert_array_equal(report.drop_fraction, 0.0)
+
+    qkv, _ = forward(with_zero_up(state), steps)
+    kernel, bias = arguments["base"]
+    base = (np.asarray(data[0]) @ kernel + bias).reshape(IMAGES, TOKENS, 3, WIDTH)
+    if config.base_input == "modulated":
+        np.testing.assert_allclose(qkv, base, rtol=1e-5, atol=1e-5)
+    elif config.residual == "before_norm":
+        assert np.abs(qkv - base).max() > 0.1
 
 
 @pytest.mark.parametrize("joint", [False, True], ids=["self", "joint"])
@@ -124,13 +85,16 @@ FACTORS = {
     "forward_weight": ("straight_through", "soft"),
     "base_every_step": (False, True),
     "gate_inputs": tuple(SUBSETS),
-    "dispatch": ("dense", "capacity"),
+    "dispatch": ("dense", "capacity", "one_hot"),
     "remat": ("none", "full"),
+    "halting": ("none", "convergence", "learned"),
     "experts_per_token": (1, 2),
     "training": (False, True),
     "joint": (False, True),
     "qk_norm": (False, True),
+    "traced": (False, True),
 }
+SWITCHED = dataclasses.replace(SMALL, latent_steps=4, experts=5, halting_epsilon=0.6)
 
 
 def pairwise_rows(factors: dict, seed: int = 0) -> list[dict]:
@@ -142,7 +106,7 @@ def pairwise_rows(factors: dict, seed: int = 0) -> list[dict]:
     }
     rows = []
     while left:
-        seed_pair = dict(next(iter(sorted(left, key=str))))
+        seed_pair = dict(min(left, key=lambda pair: sorted(map(str, pair))))
         candidates = []
         for _ in range(30):
             row = {name: seed_pair.get(name, values[rng.integers(len(values))]) for name, values in factors.items()}
@@ -157,8 +121,8 @@ def pairwise_rows(factors: dict, seed: int = 0) -> list[dict]:
 @pytest.mark.parametrize("row", pairwise_rows(FACTORS), ids=lambda row: "-".join(str(v) for v in row.values()))
 def test_every_switch_equals_reference(row):
     row = dict(row)
-    call = {name: row.pop(name) for name in ("training", "joint", "qk_norm")}
-    assert_equals_reference(dataclasses.replace(SMALL, latent_steps=3, experts=5, **row), **call)
+    call = {name: row.pop(name) for name in ("training", "joint", "qk_norm", "traced")}
+    assert_equals_reference(dataclasses.replace(SWITCHED, **row), steps=3, **call)
 
 
 def test_pairwise_rows_cover_every_pair():
@@ -167,75 +131,116 @@ def test_pairwise_rows_cover_every_pair():
         assert {(row[a], row[b]) for row in rows} == set(itertools.product(FACTORS[a], FACTORS[b]))
 
 
-@pytest.mark.parametrize("joint", [False, True], ids=["self", "joint"])
-@pytest.mark.parametrize("residual", ["before_norm", "after_norm"])
-@pytest.mark.parametrize("base_every_step", [False, True])
-@pytest.mark.parametrize(("latent_steps", "experts", "k"), [(1, 1, 1), (2, 2, 1), (5, 5, 2)])
-def test_zero_experts_leave_the_base(latent_steps, experts, k, residual, base_every_step, joint):
-    config = dataclasses.replace(
-        SMALL, latent_steps=latent_steps, experts=experts, experts_per_token=k, residual=residual,
-        base_every_step=base_every_step,
-    )  # fmt: skip
-    attention, recursion = build(config, zero_up=True)
-    qkv, _ = run(attention, recursion, joint=joint, steps=latent_steps, key=jax.random.key(3))
-    x = inputs()[0]
-    np.testing.assert_array_equal(qkv, attention.project(x).reshape(IMAGES, TOKENS, 3, WIDTH))
+@functools.cache
+def at_inference():
+    """A recursion's state, and its q, k and v at inference, compiled."""
+    graphdef, state = build(dataclasses.replace(SMALL, latent_steps=3, experts=5, experts_per_token=2))
+    return state, jax.jit(lambda state, data: run(graphdef, state, data, steps=3, joint=True)[0])
 
 
-def test_the_carry_form_does_not_leave_the_base():
+@settings(deadline=None, max_examples=20, derandomize=True)
+@given(
+    seed=st.integers(0, 1000),
+    tokens=st.permutations(range(TOKENS)),
+    images=st.permutations(range(IMAGES)),
+    experts=st.permutations(range(5)),
+)
+def test_permutations_of_tokens_images_and_experts(seed, tokens, images, experts):
+    """Tokens and images in another order: so is the answer. Experts under other names: the same answer."""
+    (state, forward), data = at_inference(), inputs(seed)
+    tokens, images, experts = (np.asarray(order) for order in (tokens, images, experts))
+    expected = np.asarray(forward(state, data))
+    same = dict(rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(forward(state, (data[0][:, tokens], *data[1:])), expected[:, tokens], **same)
+    np.testing.assert_allclose(forward(state, jax.tree.map(lambda leaf: leaf[images], data)), expected[images], **same)
+    axes = {"token_kernel": -1, "condition_kernel": -1, "down": -2, "up": -3}
+    renamed = nnx.from_flat_state(
+        {
+            path: jnp.take(v[...], experts, axis=axes[path[-1]]) if path[-1] in axes else v
+            for path, v in nnx.to_flat_state(state)
+        }
+    )
+    np.testing.assert_allclose(forward(renamed, data), expected, **same)
+
+
+def test_with_zero_experts_the_carry_form_doubles_the_base_input():
     """With a_{T-1} + x~ as base input, zero experts give W (2 x~): figure 1 taken with the equation's residual."""
-    attention, recursion = build(dataclasses.replace(SMALL, base_input="carry"), zero_up=True)
-    qkv, _ = run(attention, recursion, joint=False, steps=2)
-    x = inputs()[0]
-    twice = attention.project(2 * x).reshape(IMAGES, TOKENS, 3, WIDTH)
-    np.testing.assert_allclose(qkv, twice, rtol=1e-5, atol=1e-5)
-    assert np.abs(qkv - attention.project(x).reshape(qkv.shape)).max() > 0.1
+    graphdef, state = build(dataclasses.replace(SMALL, base_input="carry"))
+    data = inputs()
+    qkv, _ = run(graphdef, with_zero_up(state), data, steps=2)
+    attention, _ = nnx.merge(graphdef, state)
+    np.testing.assert_allclose(qkv, attention.project(2 * data[0]).reshape(qkv.shape), rtol=1e-5, atol=1e-5)
 
 
 def test_both_forms_of_figure_1_together_leave_the_base_in_self_attention():
     """x~ joins after the norm, so a_{T-1} is the attention alone, which is zero with zero experts."""
-    config = dataclasses.replace(SMALL, base_input="carry", residual="after_norm")
-    attention, recursion = build(config, zero_up=True)
-    qkv, _ = run(attention, recursion, joint=False, steps=2)
-    np.testing.assert_array_equal(qkv, attention.project(inputs()[0]).reshape(qkv.shape))
+    graphdef, state = build(dataclasses.replace(SMALL, base_input="carry", residual="after_norm"))
+    data = inputs()
+    qkv, _ = run(graphdef, with_zero_up(state), data, steps=2)
+    attention, _ = nnx.merge(graphdef, state)
+    np.testing.assert_array_equal(qkv, attention.project(data[0]).reshape(qkv.shape))
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_traced_latent_steps_equal_fixed_ones(training):
+def test_one_program_serves_every_number_of_latent_steps(training):
     config = dataclasses.replace(SMALL, latent_steps=4, experts=3, remat="full")
-    attention, recursion = build(config)
-    graphdef, state = nnx.split((attention, recursion))
-    key = jax.random.key(5) if training else None
-    traces = []
+    graphdef, state = build(config)
+    key, data, traces = jax.random.key(5) if training else None, inputs(), []
 
     @jax.jit
-    def any_depth(state, steps):
+    def at_depth(state, steps):
         traces.append(steps)
-        return run(*nnx.merge(graphdef, state), joint=True, steps=steps, key=key)
+        return run(graphdef, state, data, joint=True, steps=steps, key=key)
 
+    arguments = as_reference(graphdef, state, data, joint=True)
     for steps in (1, 2, 3, 4):
-        fixed, fixed_report = run(attention, recursion, joint=True, steps=steps, key=key)
-        traced, report = any_depth(state, jnp.asarray(steps))
-        np.testing.assert_allclose(traced, fixed, rtol=1e-5, atol=1e-5)
+        qkv, report = at_depth(state, jnp.asarray(steps))
+        expected = run_reference(arguments, config, steps=steps, key=key).qkv
+        np.testing.assert_allclose(qkv, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
         assert report.ran.sum() == steps
-        np.testing.assert_allclose(report.load[-1], fixed_report.load[-1], rtol=1e-6)
     assert len(traces) == 1
 
 
-def test_remat_changes_no_gradient():
+def test_remat_changes_neither_gradients_nor_counts():
+    data = inputs()
+
     def gradients(remat):
-        attention, recursion = build(dataclasses.replace(SMALL, latent_steps=3, remat=remat))
-        graphdef, state = nnx.split(recursion)
+        config = dataclasses.replace(SMALL, latent_steps=3, capacity_factor=0.7, remat=remat)
+        graphdef, state = build(config)
 
         def loss(state):
-            qkv, _ = run(attention, nnx.merge(graphdef, state), joint=True, steps=3, key=jax.random.key(2))
-            return jnp.sum(jnp.sin(qkv))
+            qkv, report = run(graphdef, state, data, joint=True, steps=3, key=jax.random.key(2))
+            return jnp.sum(jnp.sin(qkv)), report
 
-        return jax.jit(jax.grad(loss))(state)
+        return jax.jit(jax.grad(loss, has_aux=True))(state)
 
-    expected = gradients("none")
+    expected, report = gradients("none")
+    assert np.all(report.drop_fraction > 0)
     for remat in ("dots", "full"):
-        chex.assert_trees_all_close(gradients(remat), expected, rtol=1e-5, atol=1e-6)
+        found, counts = gradients(remat)
+        chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_equal(counts, report)
+
+
+def test_truncated_latent_steps_pass_no_gradient_and_change_no_value():
+    """With a pool for each latent step, the pools of the truncated ones get exactly none."""
+    data, found = inputs(), {}
+    for truncated in (0, 2):
+        config = dataclasses.replace(SMALL, latent_steps=4, pool="per_latent_step", truncated_latent_steps=truncated)
+        graphdef, state = build(config)
+
+        def loss(state, graphdef=graphdef):
+            return jnp.sum(jnp.sin(run(graphdef, state, data, steps=4, key=jax.random.key(2))[0]))
+
+        value, gradient = jax.jit(jax.value_and_grad(loss))(state)
+        pool = {path[-1]: np.asarray(v) for path, v in nnx.to_flat_state(nnx.as_pure(gradient)) if "pool" in path}
+        found[truncated] = value, pool
+    np.testing.assert_allclose(found[2][0], found[0][0], rtol=1e-6)
+    for name, whole in found[0][1].items():
+        part = found[2][1][name]
+        assert np.all(np.any(whole != 0, axis=tuple(range(1, whole.ndim))))
+        np.testing.assert_array_equal(part[:2], 0.0)
+        np.testing.assert_allclose(part[2:], whole[2:], rtol=1e-4, atol=1e-5 * np.abs(whole).max())
 
 
 @pytest.mark.parametrize("blocks, depth, expected", [
@@ -255,7 +260,7 @@ def test_recursive_blocks_refuses(blocks):
 @pytest.mark.parametrize("pool", ["shared", "per_latent_step"])
 def test_parameter_count_is_the_docstring_formula(pool, scope):
     config = dataclasses.replace(SMALL, pool=pool, routing_scope=scope, latent_steps=3, experts=5, rank=7)
-    _, recursion = build(config)
+    recursion = nnx.merge(*build(config))[1]
     pools, choices = (3 if pool == "per_latent_step" else 1), (3 if scope == "per_projection" else 1)
     expected = pools * (6 * 5 * 7 * WIDTH + 2 * choices * 5 * WIDTH)
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(recursion))) == expected

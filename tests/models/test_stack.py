@@ -14,7 +14,7 @@ WIDTH = 4
 
 
 class FakeBlock(nnx.Module):
-    """x <- x + tanh(x W + b + noise); its report is the mean of what came in. `traces` counts calls of the Python code."""
+    """x <- x + tanh(x W + b + noise); its report is the mean of what came in. `traces` counts the traces."""
 
     traces: list[bool] = []
 

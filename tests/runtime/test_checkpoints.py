@@ -1,4 +1,4 @@
-"""What is saved comes back, to the bit; what does not fit is refused by path; and old checkpoints go when they should."""
+"""What is saved comes back, to the bit; what does not fit is refused by path; old checkpoints go when they should."""
 
 import json
 
@@ -110,9 +110,8 @@ def test_twelve_layers_do_not_go_into_sixteen(directory, scan):
     with Checkpoints(directory) as checkpoints:
         checkpoints.save(1, state, iterator, LOOP)
     iterator.close()
-    expected = (
-        r"stack/segments/0/.* is \(12, .*\), not \(16, " if scan else "missing .*stack/segments/12/.*; and .* more"
-    )
+    stacked, apart = r"stack/segments/0/.* is \(12, .*\), not \(16, ", "missing .*stack/segments/12/.*; and .* more"
+    expected = stacked if scan else apart
     with Checkpoints(directory) as checkpoints:
         with pytest.raises(UserError, match=expected):
             checkpoints.restore(1, sixteen.abstract_state)

@@ -16,7 +16,7 @@ from trm_diffusion.runtime.optimizer import OptimConfig, ema_decay, learning_rat
 class AverageTest(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True)
     def test_a_thousand_updates_equal_the_closed_form(self):
-        """e_n = d^n e_0 + (1 - d) sum_k d^(n - k) p_k, with bfloat16 parameters whose own steps are far below bfloat16's."""
+        """e_n = d^n e_0 + (1 - d) sum_k d^(n - k) p_k, with bfloat16 parameters whose changes are below bfloat16's."""
         updates, decay = 1000, 0.999
         rng = np.random.default_rng(0)
         walk = 1.0 + np.cumsum(rng.normal(0, 0.01, (updates, 5)), axis=0)

@@ -56,6 +56,14 @@ def test_fields_that_a_checkpoint_is_built_on_may_not_change(workdir, field, val
         changed_fields(workdir, tiny_config(**{field: value}, sample__sampler="ddim"))
 
 
+def test_how_a_model_is_computed_and_when_its_tokens_stop_may_change(workdir):
+    changes = dict(remat="full", recursion__dispatch="dense", recursion__halting="convergence")
+    changed = changed_fields(workdir, tiny_config(**{f"model__{name}": value for name, value in changes.items()}))
+    assert len(changed) == 3
+    with pytest.raises(UserError, match="config.model.recursion.halting = 'none', not 'learned'"):  # it has parameters
+        changed_fields(workdir, tiny_config(model__recursion__halting="learned"))
+
+
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = epath.Path(tmp_path / "record.json")
     write_json(path, {"a": 1})

@@ -12,7 +12,9 @@ more than a small model's training step; this way it is about 1 ms.
 """
 
 import functools
+import multiprocessing
 import os
+import threading
 import weakref
 
 import grain
@@ -231,5 +233,16 @@ def _open_stream(batches: _LocalBatches, *, workers: int, in_memory: bool) -> gr
     if workers:
         if not flags.FLAGS.is_parsed():  # in a notebook or a test: grain reads flags of its own
             flags.FLAGS.mark_as_parsed()
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _end_with_parent)
     return iter(dataset)
+
+
+def _end_with_parent(worker_index: int, worker_count: int) -> None:
+    """In a worker process: ends it when the job dies without a word (SIGKILL), where grain's would read on for ever."""
+    del worker_index, worker_count
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

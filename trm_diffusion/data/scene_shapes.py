@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-# The ten colour names of GenEval. Values in [0, 1]; the smallest distance between two, or to the grey, is 0.40.
+# The ten colour names of GenEval. Values in [0, 1]; the smallest distance between two, or to the grey, is 0.41.
 COLORS: dict[str, tuple[float, float, float]] = {
     "red": (0.90, 0.10, 0.10),
     "orange": (1.00, 0.55, 0.00),

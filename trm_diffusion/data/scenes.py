@@ -104,8 +104,8 @@ def holds(relation: str, a: Object, b: Object) -> bool:
 
 
 def held_out(shapes: Sequence[str]) -> frozenset[Composition]:
-    """The compositions that training never sees, about one in eight of each kind; every shape, colour, count and
-    relation occurs in others that it does see."""
+    """The compositions that training never sees: of each kind, between one in six and one in fourteen. Every shape,
+    colour, count and relation occurs in others that it does see."""
     number = len(shapes)
     colors = tuple(COLORS)
     colored = number * len(colors) // 8

@@ -134,8 +134,12 @@ def ask(
         for item_id, asked in questions.items():
             if item_id in done:
                 continue
-            with Image.open(pathlib.Path(directory) / f"{item_id}.png") as image:
-                crops = split_grid(np.asarray(image.convert("RGB")))
+            image_path = pathlib.Path(directory) / f"{item_id}.png"
+            try:
+                with Image.open(image_path) as image:
+                    crops = split_grid(np.asarray(image.convert("RGB")))
+            except (OSError, SyntaxError) as error:  # PIL reports damage through both
+                raise UserError(f"cannot read the image {image_path} ({error}): export it again") from None
             answers = [[vqa(crop, question.text) for question in asked] for crop in crops]
             file.write(json.dumps({"item_id": item_id, "answers": answers}).encode() + b"\n")
             file.flush()
@@ -179,14 +183,13 @@ def aggregate(questions: dict[str, list[Question]], answers: Answers, mode: str)
         kept = [i for i, question in enumerate(asked) if mode == "corrected" or question.row > 0]
         asked = [asked[i] for i in kept]
         try:
+            if not asked:  # the first row of the CSV was all that was asked about this item
+                raise KeyError(item_id)
             crops = [score_crop(asked, [answers_of_crop[i] for i in kept]) for answers_of_crop in answers[item_id]]
         except KeyError as error:
             if mode == "corrected":
                 reason = "no answers" if item_id not in answers else f"a question whose parent {error} is absent"
                 raise UserError(f"item {item_id} has {reason}: complete the answers and the CSV") from None
-            dropped.append(item_id)
-            continue
-        if not asked:
             dropped.append(item_id)
             continue
         images.append(np.mean([after for _, after in crops]))

@@ -24,7 +24,7 @@ GRID = {32: 0.25, 64: 0.375}  # pixels between the templates' radii and places, 
 MAX_SHIFT = 3  # in these: half a pixel of rounding, and the error of a noisy centroid
 RADIUS_SLACK = 1  # in these, beyond the radii that are drawn
 
-# In pixels of a 32x32 image; twice that at 64x64.
+# In pixels of a 32x32 image; at 64x64, twice as long and four times as large.
 BLUR = 0.6  # sigma before the threshold
 MIN_AREA = 3.0  # smaller components are specks of noise, not objects
 

@@ -42,7 +42,7 @@ class Routing(NamedTuple):
 
 
 class Gate(nnx.Module):
-    """Scores M experts for every token; see the module's equations. Adds 2 P M D parameters, and P M of a bias if any."""
+    """Scores M experts for every token by the module's equations. Adds 2 P M D parameters, and P M of a bias if any."""
 
     def __init__(
         self,

@@ -4,11 +4,18 @@ A stopped token's state a is frozen; it asks its experts for nothing and takes n
 attending to the keys and values it last had. The last latent step, which the block's own attention shares, is computed
 for every token. Two rules (both our reading; the paper names static T as a limitation):
 
-    convergence   without parameters: a token stops once ||a_t - a_{t-1}|| / ||a_t|| < epsilon for `patience` latent steps
-    learned       PonderNet's form (arXiv 2107.05407): a head gives lambda_t = sigmoid(w LN(a_t) + b), the chance to stop
-                  at t = 0 .. T-1 if still running, so p_t = lambda_t prod_{s<t} (1 - lambda_s), the last t taking the
-                  rest. Training goes on with the expected state sum_t p_t a_t and adds KL(p || geometric prior) to the
-                  loss; at inference a token stops at the first t by which it has stopped with probability 1/2.
+    convergence   without parameters: a token stops once ||a_t - a_{t-1}|| / ||a_t|| < epsilon, `patience` latent steps
+                  in a row
+    learned       PonderNet's form (arXiv 2107.05407): a head gives lambda_t = sigmoid(w LN(a_t) + b), the chance to
+                  stop at t = 0 .. T-1 if still running, so p_t = lambda_t prod_{s<t} (1 - lambda_s), the last t taking
+                  the rest. In training every token runs, its state becomes the expected one, sum_t p_t a_t, and the
+                  loss gains KL(p || geometric prior). At inference a token stops at the first t by which it has
+                  stopped with probability 1/2.
+
+What is really saved: shapes are fixed when a program is compiled, and at inference the experts are one wide product
+over all tokens (models/experts.py), so a stopped token among running ones saves no row of it, and no attention. What
+inference saves is whole latent steps, from when every token of the batch has stopped (`jax.lax.while_loop`). Training
+runs them all; there a stopped token leaves its place under the experts' capacity to others. `--mode=analyze` measures.
 """
 
 from typing import NamedTuple
@@ -37,9 +44,10 @@ class Halting(nnx.Module):
 
     def __init__(self, width: int, rule: str, *, epsilon: float, patience: int, prior: float, rngs: nnx.Rngs):
         self.rule, self.epsilon, self.patience, self.prior = rule, epsilon, patience, prior
-        self.head = None
-        if rule == "learned":
-            self.head = linear(width, 1, axes=("embed", None), init=ZEROS, dtype=jnp.float32, rngs=rngs)
+        learned = rule == "learned"
+        self.head = (
+            linear(width, 1, axes=("embed", None), init=ZEROS, dtype=jnp.float32, rngs=rngs) if learned else None
+        )
 
     def start(self, a_bnd: jax.Array, latent_steps, *, training: bool) -> Progress:
         """Before the first latent step; with the learned rule a token may stop at once, with state a_0."""

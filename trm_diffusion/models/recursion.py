@@ -55,7 +55,7 @@ class RecursionConfig:
     pool: str = "shared"  # one pool and gate for all latent steps, or one per_latent_step
     routing_scope: str = "shared"  # one choice for q, k and v, or one per_projection
     base_every_step: bool = False  # also add the base projection of h_t in the intermediate latent steps
-    dispatch: str = "auto"  # how tokens reach their experts: auto, dense or capacity
+    dispatch: str = "auto"  # how tokens reach their experts: auto, dense, capacity or one_hot
     remat: str = "full"  # what the backward pass of a latent step keeps: none, dots, full
     truncated_latent_steps: int = 0  # the first so many latent steps pass no gradient
     switch_loss_weight: float = 0.0  # weight of the Switch load-balance loss; the paper names none
@@ -127,9 +127,8 @@ class Recursion(nnx.Module):
             self.pool = make_pool(rngs.params())
         else:  # stacked along a leading axis, one for each latent step
             self.pool = nnx.vmap(make_pool)(jax.random.split(rngs.params(), config.latent_steps))
-        self.halting = None
-        if config.halting != "none":
-            self.halting = Halting(
+        self.halting = (
+            Halting(
                 width,
                 config.halting,
                 epsilon=config.halting_epsilon,
@@ -137,6 +136,9 @@ class Recursion(nnx.Module):
                 prior=config.halting_prior,
                 rngs=rngs,
             )
+            if config.halting != "none"
+            else None
+        )
 
     def __call__(
         self,

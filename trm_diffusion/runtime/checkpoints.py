@@ -1,7 +1,7 @@
 """Checkpoints: the one place that knows Orbax.
 
-A checkpoint holds the training state, the data iterator, and a small JSON record of the loop. Saves are asynchronous and
-become visible only when complete, so a job killed while saving resumes from the save before.
+A checkpoint holds the training state, the data iterator, and a small JSON record of the loop. Saves are asynchronous
+and become visible only when complete, so a job killed while saving resumes from the save before.
 """
 
 import dataclasses
@@ -44,7 +44,10 @@ class Checkpoints:
         return None if latest is None else latest.step
 
     def save(self, step: int, state, iterator, loop: dict[str, Any]) -> None:
-        """Starts a save and returns; waits first for the one before. `loop` is JSON. A failed save raises here or in `close`."""
+        """Starts a save and returns; waits first for the one before. `loop` is JSON.
+
+        A failed save raises here at the next one, or in `close`.
+        """
         self._checkpointer.wait()
         self._checkpointer.save_checkpointables_async(step, dict(state=state, data=iterator, loop=loop), overwrite=True)
 

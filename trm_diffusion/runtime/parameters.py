@@ -1,7 +1,7 @@
 """A Flax NNX model as a pure function of its parameters, which are one flat dictionary from path to array.
 
-Paths are strings such as "stack/segments/0/blocks/attention/qkv/kernel". Masks, patterns, logs and checkpoints all speak
-of parameters by these names, and the plain dictionary outlives changes of library versions.
+Paths are strings such as "stack/segments/0/blocks/attention/qkv/kernel". Masks, patterns, logs and checkpoints all
+speak of parameters by these names, and the plain dictionary outlives changes of library versions.
 """
 
 import fnmatch

@@ -7,6 +7,7 @@ metrics.jsonl      one line of metrics every `log.every` updates
 tensorboard/       the same as event files
 samples/           grids drawn during training and by --mode=sample
 evaluation.json    measures, with the protocol they were taken under
+analysis.json      routing and halting by diffusion step, of --mode=analyze
 """
 
 import json
@@ -29,6 +30,15 @@ STRUCTURE = (
     "data.num_classes",
     "train.trainable",
     "optim.ema_decays",
+)
+
+# Except these, which decide how the model is computed, or when its tokens stop, and not what it was trained to be.
+FREE = (
+    "model.remat",
+    "model.recursion.remat",
+    "model.recursion.dispatch",
+    "model.recursion.halting_epsilon",
+    "model.recursion.halting_patience",
 )
 
 
@@ -55,7 +65,8 @@ def changed_fields(workdir: epath.Path, config: Config) -> list[str]:
     """Fields in which `config` differs from the run's own. Raises UserError where one of `STRUCTURE` does."""
     before, now = (dict(_leaves(to_dict(c))) for c in (load_config(workdir), config))
     changed = [path for path in now if before.get(path) != now[path]]
-    structural = [path for path in changed if path.startswith(STRUCTURE)]
+    free = {*FREE, "model.recursion.halting"} if _same_halting_parameters(before, now) else FREE
+    structural = [path for path in changed if path.startswith(STRUCTURE) and path not in free]
     if structural:
         path = structural[0]
         raise UserError(
@@ -63,6 +74,11 @@ def changed_fields(workdir: epath.Path, config: Config) -> list[str]:
             "use that run's config, or another --workdir"
         )
     return [f"{path}: {before.get(path)!r} -> {now[path]!r}" for path in changed]
+
+
+def _same_halting_parameters(before: dict, now: dict) -> bool:
+    """The convergence rule has no parameters, so it may be switched on and off."""
+    return "learned" not in (before["model.recursion.halting"], now["model.recursion.halting"])
 
 
 def write_json(path: epath.Path, record) -> None:

@@ -1,0 +1,39 @@
+"""What halting saves of the latent steps: as the tokens ask for them, and as they are computed.
+
+A row is one token's update by one expert, of each of q, k and v. A running token asks for k rows at each latent step.
+At inference the experts are computed for every token and masked (models/experts.py), so a latent step that runs
+computes M rows a token, whoever asks. Halting saves none of them, except those of latent steps that are left out whole
+because every token of the batch has stopped.
+"""
+
+import numpy as np
+
+from trm_diffusion.models.recursion import RoutingReport
+
+
+def mean_latent_steps(reports: RoutingReport) -> np.ndarray:
+    """Latent steps per token, [...] from reports [..., T]: those it ran, and the last, which is computed for all."""
+    return np.asarray(reports.running, np.float64).sum(-1)
+
+
+def expert_rows(reports: RoutingReport, *, experts_per_token: int) -> dict[str, float]:
+    """Rows per token and network evaluation, summed over blocks, from reports [S, R, T, ...] of S diffusion steps."""
+    running, ran = (np.asarray(leaf, np.float64) for leaf in (reports.running, reports.ran))
+    _, blocks, latent_steps, _, experts = np.shape(reports.load)
+    asked, computed = running.sum((1, 2)).mean() * experts_per_token, ran.sum((1, 2)).mean() * experts
+    asked_at_most, computed_at_most = (blocks * latent_steps * rows for rows in (experts_per_token, experts))
+    return {
+        "asked": asked,
+        "asked_without_halting": asked_at_most,
+        "asked_saved_share": 1 - asked / asked_at_most,
+        "computed": computed,
+        "computed_without_halting": computed_at_most,
+        "computed_saved_share": 1 - computed / computed_at_most,
+    }
+
+
+def saving(rows: dict[str, float]) -> str:
+    """In words, what of the computation halting saved."""
+    if rows["computed_saved_share"] > 0:
+        return "whole latent steps, those before which every token of the batch had stopped; nothing else"
+    return "nothing: some token of the batch ran to the last latent step every time, and stopped ones are masked"
