@@ -14,7 +14,7 @@ from ml_collections import config_flags
 
 from trm_diffusion.errors import EXIT_RESUMABLE, EXIT_USER_ERROR, Interrupted, UserError
 
-MODES = ("train", "sample", "evaluate", "doctor")
+MODES = ("train", "sample", "evaluate", "reference", "compare", "doctor")
 PLATFORMS = ("", "cpu", "cuda", "tpu")
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -22,6 +22,12 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, runs/NAME by default; may be gs://...")
 MODE = flags.DEFINE_enum("mode", "train", MODES, "train (then sample and evaluate), or one job alone")
+IMAGES = flags.DEFINE_string("images", None, "Folder or .npz of images: evaluate these, or make a reference of them")
+IMAGE_SIZE = flags.DEFINE_integer("image_size", 0, "Crop the pictures of --images to this size first, as ADM does")
+REFERENCE = flags.DEFINE_string("reference", None, "Reference .npz that --images are compared with")
+INCEPTION = flags.DEFINE_string("inception", None, "Weights of the FID Inception network, .safetensors or .pth")
+EVALUATIONS = flags.DEFINE_list("evaluations", None, "evaluation.json files to compare, separated by commas")
+OUT = flags.DEFINE_string("out", None, "File to write: evaluation .json, reference .npz or comparison .html")
 PLATFORM = flags.DEFINE_enum("platform", "", PLATFORMS, "Refuse to run on anything else; any device by default")
 
 
@@ -78,6 +84,8 @@ def run(mode: str, platform: str) -> int:
         from trm_diffusion.runtime.doctor import doctor
 
         return 0 if doctor() else 1
+    if IMAGES.value or mode in ("reference", "compare"):
+        return run_on_files(mode)
 
     from trm_diffusion.config import resolve
     from trm_diffusion.evaluate import evaluate
@@ -94,6 +102,28 @@ def run(mode: str, platform: str) -> int:
     with StopRequest() as stop:
         for job in jobs[mode]:
             job(config, workdir, stop)
+    return 0
+
+
+def run_on_files(mode: str) -> int:
+    """Runs a job that needs no experiment, only files."""
+    from trm_diffusion.compare import compare
+    from trm_diffusion.evaluate_images import evaluate_images, make_reference
+
+    def need(*named: flags.FlagHolder) -> list:
+        for flag in named:
+            if not flag.value:
+                raise UserError(f"--mode={mode} on files needs --{flag.name}; see --help")
+        return [flag.value for flag in named]
+
+    if mode == "compare":
+        compare(*need(EVALUATIONS, OUT))
+    elif mode == "reference":
+        make_reference(*need(IMAGES, INCEPTION, OUT), image_size=IMAGE_SIZE.value)
+    elif mode == "evaluate":
+        evaluate_images(*need(IMAGES, REFERENCE, INCEPTION), out=OUT.value or "", image_size=IMAGE_SIZE.value)
+    else:
+        raise UserError(f"--images goes with --mode=evaluate and --mode=reference, not with {mode}")
     return 0
 
 
