@@ -15,7 +15,7 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from trm_diffusion.errors import UserError
-from trm_diffusion.metrics.frechet import StreamingMoments, frechet_distance, frechet_influence, moments
+from trm_diffusion.metrics.frechet import StreamingMoments, frechet_and_influence
 from trm_diffusion.metrics.image_sets import ImageSet, NpzImages
 from trm_diffusion.metrics.inception import Features, Weights, inception_features
 from trm_diffusion.metrics.inception_score import CHUNK_IMAGES, inception_score
@@ -84,8 +84,8 @@ def adm_metrics(samples: Features, reference: Reference, reference_pool: np.ndar
     score, score_influence = inception_score(samples.logits)
     is_real, is_covered = precision_recall(samples.pool, reference_pool, dtype=precision_dtype)
     figures = {
-        "fid": _frechet(samples.pool, reference.pool),
-        "sfid": _frechet(samples.spatial, reference.spatial),
+        "fid": frechet_and_influence(samples.pool, *reference.pool),
+        "sfid": frechet_and_influence(samples.spatial, *reference.spatial),
         "inception_score": (score, score_influence),
         "precision": (is_real.mean(), is_real - is_real.mean()),
         "recall": (is_covered.mean(), is_covered - is_covered.mean()),
@@ -96,10 +96,6 @@ def adm_metrics(samples: Features, reference: Reference, reference_pool: np.ndar
         **{name: float(value) for name, (value, _) in figures.items()},
         "intervals_95": {name: bootstrap_interval(*figure) for name, figure in figures.items()},
     }
-
-
-def _frechet(features: np.ndarray, reference: Statistics) -> tuple[float, np.ndarray]:
-    return frechet_distance(*moments(features), *reference), frechet_influence(features, *reference)
 
 
 def fid_name(num_images: int) -> str:

@@ -70,21 +70,14 @@ def frechet_distance(
 
     (Dowson & Landau, 1982). Finite for covariances of any rank. Rounding can leave a value a little below 0.
     """
-    root = _low_rank_root(np.asarray(covariance_a, np.float64))  # [D, rank], root @ root.T = A
-    # A^{1/2} B A^{1/2} and root.T B root have the same non-zero eigenvalues, and the small matrix has none of
-    # the zeros of A's null space, whose rounding errors a square root would blow up from 1e-16 to 1e-8.
-    product = root.T @ np.asarray(covariance_b, np.float64) @ root
-    eigenvalues = np.linalg.eigvalsh((product + product.T) / 2)
-    cross_trace = np.sqrt(np.clip(eigenvalues, 0, None)).sum()
-    difference = np.asarray(mean_a, np.float64) - np.asarray(mean_b, np.float64)
-    traces = np.trace(covariance_a) + np.trace(covariance_b)
-    return float(difference @ difference + traces - 2 * cross_trace)
+    root = _low_rank_root(np.asarray(covariance_a, np.float64))
+    return _distance(mean_a, covariance_a, mean_b, covariance_b, np.linalg.eigvalsh(_product(root, covariance_b)))
 
 
-def frechet_influence(
+def frechet_and_influence(
     features: np.ndarray, mean_b: np.ndarray, covariance_b: np.ndarray, rows: int = 4096
-) -> np.ndarray:
-    """How each of the features [N, D] moves the distance from their Gaussian N(m, A) to N(mean_b, B), [N], mean 0:
+) -> tuple[float, np.ndarray]:
+    """The distance of the Gaussian N(m, A) of features [N, D] from N(mean_b, B), and each row's influence, [N], mean 0:
 
         2 (m - mean_b)^T d + d^T (I - T) d - tr((I - T) A),  d = x - m,  T = R^{-T} (R^T B R)^{1/2} R^{-1},  R R^T = A
 
@@ -93,16 +86,33 @@ def frechet_influence(
     """
     mean, covariance = moments(features, rows)
     root = _low_rank_root(covariance)
+    eigenvalues, eigenvectors = np.linalg.eigh(_product(root, covariance_b))
     whiten = root / (root * root).sum(axis=0)  # [D, rank]: R's pseudo-inverse, transposed; R's columns are orthogonal
-    product = root.T @ np.asarray(covariance_b, np.float64) @ root
-    eigenvalues, eigenvectors = np.linalg.eigh((product + product.T) / 2)
     carry = whiten @ (eigenvectors * np.clip(eigenvalues, 0, None) ** 0.25)  # [D, rank], carry @ carry.T = T
     influence = np.empty(len(features))
     for first in range(0, len(features), rows):
         centred = np.asarray(features[first : first + rows], np.float64) - mean
         linear = 2 * centred @ (mean - mean_b)
         influence[first : first + rows] = linear + (centred**2).sum(axis=1) - ((centred @ carry) ** 2).sum(axis=1)
-    return influence - influence.mean()
+    return _distance(mean, covariance, mean_b, covariance_b, eigenvalues), influence - influence.mean()
+
+
+def _distance(mean_a, covariance_a, mean_b, covariance_b, eigenvalues) -> float:
+    """The distance, given the eigenvalues of A^{1/2} B A^{1/2}."""
+    cross_trace = np.sqrt(np.clip(eigenvalues, 0, None)).sum()
+    difference = np.asarray(mean_a, np.float64) - np.asarray(mean_b, np.float64)
+    traces = np.trace(covariance_a) + np.trace(covariance_b)
+    return float(difference @ difference + traces - 2 * cross_trace)
+
+
+def _product(root: np.ndarray, covariance_b: np.ndarray) -> np.ndarray:
+    """R^T B R [rank, rank], symmetric to the bit, for R R^T = A.
+
+    A^{1/2} B A^{1/2} has the same non-zero eigenvalues, but also the zeros of A's null space, whose rounding errors a
+    square root would blow up from 1e-16 to 1e-8.
+    """
+    product = root.T @ np.asarray(covariance_b, np.float64) @ root
+    return (product + product.T) / 2
 
 
 def _low_rank_root(covariance: np.ndarray) -> np.ndarray:

@@ -70,7 +70,12 @@ class FolderImages(ImageSet):
         self.path = path
         self._image_size = image_size
         self._size: tuple[int, int] | None = None  # of the first image that was read
-        self._files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        self._files = sorted(
+            epath.Path(folder) / name
+            for folder, _, names in path.walk()
+            for name in names
+            if name.lower().endswith(IMAGE_SUFFIXES)
+        )
         if not self._files:
             raise UserError(f"--images={path} holds no images ({', '.join(IMAGE_SUFFIXES)})")
         folders, labels = np.unique([str(file.parent) for file in self._files], return_inverse=True)
