@@ -5,6 +5,7 @@
 75  asked to stop (SIGTERM or Ctrl-C): everything is saved, start the same command again
 """
 
+import functools
 import re
 import sys
 
@@ -27,7 +28,8 @@ IMAGE_SIZE = flags.DEFINE_integer("image_size", 0, "Crop the pictures of --image
 REFERENCE = flags.DEFINE_string("reference", None, "Reference .npz that --images are compared with")
 INCEPTION = flags.DEFINE_string("inception", None, "Weights of the FID Inception network, .safetensors or .pth")
 EVALUATIONS = flags.DEFINE_list("evaluations", None, "evaluation.json files to compare, separated by commas")
-OUT = flags.DEFINE_string("out", None, "File to write: evaluation .json, reference .npz or comparison .html")
+NUM = flags.DEFINE_integer("num", 0, "With --mode=sample: draw so many images as PNG files, instead of a grid")
+OUT = flags.DEFINE_string("out", None, "What to write: samples (folder or .npz), evaluation, reference or comparison")
 PLATFORM = flags.DEFINE_enum("platform", "", PLATFORMS, "Refuse to run on anything else; any device by default")
 
 
@@ -89,6 +91,7 @@ def run(mode: str, platform: str) -> int:
 
     from trm_diffusion.config import resolve
     from trm_diffusion.evaluate import evaluate
+    from trm_diffusion.export import export
     from trm_diffusion.runtime.signals import StopRequest
     from trm_diffusion.sample import sample
     from trm_diffusion.train import train
@@ -98,6 +101,10 @@ def run(mode: str, platform: str) -> int:
     config = resolve(CONFIG.value)
     workdir = epath.Path(WORKDIR.value or f"runs/{config.name}")
     use_compilation_cache(workdir.parent / ".compilation_cache")
+    if NUM.value:
+        if mode != "sample" or NUM.value < 0:
+            raise UserError(f"--num={NUM.value} goes with --mode=sample, and counts images")
+        sample = functools.partial(export, count=NUM.value, out=OUT.value or "")
     jobs = {"train": (train, sample, evaluate), "sample": (sample,), "evaluate": (evaluate,)}
     with StopRequest() as stop:
         for job in jobs[mode]:

@@ -66,7 +66,7 @@ def open_images(path: str, image_size: int = 0) -> ImageSet:
 class FolderImages(ImageSet):
     """Pictures in the order of their names; where they lie in subfolders, those are the classes."""
 
-    def __init__(self, path: epath.Path, image_size: int):
+    def __init__(self, path: epath.Path, image_size: int = 0):
         self.path = path
         self._image_size = image_size
         self._size: tuple[int, int] | None = None  # of the first image that was read
