@@ -7,8 +7,9 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from tests.jobs.tiny import tiny_config
+from tests.jobs.tiny import command, finished, tiny_config
 from trm_diffusion import export as module
+from trm_diffusion.config import to_dict
 from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.evaluate_images import sampling_record
 from trm_diffusion.export import export
@@ -80,6 +81,17 @@ def test_nothing_is_drawn_twice(workdir, whole, monkeypatch):
 
 def test_images_do_not_depend_on_the_batch(workdir, whole, tmp_path):
     exported(workdir, tmp_path / "images", sample__batch_size=7)
+    assert np.abs(pixels(tmp_path / "images") - pixels(whole)).max() <= 1
+
+
+def test_eight_devices_and_the_command_line_give_the_same_images(workdir, whole, tmp_path):
+    settings = to_dict(tiny_config(evaluate__label_rule="random", train__batch_size=16))
+    (tmp_path / "tiny.py").write_text(
+        f"import ml_collections\ndef get_config():\n    return ml_collections.ConfigDict({settings!r})\n"
+    )
+    flags = (f"--config={tmp_path / 'tiny.py'}", f"--workdir={workdir}", "--mode=sample", f"--num={COUNT}")
+    finished(command(*flags, f"--out={tmp_path / 'images'}", devices=8))
+    assert (tmp_path / "images" / "labels.npy").read_bytes() == (whole / "labels.npy").read_bytes()
     assert np.abs(pixels(tmp_path / "images") - pixels(whole)).max() <= 1
 
 
