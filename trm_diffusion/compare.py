@@ -15,6 +15,7 @@ from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.workdir import write_text
 
 METRICS = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "precision", "recall": "recall"}
+FIELDS = ("num_images", "fid_name", "intervals_95", "images", "protocol", "sampling")
 # What evaluations may differ in and still be compared: where files lie, and the models themselves.
 FREE_PROTOCOL = ("reference",)
 FREE_SAMPLING = ("latent_steps", "recursive_blocks", "update", "train_seed", "version", "git_commit", "jax", "device")
@@ -53,7 +54,7 @@ def read_evaluation(path: str) -> dict:
         report = json.loads(epath.Path(path).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as an evaluation ({error})") from error
-    missing = [field for field in (*METRICS, "num_images", "protocol", "sampling") if field not in report]
+    missing = [field for field in (*METRICS, *FIELDS) if field not in report]
     if missing:
         raise UserError(f"{path} is not an evaluation of images (no {missing[0]}); make one with --mode=evaluate")
     return report

@@ -20,12 +20,12 @@ from trm_diffusion.metrics.adm import (
     warnings_about,
 )
 from trm_diffusion.metrics.image_sets import ImageSet, open_images
+from trm_diffusion.metrics.precision_recall import NEIGHBOURS
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.workdir import write_json
 from trm_diffusion.weights.inception import load_inception
 
 BATCH_SIZE = 64
-GRID_IMAGES = 64
 # What a figure depends on and the images do not tell; null where no record lies beside them.
 SAMPLING_FIELDS = (
     "sampler",
@@ -64,10 +64,19 @@ def evaluate_images(
     for warning in warnings:
         say(f"warning: {warning}")
 
+    for images_of in (samples, target.images):
+        if len(images_of) <= NEIGHBOURS:
+            raise UserError(
+                f"{images_of.path} holds {len(images_of)} images; precision and recall need {NEIGHBOURS + 1}"
+            )
     measured = concatenated(features_of(weights, samples, BATCH_SIZE, "samples"))
     reference_pool = concatenated(features_of(weights, target.images, BATCH_SIZE, "reference")).pool
+    try:
+        figures = adm_metrics(measured, target, reference_pool, precision_dtype)
+    except ValueError as error:  # features that are not finite, or too large for float16
+        raise UserError(f"{images} cannot be measured: {error}") from error
     report = {
-        **adm_metrics(measured, target, reference_pool, precision_dtype),
+        **figures,
         "warnings": warnings,
         "images": str(samples.path),
         "protocol": {

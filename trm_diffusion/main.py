@@ -27,6 +27,9 @@ IMAGES = flags.DEFINE_string("images", None, "Folder or .npz of images: evaluate
 IMAGE_SIZE = flags.DEFINE_integer("image_size", 0, "Crop the pictures of --images to this size first, as ADM does")
 REFERENCE = flags.DEFINE_string("reference", None, "Reference .npz that --images are compared with")
 INCEPTION = flags.DEFINE_string("inception", None, "Weights of the FID Inception network, .safetensors or .pth")
+PRECISION_RECALL_DTYPE = flags.DEFINE_enum(
+    "precision_recall_dtype", "float32", ("float32", "float16"), "Of the distances between features"
+)
 EVALUATIONS = flags.DEFINE_list("evaluations", None, "evaluation.json files to compare, separated by commas")
 NUM = flags.DEFINE_integer("num", 0, "With --mode=sample: draw so many images as PNG files, instead of a grid")
 OUT = flags.DEFINE_string("out", None, "What to write: samples (folder or .npz), evaluation, reference or comparison")
@@ -128,7 +131,12 @@ def run_on_files(mode: str) -> int:
     elif mode == "reference":
         make_reference(*need(IMAGES, INCEPTION, OUT), image_size=IMAGE_SIZE.value)
     elif mode == "evaluate":
-        evaluate_images(*need(IMAGES, REFERENCE, INCEPTION), out=OUT.value or "", image_size=IMAGE_SIZE.value)
+        evaluate_images(
+            *need(IMAGES, REFERENCE, INCEPTION),
+            out=OUT.value or "",
+            image_size=IMAGE_SIZE.value,
+            precision_dtype=PRECISION_RECALL_DTYPE.value,
+        )
     else:
         raise UserError(f"--images goes with --mode=evaluate and --mode=reference, not with {mode}")
     return 0

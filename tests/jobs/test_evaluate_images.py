@@ -131,6 +131,16 @@ def test_files_that_are_no_reference_are_refused(files, inception):
             evaluate_images(str(files / "a.npz"), str(files / f"{name}.npz"), inception)
 
 
+def test_what_cannot_be_measured(files, inception, monkeypatch):
+    np.savez(files / "three.npz", arr_0=images(1, 3))
+    with pytest.raises(UserError, match="three.npz holds 3 images; precision and recall need 4"):
+        measure(files, "three", inception)
+    project = adm._forward
+    monkeypatch.setattr(adm, "_forward", lambda weights, batch: Features(*(1e3 * x for x in project(weights, batch))))
+    with pytest.raises(UserError, match="cannot be measured: squared distances overflow float16; use float32"):
+        evaluate_images(str(files / "a.npz"), str(files / "reference.npz"), inception, precision_dtype="float16")
+
+
 def test_a_comparison_is_one_page(files, inception):
     for name in ("a", "b"):
         measure(files, name, inception)
@@ -154,7 +164,8 @@ def test_a_comparison_is_one_page(files, inception):
 )
 def test_other_protocols_are_not_compared(tmp_path, part, field, value):
     figures = dict.fromkeys(("fid", "sfid", "inception_score", "precision", "recall"), 0.5)
-    report = figures | {"num_images": 70, "protocol": {"reference_sha256": "1"}, "sampling": {"diffusion_steps": 250}}
+    report = figures | {"num_images": 70, "fid_name": "", "intervals_95": {}, "images": "a.npz"}
+    report |= {"protocol": {"reference_sha256": "1"}, "sampling": {"diffusion_steps": 250}}
     (tmp_path / "a.json").write_text(json.dumps(report))
     (report[part] if part else report)[field] = value
     (tmp_path / "b.json").write_text(json.dumps(report))

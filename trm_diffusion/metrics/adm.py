@@ -28,7 +28,7 @@ REFERENCE_IMAGES = 10_000
 PROTOCOL = {
     "name": "ADM",
     "network": "FID Inception, graph of 2015-12-05",
-    "resize": "bilinear to 299 as in TensorFlow 1: corners aligned, no antialias",
+    "resize": "TensorFlow 1 bilinear to 299: output i reads input i * in / out; no half-pixel centres, no antialias",
     "fid_features": "pool_3, 2048-d",
     "sfid_features": "first 7 channels of Mixed_6d, 2023-d",
     "inception_score_chunk_images": CHUNK_IMAGES,

@@ -69,7 +69,7 @@ class FolderImages(ImageSet):
     def __init__(self, path: epath.Path, image_size: int = 0):
         self.path = path
         self._image_size = image_size
-        self._size: tuple[int, int] | None = None  # of the first image that was read
+        self._shape: tuple[int, int, int] | None = None  # of the first image that was read
         self._files = sorted(
             epath.Path(folder) / name
             for folder, _, names in path.walk()
@@ -87,11 +87,23 @@ class FolderImages(ImageSet):
     def batches(self, size: int) -> Iterator[np.ndarray]:
         with ThreadPoolExecutor(READERS) as readers:
             for first in range(0, len(self), size):
-                yield np.stack(list(readers.map(self._read, self._files[first : first + size])))
+                yield self._stacked(self._files[first : first + size], readers)
 
     def take(self, indices: np.ndarray) -> np.ndarray:
         with ThreadPoolExecutor(READERS) as readers:
-            return np.stack(list(readers.map(self._read, [self._files[index] for index in indices])))
+            return self._stacked([self._files[index] for index in indices], readers)
+
+    def _stacked(self, files: list[epath.Path], readers: ThreadPoolExecutor) -> np.ndarray:
+        images = list(readers.map(self._read, files))
+        self._shape = self._shape or images[0].shape
+        for file, image in zip(files, images, strict=True):
+            if image.shape != self._shape:
+                (height, width, _), (usual_height, usual_width, _) = image.shape, self._shape
+                raise UserError(
+                    f"{file} is {width}x{height}, others are {usual_width}x{usual_height}: give --image_size to crop "
+                    "all to one size as ADM does"
+                )
+        return np.stack(images)
 
     def _read(self, file: epath.Path) -> np.ndarray:
         from PIL import Image
@@ -102,15 +114,7 @@ class FolderImages(ImageSet):
         # PIL's plugins report damage through all of these.
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             raise UserError(f"cannot read the image {file} ({error}): repair or remove the file") from error
-        if self._image_size:
-            image = centre_crop(image, self._image_size)
-        self._size = self._size or image.size
-        if image.size != self._size:
-            raise UserError(
-                f"{file} is {image.width}x{image.height}, others are {self._size[0]}x{self._size[1]}: "
-                "give --image_size to crop all to one size as ADM does"
-            )
-        return np.asarray(image)
+        return np.asarray(centre_crop(image, self._image_size) if self._image_size else image)
 
 
 class NpzImages(ImageSet):

@@ -65,8 +65,7 @@ def convolution(weights: Weights) -> Convolve:
 def resize_as_tf1(images: jax.Array, size: int) -> jax.Array:
     """Bilinear resize of [N, H, W, C] float32 to [N, size, size, C] as TensorFlow 1 did it.
 
-    Output i looks at i * (in / out), both float32: the pixels' corners are aligned, not their centres, and shrinking
-    does not average.
+    Output i reads the input at i * (in / out), in float32: no half-pixel centres, and shrinking does not average.
     """
     for axis in (2, 1):
         length = images.shape[axis]
