@@ -37,12 +37,14 @@ def compare(paths: list[str], out: str) -> None:
     if len(paths) < 2:
         raise UserError("--evaluations needs two files or more, separated by commas")
     reports = {path: read_evaluation(path) for path in paths}
-    first, *others = reports
-    for other in others:
-        differences = incomparable(reports[first], reports[other])
-        if differences:
+    first = paths[0]
+    for path, report in reports.items():
+        here, there = conditions(reports[first]), conditions(report)
+        different = [field for field in sorted(here | there) if here.get(field) != there.get(field)]
+        if different:
             raise UserError(
-                f"{first} and {other} were not measured alike and cannot be compared: {'; '.join(differences)}"
+                f"{first} and {path} were not measured alike and cannot be compared: "
+                + "; ".join(f"{field} {here.get(field)!r} and {there.get(field)!r}" for field in different)
             )
     write_text(epath.Path(out), page(reports))
     say(f"wrote {out}")
@@ -60,30 +62,26 @@ def read_evaluation(path: str) -> dict:
     return report
 
 
-def incomparable(a: dict, b: dict) -> list[str]:
-    """In what two evaluations differ that makes their figures incomparable."""
-    parts = (("num_images", "", ()), ("protocol", "protocol.", FREE_PROTOCOL), ("sampling", "sampling.", FREE_SAMPLING))
-    differences = []
-    for part, prefix, free in parts:
-        left, right = ({part: r[part]} if part == "num_images" else r[part] for r in (a, b))
-        for field in sorted((left.keys() | right.keys()) - set(free)):
-            if left.get(field) != right.get(field):
-                differences.append(f"{prefix}{field} {left.get(field)!r} and {right.get(field)!r}")
-    return differences
+def conditions(report: dict) -> dict:
+    """All that the figures depend on besides the model."""
+    measuring, sampling = report["protocol"].items(), report["sampling"].items()
+    return (
+        {"num_images": report["num_images"]}
+        | {f"protocol.{field}": value for field, value in measuring if field not in FREE_PROTOCOL}
+        | {f"sampling.{field}": value for field, value in sampling if field not in FREE_SAMPLING}
+    )
 
 
 def page(reports: dict[str, dict]) -> str:
     """The page as HTML, pictures included."""
     first = next(iter(reports.values()))
-    shared = {**first["protocol"], **first["sampling"]}
     rows = "".join(_row(path, report) for path, report in reports.items())
     figures = "".join(_figure(path, report) for path, report in reports.items())
     warnings = dict.fromkeys(warning for report in reports.values() for warning in report.get("warnings", []))
     head = "".join(f"<th>{label}</th>" for label in ("", *METRICS.values(), *FREE_SAMPLING[:4]))
     same = "".join(
         f"<tr><td>{html.escape(field)}</td><td>{html.escape(str(value))}</td></tr>"
-        for field, value in shared.items()
-        if field not in (*FREE_PROTOCOL, *FREE_SAMPLING)
+        for field, value in conditions(first).items()
     )
     return (
         f"<!doctype html><meta charset=utf-8><title>Comparison</title><style>{STYLE}</style>"
