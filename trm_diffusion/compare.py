@@ -18,7 +18,8 @@ METRICS = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "
 FIELDS = ("num_images", "fid_name", "intervals_95", "images", "protocol", "sampling")
 # What evaluations may differ in and still be compared: where files lie, and the models themselves.
 FREE_PROTOCOL = ("reference",)
-FREE_SAMPLING = ("latent_steps", "recursive_blocks", "update", "train_seed", "version", "git_commit", "jax", "device")
+SHOWN = ("latent_steps", "recursive_blocks", "update", "train_seed")
+FREE_SAMPLING = (*SHOWN, "version", "git_commit", "jax", "device")
 GRID_IMAGES, GRID_COLUMNS, GRID_PIXELS = 32, 8, 64
 STYLE = """
 body { font: 15px sans-serif; margin: 2em auto; max-width: 75em }
@@ -78,7 +79,7 @@ def page(reports: dict[str, dict]) -> str:
     rows = "".join(_row(path, report) for path, report in reports.items())
     figures = "".join(_figure(path, report) for path, report in reports.items())
     warnings = dict.fromkeys(warning for report in reports.values() for warning in report.get("warnings", []))
-    head = "".join(f"<th>{label}</th>" for label in ("", *METRICS.values(), *FREE_SAMPLING[:4]))
+    head = "".join(f"<th>{label}</th>" for label in ("", *METRICS.values(), *SHOWN))
     same = "".join(
         f"<tr><td>{html.escape(field)}</td><td>{html.escape(str(value))}</td></tr>"
         for field, value in conditions(first).items()
@@ -86,7 +87,7 @@ def page(reports: dict[str, dict]) -> str:
     return (
         f"<!doctype html><meta charset=utf-8><title>Comparison</title><style>{STYLE}</style>"
         f"<h1>{html.escape(first['fid_name'])}</h1><table><tr>{head}</tr>{rows}</table>"
-        "<p class=interval>In brackets: 95% bootstrap intervals over the images; training seeds move figures more."
+        "<p class=interval>In brackets: 95% bootstrap intervals over the images, not over training seeds."
         f"</p>{''.join(f'<p>{html.escape(warning)}</p>' for warning in warnings)}"
         f"<div class=grids>{figures}</div><h2>The same for all</h2><table>{same}</table>\n"
     )
@@ -97,7 +98,7 @@ def _row(path: str, report: dict) -> str:
     for metric in METRICS:
         low, high = report["intervals_95"][metric]
         cells.append(f"<td>{report[metric]:.4g} <span class=interval>[{low:.4g}, {high:.4g}]</span></td>")
-    cells += [f"<td>{html.escape(str(report['sampling'].get(field)))}</td>" for field in FREE_SAMPLING[:4]]
+    cells += [f"<td>{html.escape(str(report['sampling'].get(field)))}</td>" for field in SHOWN]
     return f"<tr>{''.join(cells)}</tr>"
 
 
