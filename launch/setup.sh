@@ -1,5 +1,6 @@
-# Sourced by the other scripts: a virtual environment in .venv with the locked requirements, made once.
-# Usage: setup_venv REQUIREMENTS_FILE...
+# Sourced by the other scripts: a virtual environment with locked requirements, made once.
+# The files are complete, so no package brings what they do not name (torch-fidelity would bring torchvision and CUDA).
+# Usage: setup_venv REQUIREMENTS_FILE...            the environment is .venv, or $venv
 
 fail() {
     echo "error: $*" >&2
@@ -18,17 +19,17 @@ find_python() {
 }
 
 setup_venv() {
-    local python file
-    if [ ! -x .venv/bin/python ]; then
+    local python file venv=${venv:-.venv}
+    if [ ! -x "$venv/bin/python" ]; then
         python=$(find_python) || exit 2
-        echo "making .venv with $("$python" --version)" >&2
-        "$python" -m venv .venv || fail "$python cannot make a virtual environment; install its venv module"
+        echo "making $venv with $("$python" --version)" >&2
+        "$python" -m venv "$venv" || fail "$python cannot make a virtual environment; install its venv module"
     fi
     for file in "$@"; do
-        cmp -s "$file" ".venv/installed-$file" && continue
-        echo "installing $file into .venv (the first time about a minute and 1.2 GB)" >&2
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$file" ||
+        cmp -s "$file" "$venv/installed-$file" && continue
+        echo "installing $file into $venv (the first time about a minute and 1.2 GB)" >&2
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -r "$file" ||
             fail "$file could not be installed; see pip's message above"
-        cp "$file" ".venv/installed-$file"
+        cp "$file" "$venv/installed-$file"
     done
 }

@@ -1,9 +1,16 @@
 #!/usr/bin/env bash
-# Every test, from nothing. Further arguments go to pytest.
+# Every test, from nothing, but those of parity with PyTorch; --parity runs these, in an environment of their own.
+# Further arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/setup.sh
 source launch/setup.sh
-setup_venv requirements.txt requirements-test.txt
 export JAX_PLATFORMS=cpu
+if [ "${1:-}" = --parity ]; then
+    shift
+    venv=.venv-parity
+    setup_venv requirements.txt requirements-test.txt requirements-parity.txt requirements-torch.txt
+    exec "$venv/bin/python" -m pytest tests/parity "$@"
+fi
+setup_venv requirements.txt requirements-test.txt
 exec .venv/bin/python -m pytest "$@"
