@@ -1,4 +1,5 @@
 # Sourced by the other scripts: a virtual environment with locked requirements, made once.
+# The files are complete, so no package brings what they do not name (torch-fidelity would bring torchvision and CUDA).
 # Usage: setup_venv REQUIREMENTS_FILE...            the environment is .venv, or $venv
 
 fail() {
@@ -27,7 +28,7 @@ setup_venv() {
     for file in "$@"; do
         cmp -s "$file" "$venv/installed-$file" && continue
         echo "installing $file into $venv (the first time about a minute and 1.2 GB)" >&2
-        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$file" ||
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -r "$file" ||
             fail "$file could not be installed; see pip's message above"
         cp "$file" "$venv/installed-$file"
     done

@@ -369,6 +369,11 @@ def _check_condition(config: Config) -> None:
             f"config.model.text.features {text.features} must be even and a multiple of config.model.text.heads "
             f"{text.heads}",
         )
+        for fields, value, divisor in (
+            ("features is not a multiple of config.mesh.fsdp", text.features, config.mesh.fsdp),
+            ("heads is not a multiple of config.mesh.tensor", text.heads, config.mesh.tensor),
+        ):
+            _require(value % divisor == 0, f"config.model.text.{fields}: {value} and {divisor}")
         _require(
             text.features == text.pooled_features,
             f"config.model.text.pooled_features {text.pooled_features} must equal config.model.text.features "

@@ -15,7 +15,7 @@ from ml_collections import config_flags
 
 from trm_diffusion.errors import EXIT_RESUMABLE, EXIT_USER_ERROR, Interrupted, UserError
 
-MODES = ("train", "sample", "evaluate", "analyze", "convert", "doctor")
+MODES = ("train", "sample", "evaluate", "analyze", "reference", "compare", "convert", "doctor")
 PLATFORMS = ("", "cpu", "cuda", "tpu")
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -37,6 +37,16 @@ DTYPE = flags.DEFINE_enum(
     "dtype", "", ("", "float32", "float16", "bfloat16"), "convert: of the result; else the source's"
 )
 MERGE = flags.DEFINE_bool("merge", False, "convert: put a plain LoRA into the base weights first")
+IMAGES = flags.DEFINE_string("images", None, "Folder or .npz of images: evaluate these, or make a reference of them")
+IMAGE_SIZE = flags.DEFINE_integer("image_size", 0, "Crop the pictures of --images to this size first, as ADM does")
+REFERENCE = flags.DEFINE_string("reference", None, "Reference .npz that --images are compared with")
+INCEPTION = flags.DEFINE_string("inception", None, "Weights of the FID Inception network, .safetensors or .pth")
+PRECISION_RECALL_DTYPE = flags.DEFINE_enum(
+    "precision_recall_dtype", "float32", ("float32", "float16"), "Of the distances between features"
+)
+EVALUATIONS = flags.DEFINE_list("evaluations", None, "evaluation.json files to compare, separated by commas")
+NUM = flags.DEFINE_integer("num", 0, "With --mode=sample: draw so many images as PNG files, instead of a grid")
+OUT = flags.DEFINE_string("out", None, "What to write: samples (folder or .npz), evaluation, reference or comparison")
 PLATFORM = flags.DEFINE_enum("platform", "", PLATFORMS, "Refuse to run on anything else; any device by default")
 
 
@@ -93,16 +103,13 @@ def run(mode: str, platform: str) -> int:
         from trm_diffusion.runtime.doctor import doctor
 
         return 0 if doctor() else 1
-
-    if mode == "convert":
-        from trm_diffusion.convert import convert
-
-        convert(SOURCE.value, DESTINATION.value, LAYOUT.value, TO_LAYOUT.value, DTYPE.value, MERGE.value)
-        return 0
+    if IMAGES.value or mode in ("reference", "compare", "convert"):
+        return run_on_files(mode)
 
     from trm_diffusion.analyze import analyze
     from trm_diffusion.config import resolve
     from trm_diffusion.evaluate import evaluate
+    from trm_diffusion.export import export
     from trm_diffusion.prompts import read_prompts
     from trm_diffusion.runtime.signals import StopRequest
     from trm_diffusion.sample import sample
@@ -118,10 +125,44 @@ def run(mode: str, platform: str) -> int:
         sample = functools.partial(sample, prompts=prompts)
     workdir = epath.Path(WORKDIR.value or f"runs/{config.name}")
     use_compilation_cache(workdir.parent / ".compilation_cache")
+    if NUM.value:
+        if mode != "sample" or NUM.value < 0 or prompts:
+            raise UserError(f"--num={NUM.value} counts images; it goes with --mode=sample, and not with prompts")
+        sample = functools.partial(export, count=NUM.value, out=OUT.value or "")
     jobs = {"train": (train, sample, evaluate), "sample": (sample,), "evaluate": (evaluate,), "analyze": (analyze,)}
     with StopRequest() as stop:
         for job in jobs[mode]:
             job(config, workdir, stop)
+    return 0
+
+
+def run_on_files(mode: str) -> int:
+    """Runs a job that needs no experiment, only files."""
+    from trm_diffusion.compare import compare
+    from trm_diffusion.convert import convert
+    from trm_diffusion.evaluate_images import evaluate_images, make_reference
+
+    def need(*named: flags.FlagHolder) -> list:
+        for flag in named:
+            if not flag.value:
+                raise UserError(f"--mode={mode} on files needs --{flag.name}; see --help")
+        return [flag.value for flag in named]
+
+    if mode == "convert":
+        convert(SOURCE.value, DESTINATION.value, LAYOUT.value, TO_LAYOUT.value, DTYPE.value, MERGE.value)
+    elif mode == "compare":
+        compare(*need(EVALUATIONS, OUT))
+    elif mode == "reference":
+        make_reference(*need(IMAGES, INCEPTION, OUT), image_size=IMAGE_SIZE.value)
+    elif mode == "evaluate":
+        evaluate_images(
+            *need(IMAGES, REFERENCE, INCEPTION),
+            out=OUT.value or "",
+            image_size=IMAGE_SIZE.value,
+            precision_dtype=PRECISION_RECALL_DTYPE.value,
+        )
+    else:
+        raise UserError(f"--images goes with --mode=evaluate and --mode=reference, not with {mode}")
     return 0
 
 

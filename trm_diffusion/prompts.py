@@ -15,7 +15,7 @@ from trm_diffusion.data.sources import make_source
 from trm_diffusion.data.texts import SyntheticTextSource, TokenizedSource
 from trm_diffusion.errors import UserError
 from trm_diffusion.models.text import Text
-from trm_diffusion.models.tokenizer import SPECIAL_WORDS, Tokenizer
+from trm_diffusion.models.tokenizer import SPECIAL_WORDS, Tokenizer, split
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.workdir import write_json
 
@@ -69,17 +69,19 @@ def training_source(config: Config) -> Source:
 def keep_words(config: Config, workdir: epath.Path) -> None:
     """Writes the vocabulary and some captions of the data to the workdir of a run that reads words.
 
-    Raises UserError if the words are not those that the run began with.
+    Raises UserError if the words are not those that the run, or the one it starts from, began with.
     """
     if not config.model.reads_words:
         return
     source = make_source(config.data)
+    for run in filter(None, (workdir, config.init.workdir)):
+        kept = epath.Path(run) / WORDS_FILE
+        if kept.exists() and load_words(kept.parent).vocabulary != source.vocabulary:
+            raise UserError(
+                f"{kept} holds other words than config.data.source {config.data.source}; use the data of that run, "
+                "or another --workdir"
+            )
     path = workdir / WORDS_FILE
-    if path.exists() and load_words(workdir).vocabulary != source.vocabulary:
-        raise UserError(
-            f"{path} holds other words than config.data.source {config.data.source}; use the data of that run, "
-            "or another --workdir"
-        )
     captions = [str(source[index]["caption"]) for index in range(min(ROWS_SHOWN, len(source)))]
     if jax.process_index() == 0 and not path.exists():
         write_json(path, {"vocabulary": source.vocabulary, "captions": captions})
@@ -120,6 +122,8 @@ def _texts(config: Config, words: Words, prompts: Sequence[str]) -> Request:
         if unknown := tokenizer.unknown_words(prompt):
             named = ", ".join(f'"{word}"' for word in unknown)
             say(f'warning: this run knows no word {named} (in "{prompt}"); known are {" ".join(words.vocabulary)}')
+        if len(split(prompt)) >= tokenizer.length:
+            say(f'warning: only the first {tokenizer.length - 1} words of "{prompt}" are read')
     captions = [text for text in prompts or words.captions for _ in range(config.sample.per_class)]
     return Request(np.stack([tokenizer.encode(caption) for caption in captions]), captions)
 

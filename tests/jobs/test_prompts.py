@@ -107,10 +107,17 @@ def test_prompts_become_pictures_of_their_own_and_a_captioned_grid(workdir, caps
     assert Image.open(workdir / "samples" / "prompts_0000300" / names[0]).size == (8, 8)
 
 
-def test_other_words_are_refused(workdir, monkeypatch):
+def test_a_prompt_that_is_cut_is_said_to_be(workdir, capsys):
+    request = prompts.request_of(build(text_config(**LEARNING)), workdir, ["a red square a blue square"])
+    assert "only the first 4 words" in capsys.readouterr().err
+    assert request.condition.shape == (2, 5)
+
+
+def test_other_words_are_refused(workdir, tmp_path, monkeypatch):
     monkeypatch.setattr(SquareSource, "vocabulary", ("a", "circle"))
-    with pytest.raises(UserError, match="other words"):
-        prompts.keep_words(text_config(), workdir)
+    for directory, start in ((workdir, ""), (epath.Path(tmp_path), str(workdir))):
+        with pytest.raises(UserError, match="other words"):
+            prompts.keep_words(text_config(init__workdir=start), directory)
 
 
 def test_more_words_than_the_table_has_rows_are_refused(squares):

@@ -1,10 +1,11 @@
-"""The Frechet distance against closed forms."""
+"""The Frechet distance against closed forms (more of them in the self-check), and how images move it."""
 
 import chex
 import numpy as np
 import pytest
 
-from trm_diffusion.metrics.frechet import frechet_distance, moments
+from trm_diffusion.metrics.frechet import StreamingMoments, frechet_and_influence, frechet_distance, moments
+from trm_diffusion.metrics.intervals import bootstrap_interval
 
 
 def rotation(size, seed):
@@ -20,16 +21,6 @@ def test_moments_are_the_unbiased_ones_in_float64():
     assert mean.dtype == covariance.dtype == np.float64
 
 
-def test_commuting_covariances_have_a_closed_form():
-    rng = np.random.default_rng(0)
-    basis = rotation(12, 1)
-    a, b = rng.uniform(0, 5, (2, 12))
-    mean_a, mean_b = rng.standard_normal((2, 12))
-    distance = frechet_distance(mean_a, basis * a @ basis.T, mean_b, basis * b @ basis.T)
-    expected = ((mean_a - mean_b) ** 2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
-    np.testing.assert_allclose(distance, expected, rtol=1e-10)
-
-
 def test_a_general_pair_agrees_with_the_eigenvalues_of_the_product():
     rng = np.random.default_rng(0)
     a, b = (factor @ factor.T for factor in rng.standard_normal((2, 6, 6)))
@@ -40,17 +31,6 @@ def test_a_general_pair_agrees_with_the_eigenvalues_of_the_product():
     np.testing.assert_allclose(frechet_distance(zero, b, zero, a), expected, rtol=1e-9)
 
 
-def test_shifted_unit_gaussians():
-    identity = np.eye(32)
-    distance = frechet_distance(np.zeros(32), identity, np.ones(32), identity)
-    np.testing.assert_allclose(distance, 32, rtol=1e-12)
-
-
-def test_identical_wide_features_with_fewer_rows_than_dimensions():
-    mean, covariance = moments(np.random.default_rng(0).standard_normal((300, 2048)))
-    assert abs(frechet_distance(mean, covariance, mean, covariance)) < 1e-4
-
-
 def test_rank_deficient_covariances():
     """Two projections: onto the same line at other scales, onto orthogonal lines, and a point."""
     line, other = rotation(8, 0)[:, :2].T
@@ -58,6 +38,58 @@ def test_rank_deficient_covariances():
     a, b, c = 4 * np.outer(line, line), 9 * np.outer(line, line), 9 * np.outer(other, other)
     for pair, expected in (((a, b), 1), ((a, c), 13), ((a, flat), 4), ((flat, a), 4), ((flat, flat), 0)):
         np.testing.assert_allclose(frechet_distance(zero, pair[0], zero, pair[1]), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("split", [[1, 0, 49], [7] * 7 + [1], [25, 25]])
+def test_moments_do_not_depend_on_the_batches(split):
+    features = np.random.default_rng(0).standard_normal((50, 4), np.float32) + 1000
+    hosts = [StreamingMoments(4), StreamingMoments(4)]
+    for number, batch in enumerate(np.split(features, np.cumsum(split)[:-1])):
+        hosts[number % 2].update(batch)
+    hosts[1].merge(hosts[0])
+    mean, covariance = moments(features)
+    assert hosts[1].count == 50
+    np.testing.assert_allclose(hosts[1].mean, mean, rtol=1e-12)
+    np.testing.assert_allclose(hosts[1].covariance(), covariance, rtol=1e-9)
+
+
+def test_influence_is_the_derivative_in_an_images_weight():
+    rng = np.random.default_rng(0)
+    features, factor = rng.standard_normal((400, 5)), rng.standard_normal((5, 5))
+    mean_b, covariance_b = rng.standard_normal(5), factor @ factor.T
+    small = 1e-6
+    distance, influence = frechet_and_influence(features, mean_b, covariance_b)
+    np.testing.assert_allclose(distance, frechet_distance(*moments(features), mean_b, covariance_b), rtol=1e-12)
+    assert abs(influence.mean()) < 1e-12
+
+    def weighted_distance(weights):
+        mean = weights @ features
+        covariance = (features - mean).T @ ((features - mean) * weights[:, None]) * (400 / 399)
+        return frechet_distance(mean, covariance, mean_b, covariance_b)
+
+    even = np.full(400, 1 / 400)
+    for image in (0, 100):
+        weights = (1 - small) * even + small * (np.arange(400) == image)
+        derivative = (weighted_distance(weights) - weighted_distance(even)) / small
+        np.testing.assert_allclose(influence[image], derivative, atol=0.01 * influence.std())  # equal but for 1 / N
+
+
+def test_influence_is_finite_with_fewer_rows_than_dimensions():
+    features = np.random.default_rng(0).standard_normal((20, 50))
+    _, influence = frechet_and_influence(features, np.zeros(50), np.eye(50))
+    assert np.isfinite(influence).all() and influence.std() > 0
+
+
+def test_intervals_hold_the_true_distance_in_95_percent_of_experiments():
+    rng = np.random.default_rng(0)
+    spread, mean_b = np.array([1, 2, 0.5]), np.array([1.0, -1, 0.5])
+    truth = frechet_distance(np.zeros(3), np.diag(spread**2), mean_b, np.eye(3))
+    held = 0
+    for _ in range(200):
+        features = rng.standard_normal((400, 3)) * spread
+        low, high = bootstrap_interval(*frechet_and_influence(features, mean_b, np.eye(3)), resamples=300)
+        held += low <= truth <= high
+    assert 0.90 <= held / 200 <= 0.99
 
 
 @pytest.mark.parametrize("features", [np.zeros((1, 3)), np.zeros(3), np.array([[0, np.nan], [1, 1]])])

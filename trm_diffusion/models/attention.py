@@ -43,13 +43,25 @@ class Attention(nnx.Module):
         self.query_norm = nnx.RMSNorm(self.head_dim, dtype=dtype, rngs=rngs) if qk_norm else None
         self.key_norm = nnx.RMSNorm(self.head_dim, dtype=dtype, rngs=rngs) if qk_norm else None
 
-    def project(self, x_bnd: jax.Array) -> jax.Array:
-        """[B, N, D] -> q, k, v before normalisation, [B, N, 3, H, d]."""
-        return self.qkv(x_bnd).reshape(*x_bnd.shape[:-1], 3, self.heads, self.head_dim)
+    def project(self, x_bnd: jax.Array, update: jax.Array | None = None) -> jax.Array:
+        """[B, N, D] -> q, k, v before normalisation, [B, N, 3, H, d]; `update` of that shape is added, if given.
+
+        A product for each of the three, and sums before they are stacked: so each is made in the layout in which the
+        attention reads it, and the stack, which is taken apart again, is never written.
+        """
+        x, kernel, bias = nnx.nn.dtypes.promote_dtype(
+            (x_bnd, self.qkv.kernel[...], self.qkv.bias[...]), dtype=self.qkv.dtype
+        )
+        shape = (3, self.heads, self.head_dim)
+        kernel, bias = kernel.reshape(-1, *shape), bias.reshape(1, 1, *shape)
+        qkv = [jnp.einsum("bnd,dhe->bnhe", x, kernel[:, i]) + bias[:, :, i] for i in range(3)]
+        if update is not None:
+            qkv = [one + more for one, more in zip(qkv, _unstacked(update), strict=True)]
+        return jnp.stack(qkv, axis=2)
 
     def normalized_heads(self, qkv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """[B, N, 3, H, d] -> q, k, v, each [B, N, H, d], with q and k normalised if the model normalises them."""
-        q, k, v = jnp.moveaxis(qkv, 2, 0)
+        q, k, v = _unstacked(qkv)
         if self.query_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         return q, k, v
@@ -80,3 +92,8 @@ class Attention(nnx.Module):
             q = jnp.concatenate([q, queries], axis=1)
         attended = dot_product_attention(q, k, v, mask)
         return attended.reshape(*attended.shape[:2], self.heads * self.head_dim)
+
+
+def _unstacked(qkv: jax.Array) -> list[jax.Array]:
+    """[B, N, 3, H, d] -> three of [B, N, H, d]; a split, since its transpose is a concatenation."""
+    return [part.squeeze(2) for part in jnp.split(qkv, 3, axis=2)]

@@ -77,10 +77,11 @@ def grouped(x: jax.Array, group: int) -> jax.Array:
 
 def _within_capacity(priority_gspm: jax.Array, capacity: int) -> jax.Array:
     """[G, S, P, M] bool: is the token among the `capacity` of highest priority? Ties go to the earlier token."""
-    by_token = jnp.moveaxis(priority_gspm, 1, -1)  # [G, P, M, S]
-    _, first = jax.lax.top_k(by_token, capacity)  # [G, P, M, C]
-    within = jnp.put_along_axis(jnp.zeros(by_token.shape, bool), first, True, axis=-1, inplace=False)
-    return jnp.moveaxis(within, -1, 1)
+    by_expert = jnp.moveaxis(priority_gspm, 1, -1)  # [G, P, M, S]
+    lowest = jax.lax.top_k(by_expert, capacity)[0][..., -1]  # [G, P, M], the priority of the last to be taken
+    above = priority_gspm > lowest[:, None]
+    tied = priority_gspm == lowest[:, None]
+    return above | (tied & (_turn(tied) < capacity - jnp.sum(above, axis=1, keepdims=True)))
 
 
 class LowRankExperts(nnx.Module):
@@ -98,19 +99,20 @@ class LowRankExperts(nnx.Module):
             logical_axes=(None, "expert", "rank", "heads"),
         )
 
-    def __call__(self, h_gsd: jax.Array, assignment: Assignment, capacity: int | None) -> jax.Array:
-        """The weighted low-rank updates of q, k and v: [G, S, D] -> [G, S, 3, D]."""
-        h, down, up = (x.astype(self.dtype) for x in (h_gsd, self.down[...], self.up[...]))
+    def __call__(self, h_bnd: jax.Array, assignment: Assignment, capacity: int | None) -> jax.Array:
+        """The weighted low-rank updates of q, k and v: [B, N, D] -> [B, N, 3, D]."""
+        h, down, up = (x.astype(self.dtype) for x in (h_bnd, self.down[...], self.up[...]))
         return expert_updates(h, down, up, assignment, capacity, self.dispatch)
 
 
-def expert_updates(h_gsd, down_dpmr, up_pmrd, assignment: Assignment, capacity: int | None, dispatch: str) -> jax.Array:
-    """The weighted low-rank updates [G, S, 3, D] by the implementation that `dispatch` names.
+def expert_updates(h_bnd, down_dpmr, up_pmrd, assignment: Assignment, capacity: int | None, dispatch: str) -> jax.Array:
+    """The weighted low-rank updates [B, N, 3, D] by the implementation that `dispatch` names.
 
+    h_bnd: the tokens of all routing groups in order, B * N = G * S; [G, S, D] is as good.
     capacity: C as given to `assign`; where it is None, no token is dropped, and the implementation is always dense.
     "auto" decides for the platform that the program is compiled for, which need not be the one it is compiled on.
     """
-    operands, tokens = (h_gsd, down_dpmr, up_pmrd, assignment), h_gsd.shape[1]
+    operands, tokens = (h_bnd, down_dpmr, up_pmrd, assignment), assignment.taken.shape[1]
     if capacity is None:
         return dense_updates(*operands)
     capacity = min(capacity, tokens)
@@ -142,16 +144,23 @@ def cheapest_dispatch(platform: str, tokens: int, experts: int, capacity: int, c
     return "dense" if pair * experts <= one_hot else "one_hot"
 
 
-def dense_updates(h_gsd, down_dpmr, up_pmrd, assignment: Assignment, capacity: int | None = None) -> jax.Array:
-    """Every expert for every token; the weights mask the r-wide middle, so that M experts are one wide matmul."""
+def dense_updates(h_bnd, down_dpmr, up_pmrd, assignment: Assignment, capacity: int | None = None) -> jax.Array:
+    """Every expert for every token; the weights mask the r-wide middle, so that M experts are one wide matmul.
+
+    Tokens stay in their images, and each projection has a product of its own: otherwise the updates, whose images and
+    projections the attention takes apart, would be laid out anew.
+    """
     del capacity  # every expert has room for every token
-    low = jnp.einsum("gsd,dpmr->gspmr", h_gsd, down_dpmr)
-    low = low * assignment.combine[..., None].astype(low.dtype)  # P = 1 broadcasts over q, k, v
-    return jnp.einsum("gspmr,pmrd->gspd", low, up_pmrd)
+    weights = assignment.combine.reshape(*h_bnd.shape[:2], *assignment.combine.shape[2:], 1)  # [B, N, P, M, 1]
+    low = jnp.einsum("bnd,dpmr->bnpmr", h_bnd, down_dpmr)
+    low = low * weights.astype(low.dtype)  # P = 1 broadcasts over q, k, v
+    low = jnp.split(low, PROJECTIONS, axis=2)
+    return jnp.stack([jnp.einsum("bnmr,mrd->bnd", low[p].squeeze(2), up_pmrd[p]) for p in range(PROJECTIONS)], axis=2)
 
 
-def capacity_updates(h_gsd, down_dpmr, up_pmrd, assignment: Assignment, capacity: int) -> jax.Array:
+def capacity_updates(h_bnd, down_dpmr, up_pmrd, assignment: Assignment, capacity: int) -> jax.Array:
     """Each expert gathers the tokens it takes, and each token gathers its updates back."""
+    h_gsd = _in_groups(h_bnd, assignment)
     groups, _, width = h_gsd.shape
     experts = down_dpmr.shape[2]
 
@@ -172,11 +181,12 @@ def capacity_updates(h_gsd, down_dpmr, up_pmrd, assignment: Assignment, capacity
         low = jnp.einsum("mcd,mdr->mcr", rows, jnp.moveaxis(down, 2, 0).reshape(experts, width, -1)) * weights
         for low_mcr, up_mrd in zip(jnp.split(low, down.shape[1], axis=-1), up_pmrd[projections], strict=True):
             updates.append(_fetch(by_group(jnp.einsum("mcr,mrd->mcd", low_mcr, up_mrd)), place, taker))
-    return jnp.stack(updates, axis=2)
+    return jnp.stack(updates, axis=2).reshape(*h_bnd.shape[:2], PROJECTIONS, width)
 
 
-def one_hot_updates(h_gsd, down_dpmr, up_pmrd, assignment: Assignment, capacity: int) -> jax.Array:
+def one_hot_updates(h_bnd, down_dpmr, up_pmrd, assignment: Assignment, capacity: int) -> jax.Array:
     """As `capacity_updates`, with one-hot products in place of gathers, as GShard and Switch transformers dispatch."""
+    h_gsd = _in_groups(h_bnd, assignment)
     turn = jnp.where(assignment.taken, _turn(assignment.taken), capacity)
     updates = []
     for choice, projections in _choices(assignment):
@@ -187,10 +197,15 @@ def one_hot_updates(h_gsd, down_dpmr, up_pmrd, assignment: Assignment, capacity:
         low = low * weights[..., None, None].astype(low.dtype)
         high = jnp.einsum("gmcpr,pmrd->gmcpd", low, up_pmrd[projections])
         updates.append(jnp.einsum("gsmc,gmcpd->gspd", places, high))
-    return jnp.concatenate(updates, axis=2)
+    return jnp.concatenate(updates, axis=2).reshape(*h_bnd.shape[:2], PROJECTIONS, h_bnd.shape[2])
 
 
 IMPLEMENTATIONS = {"dense": dense_updates, "capacity": capacity_updates, "one_hot": one_hot_updates}
+
+
+def _in_groups(h_bnd: jax.Array, assignment: Assignment) -> jax.Array:
+    """[B, N, D] -> [G, S, D]."""
+    return h_bnd.reshape(*assignment.taken.shape[:2], -1)
 
 
 def _choices(assignment: Assignment) -> list[tuple[int, slice]]:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from trm_diffusion.models.layers import NORMAL_002, layer_norm
+from trm_diffusion.models.layers import NORMAL_002, moments
 
 GATE_INPUTS = ("tokens", "timestep", "condition")
 HIGHEST = jax.lax.Precision.HIGHEST  # a float32 product in earnest, also where the default is bfloat16 passes
@@ -73,8 +73,11 @@ class Gate(nnx.Module):
         b, n, _ = h_bnd.shape
         logits = jnp.zeros((b, n, *self.token_kernel.shape[1:]), jnp.float32)
         if "tokens" in self.inputs:
-            tokens = layer_norm(h_bnd.astype(jnp.float32))
-            logits += jnp.einsum("bnd,dpm->bnpm", tokens, self.token_kernel[...], precision=HIGHEST)
+            # LN(h) W = (h - mean h) W / sigma = h (W - mean W) / sigma: the normalised tokens are not written out.
+            h32, kernel = h_bnd.astype(jnp.float32), self.token_kernel[...]
+            centred = kernel - jnp.mean(kernel, axis=0, keepdims=True)
+            projected = jnp.einsum("bnd,dpm->bnpm", h32, centred, precision=HIGHEST)
+            logits += projected * moments(h32)[1][..., None]
         sources = [getattr(conditioning, name) for name in ("timestep", "condition") if name in self.inputs]
         if sources:
             y_bd = sum(source.astype(jnp.float32) for source in sources)
@@ -89,7 +92,9 @@ class Gate(nnx.Module):
         scores = jax.lax.stop_gradient(z if self.balance_bias is None else z + self.balance_bias[...][None, None])
         _, experts = jax.lax.top_k(scores, self.experts_per_token)  # [B, N, P, k]
         probabilities = jax.nn.softmax(z, axis=-1)
-        weights = jnp.take_along_axis(probabilities, experts, axis=-1)
+        # One-hot, since the transpose of a gather is a scatter, and for few experts the gather is the dearer too.
+        chosen = jax.nn.one_hot(experts, probabilities.shape[-1], dtype=jnp.float32)  # [B, N, P, k, M]
+        weights = jnp.sum(chosen * probabilities[..., None, :], axis=-1)
         if self.forward_weight == "straight_through":
             renormalized = weights / jnp.sum(weights, axis=-1, keepdims=True)
             # In this order the forward value is the renormalised weight to the last bit.

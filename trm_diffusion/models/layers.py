@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 XAVIER_UNIFORM = nnx.initializers.xavier_uniform()
+EPSILON = 1e-6  # under the root of every layer norm
 ZEROS = nnx.initializers.zeros_init()
 NORMAL_002 = nnx.initializers.normal(0.02)
 
@@ -27,12 +28,21 @@ def linear(in_features, out_features, *, axes, rngs, dtype, init=XAVIER_UNIFORM,
     )
 
 
-def layer_norm(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
+def layer_norm(x: jax.Array) -> jax.Array:
     """Layer norm over the last axis, without scale or shift, computed in float32, returned in x's dtype."""
     x32 = x.astype(jnp.float32)
-    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-    return (centred * jax.lax.rsqrt(variance + epsilon)).astype(x.dtype)
+    mean, inverse_deviation = moments(x32)
+    return ((x32 - mean) * inverse_deviation).astype(x.dtype)
+
+
+def moments(x32: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What a layer norm divides by and takes away: the mean and 1 / sqrt(variance + EPSILON), both [..., 1] float32.
+
+    Both sums are taken in one reading of x.
+    """
+    mean = jnp.mean(x32, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True) - jnp.square(mean)
+    return mean, jax.lax.rsqrt(jnp.maximum(variance, 0.0) + EPSILON)
 
 
 def modulate(x_bnd: jax.Array, shift_bd: jax.Array, scale_bd: jax.Array) -> jax.Array:

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from trm_diffusion.models.experts import PROJECTIONS, Assignment, LowRankExperts, assign, expert_capacity, grouped
+from trm_diffusion.models.experts import PROJECTIONS, Assignment, LowRankExperts, assign, expert_capacity
 from trm_diffusion.models.gate import Conditioning, Gate, Routing
 from trm_diffusion.models.halting import Halting, Progress
 from trm_diffusion.models.layers import layer_norm, modulate
@@ -58,6 +58,7 @@ class RecursionConfig:
     base_every_step: bool = False  # also add the base projection of h_t in the intermediate latent steps
     dispatch: str = "auto"  # how tokens reach their experts: auto, dense, capacity or one_hot
     remat: str = "full"  # what the backward pass of a latent step keeps: none, dots, full
+    scan_latent_steps: bool = True  # run the latent steps under one scan (compiles once); False unrolls them
     truncated_latent_steps: int = 0  # the first so many latent steps pass no gradient
     switch_loss_weight: float = 0.0  # weight of the Switch load-balance loss; the paper names none
     z_loss_weight: float = 0.0  # weight of the router z-loss
@@ -194,19 +195,20 @@ class Recursion(nnx.Module):
                 t < steps - 1, run, lambda state, t: (state, _zeros_like_report(run, state, t)), state, t
             )
 
-        body, reports = rematerialized(body, config.remat), []
+        body, reports = rematerialized(body, config.remat, in_loop=config.scan_latent_steps), []
         if halting is not None and not training:
             if most:
                 state, report = self._until_all_stop(body, state, steps, most)
                 reports.append(report)
         else:
+            scan = functools.partial(jax.lax.scan, unroll=not config.scan_latent_steps)
             truncated = min(config.truncated_latent_steps, most)
             if truncated:
-                scanned = jax.lax.scan(body, state, jnp.arange(truncated, dtype=jnp.int32))
+                scanned = scan(body, state, jnp.arange(truncated, dtype=jnp.int32))
                 state, report = jax.lax.stop_gradient(scanned)
                 reports.append(report)
             if most > truncated:
-                state, report = jax.lax.scan(body, state, jnp.arange(truncated, most, dtype=jnp.int32))
+                state, report = scan(body, state, jnp.arange(truncated, most, dtype=jnp.int32))
                 reports.append(report)
 
         if halting is None or not training or config.halting != "learned":
@@ -269,7 +271,7 @@ class Recursion(nnx.Module):
             routing = routing._replace(experts=jnp.where(running[..., None, None], routing.experts, -1))
         group, capacity = self._routing_group(x_bnd, training=key is not None)
         assignment = assign(routing, group, capacity)
-        update = pool.experts(grouped(h, group), assignment, capacity)  # [G, S, 3, D]
+        update = pool.experts(h, assignment, capacity)  # [B, N, 3, D]
         update = update.reshape(*x_bnd.shape[:2], PROJECTIONS, self.heads, -1)
         return h, update, _report(routing, assignment, running)
 

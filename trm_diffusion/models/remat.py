@@ -12,8 +12,12 @@ POLICIES = {
 }
 
 
-def rematerialized(function: Callable, policy: str) -> Callable:
-    """`function` under the named policy. For use as the body of a scan, where XLA cannot merge the copies."""
+def rematerialized(function: Callable, policy: str, *, in_loop: bool) -> Callable:
+    """`function` under the named policy.
+
+    in_loop: it is the body of a loop, across whose passes XLA cannot merge what is computed twice; elsewhere barriers
+    must keep it from doing so.
+    """
     if policy == "none":
         return function
-    return jax.checkpoint(function, policy=POLICIES[policy][1], prevent_cse=False)
+    return jax.checkpoint(function, policy=POLICIES[policy][1], prevent_cse=not in_loop)

@@ -72,7 +72,7 @@ class BlockStack(nnx.Module):
                 block_key = None if key is None else jax.random.fold_in(key, index)
                 return nnx.merge(graphdef, parameters)(x, key=block_key, **inputs)
 
-            body = rematerialized(body, self.remat)
+            body = rematerialized(body, self.remat, in_loop=segment.stacked)
             if segment.stacked:
                 layers = (parameters, jnp.arange(segment.first, segment.first + segment.length))
                 x, report = jax.lax.scan(body, x, layers)

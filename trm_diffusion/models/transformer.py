@@ -80,7 +80,7 @@ def project(
         latent_steps=latent_steps,
         key=key,
     )
-    return attention.project(base_input) + update, report
+    return attention.project(base_input, update), report
 
 
 class FinalLayer(nnx.Module):

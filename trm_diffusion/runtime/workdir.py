@@ -83,9 +83,14 @@ def _same_halting_parameters(before: dict, now: dict) -> bool:
 
 
 def write_json(path: epath.Path, record) -> None:
-    """Writes the file whole or not at all."""
+    write_text(path, json.dumps(record, indent=2) + "\n")
+
+
+def write_text(path: epath.Path, text: str) -> None:
+    """Writes the file whole or not at all; makes its directory if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{os.getpid()}"
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    temporary.write_text(text)
     temporary.replace(path)
 
 

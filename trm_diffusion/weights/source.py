@@ -39,7 +39,7 @@ def open_source(name: str) -> Source:
     path = Path(name).expanduser()
     if not path.exists():
         if path.suffix or not HUB_ID.fullmatch(name):
-            raise UserError(f"--from={name}: no such file or directory")
+            raise UserError(f"{name}: no such file or directory")
         path = _download(name)
     files = _files(path)
     tensors = {}
@@ -62,7 +62,7 @@ def _files(path: Path) -> list[Path]:
     single = [path / name for name in SINGLE_FILES if (path / name).exists()] or sorted(path.glob("*.safetensors"))
     if len(single) != 1:
         found = f"holds {', '.join(file.name for file in single)}" if single else "holds no .safetensors file"
-        raise UserError(f"--from={path} {found}; name one file, or the folder of one model")
+        raise UserError(f"{path} {found}; name one file, or the folder of one model")
     return single
 
 
@@ -96,7 +96,7 @@ def _download(name: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise UserError(
-            f"--from={name}: no such file or directory; to fetch it from the hub, pip install huggingface_hub"
+            f"{name}: no such file or directory; to fetch it from the hub, pip install huggingface_hub"
         ) from None
     owner, repository, *rest = name.split("/")
     inside = "/".join(rest)
@@ -106,7 +106,7 @@ def _download(name: str) -> Path:
             return Path(snapshot_download(f"{owner}/{repository}", allow_patterns=patterns)) / inside
     except Exception as error:  # noqa: BLE001  whatever went wrong, the line says what and where
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--from={name}: no such file or directory, and the hub did not give it ({reason})") from None
+        raise UserError(f"{name}: no such file or directory, and the hub did not give it ({reason})") from None
 
 
 def sha256(path: Path) -> str:

@@ -1,0 +1,311 @@
+"""What recursion adds to a training step, in time and memory, beside the FLOPs it must add.
+
+The step is the training job's own, optimiser and moving average included. On the CPU it is DiT-S/2, timed by the clock.
+For a TPU v5p it is DiT-XL/2 in bfloat16 with 32 images, by the compiler's own estimate (`optimal_seconds`), where
+libtpu is installed. That estimate counts the body of a loop once, so what is timed for the TPU has blocks and latent
+steps unrolled; and since the time of a step is then the sum of its blocks', and that of a block the sum of its latent
+steps', it is put together from programs of one and two blocks with T = 1 and 2, and checked against a program with more
+of both. Memory, program size and compile time are those of the program as shipped, at full depth, in loops.
+
+Forward FLOPs that a visual token adds in one block, for M experts of rank r of which it takes k, N tokens to an image
+and width D, two FLOPs to a product:
+
+    adapters   12 k r D   three maps D -> r -> D, for every latent step
+    gate       2 P M D    logits from the token, for every latent step, with P choices (1, or 3 if per projection)
+    attention  4 N D      q k^T and the product with v, for the T - 1 intermediate latent steps
+
+The analytic extra is three times these (forward, and two products for each in the backward pass) over the FLOPs of the
+step without recursion, likewise three times those of its forward pass. Beside it stands the extra with recomputation:
+under the shipped policy (`remat` full) the backward pass of an intermediate latent step first runs it again, but for
+the product with v, which no gradient needs. Experts that compute tokens they do not take, empty places, padding and
+elementwise work are in neither.
+
+Targets: the extra time is at most 1.5 times the analytic extra, both relative to the step without recursion; DiT-XL/2
+with T = 2 in three blocks takes at most 5% longer; temporary memory grows by less than 10% from T = 2 to T = 5; neither
+the size of the program nor the time to compile it grows with T or with depth.
+
+    python -m benchmarks.recursion [--save docs/results/benchmark_recursion.json]
+"""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from benchmarks.measure import (
+    interleaved_seconds,
+    measured_for_tpu,
+    median_ratio,
+    progress,
+    report,
+    rounded,
+    tpu_device,
+)
+from trm_diffusion.build import Experiment, build
+from trm_diffusion.config import resolve
+from trm_diffusion.models.dit import SIZES
+from trm_diffusion.models.embed import TIMESTEP_FREQUENCIES
+from trm_diffusion.models.recursion import recursive_blocks
+from trm_diffusion.runtime.sharding import MESH_AXES, batch_sharding
+from trm_diffusion.runtime.state import state_sharding
+from trm_diffusion.train import make_train_step
+
+LATENT_STEPS = (1, 2, 5)
+PLACES = {"S/2": {"three": "3,6,9", "all": "all"}, "XL/2": {"three": "4,8,12", "all": "all"}}
+CPU_IMAGES, TPU_IMAGES, CPU_REPEATS = 8, 32, 5
+OFF = "off"
+MOST_OVER_FLOPS, MOST_EXTRA, MOST_MEMORY_GROWTH, MOST_COMPILE_GROWTH = 1.5, 0.05, 0.10, 0.25
+
+
+def experiment(
+    size: str, blocks: str, latent_steps: int, images: int, device: jax.Device | None = None, **model
+) -> Experiment:
+    """The ImageNet experiment with these recursive blocks, for one described device, or the default ones.
+
+    model: further fields of the model's config.
+    """
+    c = importlib.import_module("configs.imagenet256").get_config(f"model={size},recursion=off,T={latent_steps}")
+    c.train.batch_size = images
+    c.model.update(model)
+    c.model.recursion.blocks = blocks
+    built = build(resolve(c))
+    if device is None:
+        return built
+    mesh = Mesh(
+        np.array([device]).reshape((1,) * len(MESH_AXES)), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+    )
+    state = built.abstract_state
+    placed = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        state_sharding(mesh, built.model, state),
+    )
+    return dataclasses.replace(built, mesh=mesh, abstract_state=placed)
+
+
+def abstract_batch(built: Experiment) -> dict:
+    data, images, sharding = built.config.data, built.config.train.batch_size, batch_sharding(built.mesh)
+    shape = (images, data.image_size, data.image_size, data.channels)
+    return {
+        "image": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding),
+        "label": jax.ShapeDtypeStruct((images,), jnp.int32, sharding=sharding),
+    }
+
+
+def lowered_step(built: Experiment) -> jax.stages.Lowered:
+    return make_train_step(built).lower(built.abstract_state, abstract_batch(built))
+
+
+def base_flops(built: Experiment) -> float:
+    """FLOPs of one training step without recursion."""
+    config, data = built.config.model, built.config.data
+    d, n = config.width, (data.image_size // config.patch) ** 2
+    patch_in, patch_out = (config.patch**2 * c for c in (data.channels, built.objective.output_channels(data.channels)))
+    # Of a block: q, k, v, the output and the MLP; the two products of the attention; per image, six modulations.
+    blocks = config.depth * (n * (8 + 4 * config.mlp_ratio) * d**2 + 4 * n**2 * d + 12 * d**2)
+    ends = 2 * n * d * (patch_in + patch_out) + 4 * d**2 + 2 * d * (TIMESTEP_FREQUENCIES + d)
+    return 3 * built.config.train.batch_size * (blocks + ends)
+
+
+def extra_flops(built: Experiment) -> tuple[float, float]:
+    """FLOPs that recursion adds to one training step: the analytic extra, and the extra with recomputation."""
+    config, data = built.config.model, built.config.data
+    recursion, d, n = config.recursion, config.width, (data.image_size // config.patch) ** 2
+    choices = 3 if recursion.routing_scope == "per_projection" else 1
+    routed = 12 * recursion.experts_per_token * recursion.rank * d + 2 * choices * recursion.experts * d
+    attention, intermediate = 4 * n * d, recursion.latent_steps - 1
+    again = intermediate * (routed + attention / 2)
+    tokens = built.config.train.batch_size * n * len(recursive_blocks(recursion.blocks, config.depth))
+    useful = 3 * tokens * (routed * recursion.latent_steps + attention * intermediate)
+    return useful, useful + tokens * again
+
+
+def comparison(built: Experiment, extra_time: float) -> dict:
+    """One row of the result; its ratios are to the step without recursion."""
+    useful, recomputed = (flops / base_flops(built) for flops in extra_flops(built))
+    return {
+        "extra_time_ratio": extra_time,
+        "analytic_extra_ratio": useful,
+        "extra_with_recomputation_ratio": recomputed,
+        "time_over_analytic": extra_time / useful,
+        "pass": extra_time <= MOST_OVER_FLOPS * useful,
+    }
+
+
+def shipped(built: Experiment) -> dict:
+    """The step as it is shipped: what it takes to compile, how large it is, and the memory it needs."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    compiled = lowered_step(built).compile()
+    return {
+        "compile_cpu_seconds": time.process_time() - cpu,  # of all threads, so that a busy machine matters less
+        "compile_wall_seconds": time.perf_counter() - wall,
+        "hlo_instructions": compiled.as_text().count(" = "),
+        "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+    }
+
+
+def growth(rows: dict, name: str, before: str, after: str) -> float:
+    return rows[after][name] / rows[before][name] - 1
+
+
+def by_compiler(device: jax.Device, depth: int, recursive: int = 0, latent_steps: int = 1) -> dict:
+    """Estimated cost of an XL/2 step of `depth` unrolled blocks, of which the last `recursive` recurse."""
+    blocks = ",".join(map(str, range(depth - recursive, depth))) or "none"
+    unrolled = {"depth": depth, "scan_blocks": False, "recursion": {"scan_latent_steps": False}}
+    built = experiment("XL/2", blocks, latent_steps, TPU_IMAGES, device, **unrolled)
+    cost = lowered_step(built).compile().cost_analysis()
+    result = {"seconds": cost["optimal_seconds"], "flops": cost["flops"], "bytes": cost["bytes accessed"]}
+    progress(f"v5p, {depth} blocks of which {recursive} recurse, T = {latent_steps}: {result}")
+    if result["seconds"] <= 0:  # how the compiler says that it has no estimate of some operation
+        raise RuntimeError("the compiler has no estimate of the time")
+    return result
+
+
+def combined(*terms: tuple[float, dict]) -> dict:
+    return {name: sum(factor * cost[name] for factor, cost in terms) for name in terms[0][1]}
+
+
+def on_tpu() -> dict:
+    device, size, depth = tpu_device(), "XL/2", SIZES["XL"][0]
+    one, two = (by_compiler(device, blocks) for blocks in (1, 2))
+    last, both = (combined((1, by_compiler(device, 2, 1, steps)), (-1, two)) for steps in (1, 2))
+    block, intermediate = combined((1, two), (-1, one)), combined((1, both), (-1, last))
+    off = combined((1, one), (depth - 1, block))
+    predicted = combined((1, one), (2, block), (2, last), (4, intermediate))
+    found = by_compiler(device, 3, 2, 3)
+
+    rows = {}
+    for place, blocks in PLACES[size].items():
+        recursive = len(recursive_blocks(blocks, depth))
+        for steps in LATENT_STEPS:
+            added = combined((recursive, last), (recursive * (steps - 1), intermediate))
+            extra = {name: added[name] / off[name] for name in off}
+            rows[f"{place}_T{steps}"] = {
+                **comparison(experiment(size, blocks, steps, TPU_IMAGES, device), extra["seconds"]),
+                "compiler_extra_flops_ratio": extra["flops"],
+                "compiler_extra_bytes_ratio": extra["bytes"],
+            }
+    programs = {}
+    for name, (blocks, steps, layers) in {
+        OFF: ("none", 1, depth),
+        "three_T2": (PLACES[size]["three"], 2, depth),
+        "three_T5": (PLACES[size]["three"], 5, depth),
+        "all_T2": ("all", 2, depth),
+        "all_T5": ("all", 5, depth),
+        "all_T5_half_depth": ("all", 5, depth // 2),
+    }.items():
+        programs[name] = shipped(experiment(size, blocks, steps, TPU_IMAGES, device, depth=layers))
+        progress(f"v5p, {name}: {programs[name]}")
+    return {
+        "off_seconds": off["seconds"],
+        "off_flops_over_analytic": off["flops"] / base_flops(experiment(size, "none", 1, TPU_IMAGES, device)),
+        "block_microseconds": {
+            "without_recursion": 1e6 * block["seconds"],
+            "last_latent_step_adds": 1e6 * last["seconds"],
+            "each_intermediate_latent_step_adds": 1e6 * intermediate["seconds"],
+        },
+        "error_of_sum": {name: predicted[name] / found[name] - 1 for name in found},
+        "rows": rows,
+        "shipped": programs,
+    }
+
+
+def timed_step(built: Experiment) -> Callable[[], dict]:
+    """Runs the next training step at each call."""
+    rng, state, step = np.random.default_rng(0), built.fresh_state(), make_train_step(built)
+    shape = abstract_batch(built)["image"].shape
+    batch = {
+        "image": jnp.asarray(rng.standard_normal(shape, np.float32)),
+        "label": jnp.asarray(rng.integers(0, built.config.data.num_classes, shape[:1], np.int32)),
+    }
+
+    def run():
+        nonlocal state
+        state, metrics = step(state, batch)  # the state is donated
+        return metrics
+
+    return run
+
+
+def on_cpu() -> dict:
+    size, settings = "S/2", {OFF: experiment("S/2", "none", 1, CPU_IMAGES, dtype="float32")}
+    for place, blocks in PLACES[size].items():
+        for steps in LATENT_STEPS:
+            settings[f"{place}_T{steps}"] = experiment(size, blocks, steps, CPU_IMAGES, dtype="float32")
+    programs = {}
+    for name, built in settings.items():
+        programs[name] = shipped(built)
+        progress(f"cpu, {name}: {programs[name]}")
+    seconds = interleaved_seconds({name: timed_step(built) for name, built in settings.items()}, CPU_REPEATS)
+    progress(f"cpu, seconds: { ({name: statistics.median(times) for name, times in seconds.items()}) }")
+    rows = {
+        name: comparison(built, median_ratio(seconds[name], seconds[OFF]) - 1)
+        for name, built in settings.items()
+        if name != OFF
+    }
+    return {"off_seconds": statistics.median(seconds[OFF]), "rows": rows, "shipped": programs}
+
+
+def judged(measured: dict, most_extra: float | None = None) -> dict:
+    """What was measured on one platform, with the targets that speak of it."""
+    rows, programs = measured["rows"], measured["shipped"]
+    temp = {place: growth(programs, "temp_bytes", f"{place}_T2", f"{place}_T5") for place in ("three", "all")}
+    size = {"T2_to_T5": ("all_T2", "all_T5")}
+    if "all_T5_half_depth" in programs:
+        size["half_depth_to_full"] = ("all_T5_half_depth", "all_T5")
+    size = {
+        step: {name: growth(programs, name, *ends) for name in ("hlo_instructions", "compile_cpu_seconds")}
+        for step, ends in size.items()
+    }
+    met = {
+        "time_at_most_1.5_of_analytic": all(row["pass"] for row in rows.values()),
+        "temp_memory_grows_less_than_10_percent": max(temp.values()) < MOST_MEMORY_GROWTH,
+        "size_and_compile_time_do_not_grow": all(
+            value < MOST_COMPILE_GROWTH for values in size.values() for value in values.values()
+        ),
+    }
+    if most_extra is not None:
+        met["three_blocks_T2_at_most_5_percent"] = rows["three_T2"]["extra_time_ratio"] <= most_extra
+    return {
+        **measured,
+        "temp_growth_T2_to_T5_ratio": temp,
+        "growth_ratio": size,
+        "met": met,
+        "pass": all(met.values()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--save", default="", help="also write the result to this file")
+    parser.add_argument("--tpu", action="store_true", help=argparse.SUPPRESS)  # the child that has libtpu
+    arguments = parser.parse_args()
+    if arguments.tpu:
+        print(json.dumps(on_tpu()))
+        return
+
+    cpu = judged(on_cpu())
+    tpu = measured_for_tpu("benchmarks.recursion")
+    if "not_measured" not in tpu:
+        tpu = judged(tpu, MOST_EXTRA)
+    result = {
+        "setting": "rank 128, M 2, k 1, capacity factor 1.25, the imagenet256 training step with its optimiser; "
+        f"cpu_by_the_clock: DiT-S/2, float32, {CPU_IMAGES} images, interleaved medians of {CPU_REPEATS}; "
+        f"tpu_v5p_by_the_compiler: DiT-XL/2, bfloat16, {TPU_IMAGES} images, its estimate, nothing was run",
+        "cpu_by_the_clock": cpu,
+        "tpu_v5p_by_the_compiler": tpu,
+        "pass": cpu["pass"] and tpu.get("pass", True),
+    }
+    report("recursion", rounded(result), arguments.save)
+
+
+if __name__ == "__main__":
+    main()

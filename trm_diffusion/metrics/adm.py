@@ -1,0 +1,168 @@
+"""The ADM protocol (Dhariwal & Nichol, 2021): FID, sFID, inception score, precision and recall against a reference.
+
+A reference file is an npz: `mu`, `sigma` of the pool features and `mu_s`, `sigma_s` of the spatial ones, over a whole
+data set, and in `arr_0` some of its images (10,000 by convention), which precision and recall compare with.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import tqdm
+from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
+
+from trm_diffusion.errors import UserError
+from trm_diffusion.metrics.frechet import StreamingMoments, frechet_and_influence
+from trm_diffusion.metrics.image_sets import ImageSet, NpzImages
+from trm_diffusion.metrics.inception import Features, Weights, inception_features
+from trm_diffusion.metrics.inception_score import CHUNK_IMAGES, inception_score
+from trm_diffusion.metrics.intervals import bootstrap_interval
+from trm_diffusion.metrics.precision_recall import NEIGHBOURS, precision_recall
+
+POOL_WIDTH, SPATIAL_WIDTH = 2048, 2023
+FID_50K_IMAGES = 50_000
+REFERENCE_IMAGES = 10_000
+PROTOCOL = {
+    "name": "ADM",
+    "network": "FID Inception, graph of 2015-12-05",
+    "resize": "TensorFlow 1 bilinear to 299: output i reads input i * in / out; no half-pixel centres, no antialias",
+    "fid_features": "pool_3, 2048-d",
+    "sfid_features": "first 7 channels of Mixed_6d, 2023-d",
+    "inception_score_chunk_images": CHUNK_IMAGES,
+    "precision_recall_neighbours": NEIGHBOURS,
+}
+
+_forward = jax.jit(inception_features)
+
+
+class Statistics(NamedTuple):
+    mean: np.ndarray  # [D] float64
+    covariance: np.ndarray  # [D, D] float64
+
+
+class Reference(NamedTuple):
+    pool: Statistics
+    spatial: Statistics
+    images: NpzImages
+    sha256: str  # of the file
+
+
+def features_of(weights: Weights, images: ImageSet, batch_size: int, title: str) -> Iterator[Features]:
+    """Features of all images in order, batch by batch, as NumPy arrays; computed on all devices of this process."""
+    devices = jax.local_devices()
+    mesh = jax.sharding.Mesh(np.array(devices), ("image",))
+    split, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("image",), ()))
+    weights = jax.device_put(weights, everywhere)
+    size = -(-min(batch_size, len(images)) // len(devices)) * len(devices)
+
+    def started() -> Iterator[tuple[Features, int]]:
+        for batch in images.batches(size):
+            padded = np.concatenate([batch, np.zeros((size - len(batch), *batch.shape[1:]), batch.dtype)])
+            yield _forward(weights, jax.device_put(padded, split)), len(batch)
+
+    batches = started()
+    ahead = next(batches)  # the devices work on one batch while the next is read
+    with tqdm.tqdm(total=len(images), desc=title, unit="image", mininterval=1) as bar:
+        while ahead:
+            (features, count), ahead = ahead, next(batches, None)
+            yield Features(*(np.asarray(part)[:count] for part in features))
+            bar.update(count)
+
+
+def adm_metrics(samples: Features, reference: Reference, reference_pool: np.ndarray, precision_dtype: str) -> dict:
+    """The five metrics of N samples, each with a 95% bootstrap interval over the images.
+
+    Args:
+      samples: features of the samples in the order in which they were drawn.
+      reference: what they are compared with.
+      reference_pool: [M, 2048] pool features of the reference's images.
+      precision_dtype: "float32" or "float16", of precision and recall.
+    """
+    score, score_influence = inception_score(samples.logits)
+    is_real, is_covered = precision_recall(samples.pool, reference_pool, dtype=precision_dtype)
+    figures = {
+        "fid": frechet_and_influence(samples.pool, *reference.pool),
+        "sfid": frechet_and_influence(samples.spatial, *reference.spatial),
+        "inception_score": (score, score_influence),
+        "precision": (is_real.mean(), is_real - is_real.mean()),
+        "recall": (is_covered.mean(), is_covered - is_covered.mean()),
+    }
+    return {
+        "num_images": len(samples.pool),
+        "fid_name": fid_name(len(samples.pool)),
+        **{name: float(value) for name, (value, _) in figures.items()},
+        "intervals_95": {name: bootstrap_interval(*figure) for name, figure in figures.items()},
+    }
+
+
+def fid_name(num_images: int) -> str:
+    """What an FID over so many samples may be called."""
+    return "FID-50K" if num_images == FID_50K_IMAGES else f"FID of {num_images} images, not FID-50K"
+
+
+def warnings_about(images: ImageSet) -> list[str]:
+    """What is wrong with a set of samples, though it can be measured."""
+    warnings = []
+    if len(images) < POOL_WIDTH:
+        warnings.append(
+            f"{len(images)} images cannot fill {POOL_WIDTH} dimensions: FID and sFID are far too high, "
+            "compare them at this very number only"
+        )
+    if images.sorted_by_class() and len(images) > CHUNK_IMAGES:
+        warnings.append(f"the images are sorted by class: the inception score, in chunks of {CHUNK_IMAGES}, is too low")
+    return warnings
+
+
+def read_reference(path: str) -> Reference:
+    """Reads a reference file. Raises UserError where it is missing or has another layout."""
+    location = epath.Path(path)
+    if not location.exists():
+        raise UserError(f"--reference={path}: no such file; make one with --mode=reference")
+    images = NpzImages(location)
+    with location.open("rb") as file, np.load(file) as arrays:
+        statistics = []
+        for mean, covariance, width in (("mu", "sigma", POOL_WIDTH), ("mu_s", "sigma_s", SPATIAL_WIDTH)):
+            if mean not in arrays or covariance not in arrays:
+                raise UserError(f"{path} has no {mean} and {covariance}: make a reference with --mode=reference")
+            pair = Statistics(np.asarray(arrays[mean], np.float64), np.asarray(arrays[covariance], np.float64))
+            if pair.mean.shape != (width,) or pair.covariance.shape != (width, width):
+                raise UserError(f"{path}: {mean} and {covariance} must be [{width}] and [{width}, {width}]")
+            statistics.append(pair)
+    with location.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return Reference(*statistics, images, sha256)
+
+
+def reference_arrays(weights: Weights, images: ImageSet, batch_size: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """The arrays of a reference file: statistics over all images, and a random 10,000 of them in their order."""
+    pool, spatial = StreamingMoments(POOL_WIDTH), StreamingMoments(SPATIAL_WIDTH)
+    for features in _in_chunks(features_of(weights, images, batch_size, "reference"), rows=POOL_WIDTH):
+        pool.update(features.pool)
+        spatial.update(features.spatial)
+    chosen = np.random.default_rng(seed).permutation(len(images))[:REFERENCE_IMAGES]
+    return {
+        "arr_0": images.take(np.sort(chosen)),
+        "mu": pool.mean,
+        "sigma": pool.covariance(),
+        "mu_s": spatial.mean,
+        "sigma_s": spatial.covariance(),
+    }
+
+
+def concatenated(batches: Iterable[Features]) -> Features:
+    return Features(*map(np.concatenate, zip(*batches, strict=True)))
+
+
+def _in_chunks(batches: Iterable[Features], rows: int) -> Iterator[Features]:
+    """The same features in larger batches: adding to a covariance costs the same for one row as for many."""
+    held: list[Features] = []
+    for batch in batches:
+        held.append(batch)
+        if sum(len(features.pool) for features in held) >= rows:
+            yield concatenated(held)
+            held = []
+    if held:
+        yield concatenated(held)

@@ -1,0 +1,161 @@
+"""Sets of images on disk, read a batch at a time: a folder of pictures, or an npz file of ADM's layout."""
+
+import contextlib
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from etils import epath
+
+from trm_diffusion.data.images import IMAGE_SUFFIXES, centre_crop
+from trm_diffusion.errors import UserError
+
+READERS = 8  # threads that decode pictures
+ARRAY, LABELS = "arr_0", "arr_1"
+
+
+class ImageSet:
+    """Images uint8 [N, H, W, 3], in a fixed order; grey ones are given three equal channels.
+
+    path: the folder or file. labels: [N] class numbers, or None where nothing tells them.
+    """
+
+    path: epath.Path
+    labels: np.ndarray | None
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        """All images in order, `size` at a time, the last batch whatever is left."""
+        raise NotImplementedError
+
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """The images of the given indices, which rise."""
+        taken, first = [], 0
+        for batch in self.batches(1024):
+            start, end = np.searchsorted(indices, [first, first + len(batch)])
+            taken.append(batch[indices[start:end] - first])
+            first += len(batch)
+        return np.concatenate(taken)
+
+    def sorted_by_class(self) -> bool:
+        labels = self.labels
+        return labels is not None and labels[0] != labels[-1] and bool((np.diff(labels) >= 0).all())
+
+
+def open_images(path: str, image_size: int = 0) -> ImageSet:
+    """The images in a folder (subfolders included) or in `arr_0` of an npz file.
+
+    Args:
+      path: the folder or .npz file.
+      image_size: crop and resize pictures of a folder to this, as ADM does; 0 takes them as they are, all of one size.
+
+    Raises:
+      UserError: nothing there, no images in it, or another layout.
+    """
+    location = epath.Path(path)
+    if location.is_dir():
+        return FolderImages(location, image_size)
+    if not location.exists() or location.suffix != ".npz":
+        raise UserError(f"--images={path} is neither a folder of images nor an .npz file")
+    return NpzImages(location)
+
+
+class FolderImages(ImageSet):
+    """Pictures in the order of their names; where they lie in subfolders, those are the classes."""
+
+    def __init__(self, path: epath.Path, image_size: int = 0):
+        self.path = path
+        self._image_size = image_size
+        self._shape: tuple[int, int, int] | None = None  # of the first image that was read
+        self._files = sorted(
+            epath.Path(folder) / name
+            for folder, _, names in path.walk()
+            for name in names
+            if name.lower().endswith(IMAGE_SUFFIXES)
+        )
+        if not self._files:
+            raise UserError(f"--images={path} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+        folders, labels = np.unique([str(file.parent) for file in self._files], return_inverse=True)
+        self.labels = labels if len(folders) > 1 else None
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        with ThreadPoolExecutor(READERS) as readers:
+            for first in range(0, len(self), size):
+                yield self._stacked(self._files[first : first + size], readers)
+
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        with ThreadPoolExecutor(READERS) as readers:
+            return self._stacked([self._files[index] for index in indices], readers)
+
+    def _stacked(self, files: list[epath.Path], readers: ThreadPoolExecutor) -> np.ndarray:
+        images = list(readers.map(self._read, files))
+        self._shape = self._shape or images[0].shape
+        for file, image in zip(files, images, strict=True):
+            if image.shape != self._shape:
+                (height, width, _), (usual_height, usual_width, _) = image.shape, self._shape
+                raise UserError(
+                    f"{file} is {width}x{height}, others are {usual_width}x{usual_height}: give --image_size to crop "
+                    "all to one size as ADM does"
+                )
+        return np.stack(images)
+
+    def _read(self, file: epath.Path) -> np.ndarray:
+        from PIL import Image
+
+        try:
+            with file.open("rb") as stream, Image.open(stream) as image:
+                image = image.convert("RGB")
+        # PIL's plugins report damage through all of these.
+        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            raise UserError(f"cannot read the image {file} ({error}): repair or remove the file") from error
+        return np.asarray(centre_crop(image, self._image_size) if self._image_size else image)
+
+
+class NpzImages(ImageSet):
+    """`arr_0` [N, H, W, 3 or 1] uint8 of an npz file, and its labels `arr_1` if it has them."""
+
+    def __init__(self, path: epath.Path):
+        self.path = path
+        try:
+            with _array_stream(self.path) as (_, shape, dtype):
+                self._shape = shape
+            with path.open("rb") as file, np.load(file) as arrays:
+                self.labels = arrays[LABELS] if LABELS in arrays else None
+        except (KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} is not an npz file with images in {ARRAY} ({error})") from error
+        if len(shape) != 4 or not shape[0] or shape[-1] not in (1, 3) or dtype != np.uint8:
+            raise UserError(f"{path}: {ARRAY} must be uint8 [N, H, W, 3], it is {dtype} {list(shape)}")
+        if self.labels is not None and self.labels.shape != shape[:1]:
+            raise UserError(f"{path}: {LABELS} {self.labels.shape} are not the labels of {shape[0]} images")
+
+    def __len__(self) -> int:
+        return self._shape[0]
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        image_bytes = int(np.prod(self._shape[1:]))
+        with _array_stream(self.path) as (stream, _, _):
+            for first in range(0, len(self), size):
+                count = min(size, len(self) - first)
+                flat = np.frombuffer(stream.read(count * image_bytes), np.uint8)
+                if len(flat) != count * image_bytes:
+                    raise UserError(f"{self.path} ends after {first} of {len(self)} images: write it again")
+                images = flat.reshape(count, *self._shape[1:])
+                yield np.broadcast_to(images, (*images.shape[:3], 3))
+
+
+@contextlib.contextmanager
+def _array_stream(path: epath.Path):
+    """(stream at the first value, shape, dtype) of `arr_0`, without reading the array."""
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive, archive.open(f"{ARRAY}.npy") as stream:
+        version = np.lib.format.read_magic(stream)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran_order, dtype = read_header(stream)
+        if fortran_order:
+            raise ValueError(f"{ARRAY} is in Fortran order")
+        yield stream, shape, dtype

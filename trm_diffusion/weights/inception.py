@@ -1,0 +1,72 @@
+"""Weights of the FID Inception network: from a file in the layout of pytorch-fid, or random in the same layout."""
+
+import numpy as np
+
+from trm_diffusion.errors import UserError
+from trm_diffusion.metrics.inception import Weights, layer_shapes
+from trm_diffusion.weights.source import open_source, sha256
+
+NUM_LOGITS, POOL_WIDTH = 1008, 2048
+BATCH_NORM_EPSILON = 1e-3
+BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
+PUBLISHED = "pt_inception-2015-12-05-6726825d"
+
+
+def load_inception(path: str) -> tuple[Weights, str]:
+    """Weights for `inception_features` from a .safetensors or .pth file, and the sha256 of the file.
+
+    Raises:
+      UserError: no such file, another format, or tensors that are missing or of another shape.
+    """
+    source = open_source(path)
+    state = source.tensors
+    expected = state_shapes()
+    wrong = [name for name, shape in expected.items() if name not in state or state[name].shape != shape]
+    if wrong:
+        name = wrong[0]
+        found = f"has {state[name].shape}" if name in state else "is missing"
+        raise UserError(
+            f"--inception={path} is not the FID Inception network: {name} {found}, expected {expected[name]} "
+            f"({len(wrong)} tensors differ); use {PUBLISHED}.pth of pytorch-fid, or the same as .safetensors"
+        )
+    return fold_batch_norms(state), sha256(source.files[0])
+
+
+def fold_batch_norms(state: dict[str, np.ndarray]) -> Weights:
+    """Convolution, then batch norm at its running statistics, as one convolution with a bias:
+
+    kernel * g / sqrt(var + 1e-3) and bias - mean * g / sqrt(var + 1e-3), in float64, rounded to float32.
+    """
+    folded = {"fc": {"kernel": np.asarray(state["fc.weight"], np.float32).T}}
+    for layer in layer_shapes():
+        gain, bias, mean, variance = (np.asarray(state[f"{layer}.bn.{name}"], np.float64) for name in BATCH_NORM)
+        scale = gain / np.sqrt(variance + BATCH_NORM_EPSILON)
+        kernel_hwio = np.asarray(state[f"{layer}.conv.weight"], np.float64).transpose(2, 3, 1, 0)
+        folded[layer] = {
+            "kernel": (kernel_hwio * scale).astype(np.float32),
+            "bias": (bias - mean * scale).astype(np.float32),
+        }
+    return folded
+
+
+def state_shapes() -> dict[str, tuple[int, ...]]:
+    """Shapes of the file's tensors by name; kernels are [out, in, kh, kw]."""
+    shapes = {"fc.weight": (NUM_LOGITS, POOL_WIDTH), "fc.bias": (NUM_LOGITS,)}
+    for layer, (height, width, channels_in, channels_out) in layer_shapes().items():
+        shapes[f"{layer}.conv.weight"] = (channels_out, channels_in, height, width)
+        shapes |= {f"{layer}.bn.{name}": (channels_out,) for name in BATCH_NORM}
+    return shapes
+
+
+def random_state(seed: int) -> dict[str, np.ndarray]:
+    """Random float32 tensors in the file's layout: activations of unit scale, batch norms away from the identity."""
+    rng = np.random.default_rng(seed)
+    state = {}
+    for name, shape in state_shapes().items():
+        if len(shape) > 1:
+            state[name] = rng.standard_normal(shape, np.float32) * np.float32(np.sqrt(2 / np.prod(shape[1:])))
+        elif name.endswith(("bn.weight", "running_var")):
+            state[name] = rng.uniform(0.8, 1.25, shape).astype(np.float32)
+        else:
+            state[name] = rng.normal(0, 0.1, shape).astype(np.float32)
+    return state
