@@ -6,6 +6,7 @@ import pytest
 
 from tests.commands import parsed
 from trm_diffusion import config as config_module
+from trm_diffusion import validation
 from trm_diffusion.config import default_config, resolve, to_dict, variant
 from trm_diffusion.errors import UserError
 
@@ -129,7 +130,7 @@ def test_default_config_resolves_to_the_defaults():
 
 
 def test_tables_of_checks_name_fields():
-    for path in (*config_module.CHOICES, *config_module.AT_LEAST):
+    for path in (*validation.CHOICES, *validation.AT_LEAST):
         assert config_module.field_exists(f"config.{path}"), path
 
 
