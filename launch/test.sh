@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every test, from nothing, but those of parity with PyTorch; --parity runs these, in an environment of their own.
-# Further arguments go to pytest.
+# The linter and every test, from nothing, but the tests of parity with PyTorch; --parity runs these, in an environment of
+# their own. Further arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/setup.sh
@@ -13,4 +13,6 @@ if [ "${1:-}" = --parity ]; then
     exec "$venv/bin/python" -m pytest tests/parity "$@"
 fi
 setup_venv requirements.txt requirements-test.txt
-exec .venv/bin/python -m pytest "$@"
+.venv/bin/python -m ruff check --quiet .
+.venv/bin/python -m ruff format --check --quiet .
+exec .venv/bin/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile "$@"
