@@ -4,13 +4,15 @@ import importlib.util
 import sys
 import types
 
+NAMES = ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional")
+
 
 def import_torch_fidelity():
-    """The package; where torchvision is absent, with empty modules in its place."""
-    if importlib.util.find_spec("torchvision") is None:
-        names = ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional")
-        modules = {name: types.ModuleType(name) for name in names}
-        for name in names[1:]:
+    """The package; where torchvision is absent, with empty modules in its place until it is imported."""
+    absent = importlib.util.find_spec("torchvision") is None
+    if absent:
+        modules = {name: types.ModuleType(name) for name in NAMES}
+        for name in NAMES[1:]:
             parent, _, child = name.rpartition(".")
             setattr(modules[parent], child, modules[name])
         for dataset in ("CIFAR10", "CIFAR100", "STL10"):  # subclassed at import
@@ -18,4 +20,7 @@ def import_torch_fidelity():
         sys.modules.update(modules)
     import torch_fidelity
 
+    if absent:  # other packages look whether there is a torchvision
+        for name in NAMES:
+            del sys.modules[name]
     return torch_fidelity
