@@ -22,7 +22,7 @@ from trm_diffusion.models.latent import LatentSpec
 from trm_diffusion.models.vae import VAE, decode_tiled
 from trm_diffusion.runtime.sharding import BATCH_AXES, batch_shards
 from trm_diffusion.runtime.workdir import write_json
-from trm_diffusion.weights.store import load_vae
+from trm_diffusion.weights.store import holds_weights, load_vae, load_weights
 
 SPEC_FILE = "latent.json"  # of a workdir
 PIXELS_AT_ONCE = 2**19  # a device encodes or decodes so many, which bounds its memory
@@ -130,9 +130,13 @@ def keep_spec(source: Source, workdir: epath.Path) -> None:
 
 
 def kept_spec(workdir: epath.Path) -> LatentSpec | None:
-    """What latents the run in a workdir was trained on, None for pixels or where nothing tells."""
+    """What latents a run, or a directory of its weights, was trained on; None for pixels or where nothing tells."""
     path = workdir / SPEC_FILE
-    return LatentSpec(**json.loads(path.read_text())) if path.exists() else None
+    if path.exists():
+        fields = json.loads(path.read_text())
+    else:
+        fields = load_weights(workdir).record.get("latent") if holds_weights(workdir) else None
+    return LatentSpec(**fields) if fields else None
 
 
 def difference(spec: LatentSpec, other: LatentSpec) -> str:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from tests.jobs.tiny import tiny_config, write_tiny_vae
 from trm_diffusion import autoencoder
+from trm_diffusion.convert import convert
 from trm_diffusion.data.latents import LatentWriter
 from trm_diffusion.errors import UserError
 from trm_diffusion.evaluate_images import sampling_record
@@ -55,6 +56,8 @@ def config_of(place, spec, **overrides):
 def test_a_run_keeps_what_its_latents_are(place):
     place, _, spec = place
     assert json.loads((place / "run/latent.json").read_text()) == dataclasses.asdict(spec)
+    convert(str(place / "run"), str(place / "converted"))
+    assert autoencoder.kept_spec(place / "converted") == spec
 
 
 def test_other_latents_are_refused_and_change_nothing(place, tmp_path):
