@@ -40,7 +40,9 @@ MERGE = flags.DEFINE_bool("merge", False, "convert: put a plain LoRA into the ba
 IMAGES = flags.DEFINE_string("images", None, "Folder or .npz of images: evaluate these, or make a reference of them")
 IMAGE_SIZE = flags.DEFINE_integer("image_size", 0, "Crop the pictures of --images to this size first, as ADM does")
 REFERENCE = flags.DEFINE_string("reference", None, "Reference .npz that --images are compared with")
-INCEPTION = flags.DEFINE_string("inception", None, "Weights of the FID Inception network, .safetensors or .pth")
+INCEPTION = flags.DEFINE_string(
+    "inception", None, "Weights of the FID Inception network: .safetensors, .pth, or converted"
+)
 PRECISION_RECALL_DTYPE = flags.DEFINE_enum(
     "precision_recall_dtype", "float32", ("float32", "float16"), "Of the distances between features"
 )
