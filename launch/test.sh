@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every test, from nothing, but those of parity with PyTorch; --parity runs these, in an environment of their own.
-# Further arguments go to pytest.
+# The linter and every test, from nothing, but the tests of parity with PyTorch; --parity runs these, in an environment of
+# their own. Further arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/setup.sh
@@ -12,5 +12,7 @@ if [ "${1:-}" = --parity ]; then
     setup_venv requirements.txt requirements-test.txt requirements-parity.txt requirements-torch.txt
     exec "$venv/bin/python" -m pytest tests/parity "$@"
 fi
-setup_venv requirements.txt requirements-test.txt
-exec .venv/bin/python -m pytest "$@"
+setup_venv requirements.txt requirements-test.txt requirements-emoji.txt
+.venv/bin/python -m ruff check --quiet .
+.venv/bin/python -m ruff format --check --quiet .
+exec .venv/bin/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile "$@"

@@ -1,13 +1,12 @@
 """Every mistake in a config or on the command line ends in one line and exit code 2, before any device is touched."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
+from tests.commands import parsed
 from trm_diffusion import config as config_module
+from trm_diffusion import validation
 from trm_diffusion.config import default_config, resolve, to_dict, variant
 from trm_diffusion.errors import UserError
 
@@ -103,42 +102,11 @@ OTHER_COMMANDS = [
     ("--config.model.depth=3", "config.model.depth"),
 ]
 
-# Each command runs in a fork of one process that has imported everything, so that many are quick.
-RUNNER = """
-import json, os, sys
-import jax
-from jax._src import xla_bridge
-import trm_diffusion.main as main, trm_diffusion.train, trm_diffusion.evaluate
-trm_diffusion.train.train = lambda *_: sys.exit("accepted")  # a config that passes fails its test at once
-for arguments in json.loads(sys.stdin.read()):
-    reader, writer = os.pipe()
-    child = os.fork()
-    if not child:
-        os.dup2(writer, 2)
-        sys.argv = ["main", *arguments.split()]
-        code = main.main(sys.argv)
-        print(f"devices touched: {xla_bridge.backends_are_initialized()}", file=sys.stderr, flush=True)
-        os._exit(code)
-    os.close(writer)
-    with os.fdopen(reader) as pipe:
-        text = pipe.read()
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), text]), flush=True)
-"""
-
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     commands = [f"{DIGITS} {flags}" for flags, _ in MALFORMED] + [command for command, _ in OTHER_COMMANDS]
-    commands = [f"{command} --workdir={tmp_path_factory.mktemp('run')}/none" for command in commands]
-    result = subprocess.run(
-        [sys.executable, "-c", RUNNER],
-        input=json.dumps(commands),
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.getcwd()},
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return [json.loads(line) for line in result.stdout.splitlines()]
+    return parsed([f"{command} --workdir={tmp_path_factory.mktemp('run')}/none" for command in commands])
 
 
 CASES = MALFORMED + OTHER_COMMANDS
@@ -162,7 +130,7 @@ def test_default_config_resolves_to_the_defaults():
 
 
 def test_tables_of_checks_name_fields():
-    for path in (*config_module.CHOICES, *config_module.AT_LEAST):
+    for path in (*validation.CHOICES, *validation.AT_LEAST):
         assert config_module.field_exists(f"config.{path}"), path
 
 

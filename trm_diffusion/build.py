@@ -8,7 +8,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from trm_diffusion.config import Config, check_batch
+from trm_diffusion.config import Config
 from trm_diffusion.diffusion.objective import Objective, make_objective
 from trm_diffusion.models.architecture import make_network, null_condition
 from trm_diffusion.models.text import Text
@@ -17,6 +17,7 @@ from trm_diffusion.runtime.parameters import PureModel
 from trm_diffusion.runtime.random import Purpose, key_for
 from trm_diffusion.runtime.sharding import batch_shards, make_mesh
 from trm_diffusion.runtime.state import TrainState, initial_state, state_sharding
+from trm_diffusion.validation import check_batch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -147,8 +147,6 @@ def run(mode: str, platform: str) -> int:
 
 def run_on_latents(mode: str) -> int:
     """Makes a directory of latents, or checks one."""
-    import jax
-
     from trm_diffusion.config import resolve
     from trm_diffusion.prepare import prepare
     from trm_diffusion.runtime.signals import StopRequest
@@ -165,8 +163,8 @@ def run_on_latents(mode: str) -> int:
             OUT.value or "",
             stop,
             images_per_shard=IMAGES_PER_SHARD.value,
-            process_index=jax.process_index() if PROCESS_INDEX.value is None else PROCESS_INDEX.value,
-            process_count=jax.process_count() if PROCESS_COUNT.value is None else PROCESS_COUNT.value,
+            process_index=PROCESS_INDEX.value,
+            process_count=PROCESS_COUNT.value,
         )
     return 0
 

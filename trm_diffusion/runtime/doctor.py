@@ -28,7 +28,10 @@ def doctor() -> bool:
     report["disk_free_gib"] = round(shutil.disk_usage(".").free / 2**30, 1)
     report["packages"] = {name: _version(name) for name in REQUIRED}
     report["missing"] = [name for name, version in report["packages"].items() if version is None]
-    say(f"python {report['python']}, {report['cpus']} CPUs, {report['memory_gib']} GiB of memory, ")
+    say(
+        f"python {report['python']}, {report['cpus']} CPUs, {report['memory_gib']} GiB of memory, "
+        f"{report['disk_free_gib']} GiB of disk free"
+    )
     for name, version in report["packages"].items():
         say(f"{name} {version or 'is MISSING: pip install -r requirements.txt'}")
     for name, use in OPTIONAL.items():
