@@ -36,8 +36,8 @@ def verify(directory: str, config: Config | None = None) -> bool:
     root = pathlib.Path(directory)
     findings = [*_of_manifest(root, manifest), *_of_config(directory, manifest["latent"], config)]
     counts = np.zeros(manifest["num_classes"], np.int64)
-    for shard in tqdm.tqdm(manifest["shards"], unit="shard", disable=None):
-        findings += _of_shard(root / shard["file"], shard, manifest, counts)
+    for index, shard in enumerate(tqdm.tqdm(manifest["shards"], unit="shard", disable=None)):
+        findings += _of_shard(root, index, shard, manifest["latent"], counts)
     if not findings and counts.tolist() != manifest["class_counts"]:
         label = int(np.flatnonzero(counts != manifest["class_counts"])[0])
         findings.append(
@@ -71,7 +71,7 @@ def _of_manifest(root: pathlib.Path, manifest: dict) -> Iterator[str]:
             yield f"{file} is not in the manifest"
     records = [read_shard_record(root, index) for index in range(len(listed))]
     if None in records:
-        return  # a file is missing, which has a line of its own
+        return  # a file is missing or damaged, which has a line of its own
     made = assemble_manifest(records)
     written = json.loads((root / MANIFEST_NAME).read_text())
     for field in made:
@@ -98,15 +98,17 @@ def _of_config(directory: str, spec: LatentSpec, config: Config | None) -> Itera
         yield f"{directory} holds latents of {difference(spec, wanted)} of config.data.vae {config.data.vae}"
 
 
-def _of_shard(path: pathlib.Path, shard: dict, manifest: dict, counts: np.ndarray) -> Iterator[str]:
-    """One shard's finding, if any; adds its records to the counts of classes [K]."""
+def _of_shard(root: pathlib.Path, index: int, shard: dict, spec: LatentSpec, counts: np.ndarray) -> Iterator[str]:
+    """What is wrong with one shard; adds its records to the counts of classes [K]."""
     from array_record.python.array_record_module import ArrayRecordReader
 
+    path = root / shard["file"]
     if not path.is_file():
         yield f"{path} is missing"
         return
-    if not path.with_suffix(".json").is_file():
-        yield f"{path.with_suffix('.json')} is missing"
+    about = path.with_suffix(".json")
+    if read_shard_record(root, index) is None:
+        yield f"{about} is {'damaged' if about.is_file() else 'missing'}"
     if sha256(path) != shard["sha256"]:
         yield f"{path} is damaged: its checksum is not the manifest's"
         return
@@ -116,7 +118,7 @@ def _of_shard(path: pathlib.Path, shard: dict, manifest: dict, counts: np.ndarra
         return
     for position in range(shard["records"]):
         try:
-            mean, std, label = decode_record(reader.read([position])[0], manifest["latent"])
+            mean, std, label = decode_record(reader.read([position])[0], spec)
         except ValueError as error:
             yield f"{path}: record {position} {error}"
             return

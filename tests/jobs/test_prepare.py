@@ -198,6 +198,7 @@ def flip_a_byte(directory):
         (flip_a_byte, "latents-00002.array_record is damaged: its checksum is not the manifest's"),
         (lambda d: (d / "latents-00001.array_record").unlink(), "latents-00001.array_record is missing"),
         (lambda d: (d / "latents-00001.json").unlink(), "latents-00001.json is missing"),
+        (lambda d: (d / "latents-00001.json").write_text("{"), "latents-00001.json is damaged"),
         (lambda d: edit_manifest(d, lambda m: m["latent"].update(scale=0.13)), "latent is not what"),
         (lambda d: edit_manifest(d, lambda m: m["bad_images"].clear()), "bad_images is not what"),
         (lambda d: (d / "latents-00009.array_record").write_bytes(b""), "latents-00009.array_record is not in the"),

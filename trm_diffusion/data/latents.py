@@ -26,6 +26,9 @@ from trm_diffusion.weights.source import sha256
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+SHARD_FIELDS = {
+    "file", "records", "sha256", "class_counts", "bad_images", "num_classes", "latent", "preparation"
+}  # fmt: skip
 
 _HOW_TO_PREPARE = (
     "make latents by --mode=prepare and set config.data.path to their directory, "
@@ -118,10 +121,13 @@ def shard_name(index: int) -> str:
 
 
 def read_shard_record(directory: pathlib.Path, index: int) -> dict | None:
-    """What `ShardWriter` says of a shard, or None where that shard is not whole."""
+    """What `ShardWriter` says of a shard, or None where that shard or the file about it is not whole."""
     path = directory / shard_name(index)
-    record = path.with_suffix(".json")
-    return json.loads(record.read_text()) if record.is_file() and path.is_file() else None
+    try:
+        record = json.loads(path.with_suffix(".json").read_text())
+    except (OSError, ValueError):
+        return None
+    return record if record.keys() >= SHARD_FIELDS and path.is_file() else None
 
 
 def assemble_manifest(shards: list[dict]) -> dict:
