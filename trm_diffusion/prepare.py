@@ -77,12 +77,12 @@ def prepare(
     preparation = preparation_of(config, source, spec, images_per_shard)
     count = -(-len(source) // images_per_shard)
     mine = range(process_index, count, process_count)
-    done = {index for index in mine if is_done(directory, index, spec, preparation)}
+    done = {index for index in range(count) if is_done(directory, index, spec, preparation)}
     encode = Encoder(vae, spec)
     images = {
         index: range(index * images_per_shard, min((index + 1) * images_per_shard, len(source))) for index in mine
     }
-    total, initial = sum(map(len, images.values())), sum(len(images[index]) for index in done)
+    total, initial = sum(map(len, images.values())), sum(len(images[index]) for index in done & images.keys())
     with tqdm.tqdm(total=total, initial=initial, unit="image", mininterval=1, disable=None) as bar:
         for index in mine:
             if index not in done:
@@ -90,12 +90,11 @@ def prepare(
                     write_shard(writer, source, images[index], encode, config.data.flip, stop, bar)
                 say(f"shard {index + 1} of {count}: {writer.records:,} records, {len(writer.bad_images)} bad images")
 
-    shards = [read_shard_record(directory, index) for index in range(count)]
-    missing = sum(shard is None for shard in shards)
+    missing = sum(not is_done(directory, index, spec, preparation) for index in range(count))
     if missing:
         say(f"this process has made its shards; {missing} of {count} are still to come from others")
         return
-    manifest = write_manifest(directory, shards, written_by())
+    manifest = write_manifest(directory, [read_shard_record(directory, i) for i in range(count)], written_by())
     bad = manifest["bad_images"]
     say(f"wrote {directory}: {manifest['records']:,} records in {count} shards, {len(bad)} images could not be read")
     for image in bad[:10]:
@@ -216,6 +215,6 @@ def read_ahead(
 
 
 def written_by() -> dict:
-    """Versions, for the manifest; nothing depends on the commit that the bytes do not show."""
+    """Versions, for the manifest."""
     packages = ("jax", "flax", "numpy", "pillow", "array_record")
     return {"version": trm_diffusion.__version__} | {name: importlib.metadata.version(name) for name in packages}

@@ -109,7 +109,7 @@ def _of_shard(root: pathlib.Path, index: int, shard: dict, spec: LatentSpec, cou
     about = path.with_suffix(".json")
     if read_shard_record(root, index) is None:
         yield f"{about} is {'damaged' if about.is_file() else 'missing'}"
-    if sha256(path) != shard["sha256"]:
+    if sha256(path) != shard.get("sha256"):
         yield f"{path} is damaged: its checksum is not the manifest's"
         return
     reader = ArrayRecordReader(str(path))

@@ -37,7 +37,7 @@ def place(tmp_path_factory):
         path = place / "images" / str(digits.target[index]) / f"{index:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((digits.images[index] * 15).astype(np.uint8)).resize((20, 16)).save(path)
-    (place / "images" / BAD).write_bytes((place / "images" / BAD).read_bytes()[:60])
+    (place / "images" / BAD).write_bytes(b"no picture")
     return place
 
 
@@ -80,7 +80,7 @@ def test_the_manifest_counts_and_names(whole):
     assert manifest["records"] == sum(manifest["class_counts"]) == 88
     assert [shard["records"] for shard in manifest["shards"]] == [20, 18, 20, 20, 10]
     (bad,) = manifest["bad_images"]
-    assert bad["name"] == BAD and "truncated" in bad["reason"]
+    assert bad["name"] == BAD and "cannot identify" in bad["reason"]
     preparation = manifest["preparation"]
     assert preparation["images"] == IMAGES and preparation["flip"] is True and preparation["image_size"] == 16
     assert preparation["vae"]["id"] == manifest["latent"].vae_id and manifest["written_by"]["jax"] == jax.__version__
@@ -276,5 +276,5 @@ def test_tars_hold_the_same_images_as_the_folder(place, tmp_path, kind):
         one, other = folder[names[name]], tars[others[name]]
         np.testing.assert_array_equal(one["image"], other["image"])
         assert one["label"] == other["label"]
-    with pytest.raises(UserError, match=r"cannot read the image .*\.tar/0013.png"):
-        tars[others[os.path.basename(BAD)]]
+    with pytest.raises(UserError, match=r"cannot read the image .*\.tar/0013.png \(cannot identify image file\)"):
+        tars[others[os.path.basename(BAD)]]  # without the address of anything in memory

@@ -2,6 +2,7 @@
 
 import contextlib
 import pathlib
+import re
 import threading
 
 import numpy as np
@@ -60,9 +61,8 @@ def naming_damage(name: str):
         yield
     # PIL's plugins report damage through all of these.
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise UnreadableImage(
-            f"cannot read the image {name} ({' '.join(str(error).split())}): repair or remove it"
-        ) from error
+        reason = re.sub(r" <\S+ object at 0x[0-9a-f]+>", "", " ".join(str(error).split()))  # the same in every run
+        raise UnreadableImage(f"cannot read the image {name} ({reason}): repair or remove it") from error
 
 
 class ImageFolderSource(Source):
