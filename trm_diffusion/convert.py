@@ -1,11 +1,13 @@
 """The conversion job: published weights into a directory of ours, and a run's or a directory's weights out again."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 from etils import epath
 
+from trm_diffusion.autoencoder import kept_spec
 from trm_diffusion.config import Config
 from trm_diffusion.errors import UserError
 from trm_diffusion.runs import layers_of_run, model_of
@@ -71,7 +73,9 @@ def _open(source: str, layout: str) -> Weights:
 def _of_run(workdir: Path) -> Weights:
     """A run's parameters (first average)."""
     path = epath.Path(workdir)
-    return weights_of(load_config(path), layers_of_run(path), str(workdir))
+    weights, spec = weights_of(load_config(path), layers_of_run(path), str(workdir)), kept_spec(path)
+    latent = {"latent": dataclasses.asdict(spec)} if spec else {}
+    return dataclasses.replace(weights, record=weights.record | latent)
 
 
 def weights_of(config: Config, layers: Parameters, source: str) -> Weights:

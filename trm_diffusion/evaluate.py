@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 
 import trm_diffusion
+from trm_diffusion.autoencoder import Decoder, load_decoder
 from trm_diffusion.config import Config
 from trm_diffusion.data.scenes import SceneSource
 from trm_diffusion.metrics.digits import evaluate_digits
@@ -22,7 +23,7 @@ from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.random import Purpose
 from trm_diffusion.runtime.signals import StopRequest
 from trm_diffusion.runtime.workdir import write_json
-from trm_diffusion.sample import draw_all, drawer, write_grid
+from trm_diffusion.sample import draw_all, image_drawer, write_grid
 
 SCENES_SHOWN = 6  # rows of `per_class` images in the picture of an evaluation
 
@@ -36,7 +37,8 @@ def evaluate(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
         say("config.evaluate.kind is none: nothing to measure")
         return
     experiment, state = load_run(config, workdir)
-    parameters, draw = sampling_parameters(experiment, state), drawer(experiment)
+    parameters, decoder = sampling_parameters(experiment, state), load_decoder(experiment, workdir)
+    draw = image_drawer(experiment, decoder)
 
     def generate(condition) -> np.ndarray:
         say(f"drawing {len(condition)} images to evaluate {workdir} at update {int(state.step)}")
@@ -46,7 +48,7 @@ def evaluate(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
     if jax.process_index() != 0:
         return
     passed = measures.pop("pass")
-    report = {**measures, "protocol": protocol(config, update=int(state.step)), "pass": bool(passed)}
+    report = {**measures, "protocol": protocol(config, int(state.step), decoder), "pass": bool(passed)}
     write_json(workdir / "evaluation.json", report)
     say(f"wrote {workdir / 'evaluation.json'} and pictures in {workdir / 'samples'}")
     print(json.dumps(report), flush=True)
@@ -95,7 +97,7 @@ def _balanced(config: Config) -> bool:
     return config.evaluate.label_rule == "balanced" and config.evaluate.num_samples % config.data.num_classes == 0
 
 
-def protocol(config: Config, update: int) -> dict:
+def protocol(config: Config, update: int, decoder: Decoder | None = None) -> dict:
     """Everything that a figure depends on and that its name does not say."""
     sample = config.sample
     decay = config.optim.ema_decays[0] if sample.parameters == "ema" else sample.parameters
@@ -114,7 +116,7 @@ def protocol(config: Config, update: int) -> dict:
         "train_seed": config.seed,
         "sample_seed": sample.seed,
         "dtype": config.model.dtype,
-        "vae": None,
+        "vae": decoder and decoder.record(),
         "version": trm_diffusion.__version__,
         "git_commit": git_commit(),
         "jax": importlib.metadata.version("jax"),

@@ -22,6 +22,7 @@ import tqdm
 from etils import epath
 
 from trm_diffusion.analysis.grids import image_grid, save_png
+from trm_diffusion.autoencoder import load_decoder
 from trm_diffusion.config import Config
 from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.evaluate import evaluation_labels, protocol
@@ -29,7 +30,7 @@ from trm_diffusion.metrics.image_sets import FolderImages
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.signals import StopRequest
 from trm_diffusion.runtime.workdir import write_json
-from trm_diffusion.sample import drawer, load_run, sampling_parameters
+from trm_diffusion.sample import image_drawer, load_run, sampling_parameters
 
 PLACE = ("version", "git_commit", "jax", "device")  # of the record: where it ran, which may change between two starts
 
@@ -42,13 +43,16 @@ def export(config: Config, workdir: epath.Path, stop: StopRequest, count: int, o
         in ADM's layout: arr_0 uint8 [N, H, W, C], arr_1 labels [N].
 
     Raises:
-      UserError: a model of texts, latents instead of images, or a folder that holds images drawn otherwise.
+      UserError: a model of texts, latents without their autoencoder, or a folder that holds images drawn otherwise.
       Interrupted: asked to stop; what was drawn stays.
     """
     if config.model.architecture != "dit":
         raise UserError("--num draws labels; a model of texts draws --prompts=FILE")
-    if config.data.channels not in (1, 3):
-        raise UserError(f"config.data.channels={config.data.channels}: only grey or RGB images can be exported")
+    if config.data.channels not in (1, 3) and not config.data.vae:
+        raise UserError(
+            f"config.data.channels={config.data.channels}: latents are exported as images, by the autoencoder that "
+            "config.data.vae names"
+        )
     config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, num_samples=count))
     experiment, state = load_run(config, workdir)
     update = int(state.step)
@@ -56,9 +60,10 @@ def export(config: Config, workdir: epath.Path, stop: StopRequest, count: int, o
     folder = target.with_suffix("") if target.suffix == ".npz" else target
     labels = evaluation_labels(config)
     batches = unfinished_batches(folder, count, config.sample.batch_size)
-    start(folder, labels, protocol(config, update))
+    decoder = load_decoder(experiment, workdir)
+    start(folder, labels, protocol(config, update, decoder))
 
-    draw, parameters = drawer(experiment), sampling_parameters(experiment, state)
+    draw, parameters = image_drawer(experiment, decoder), sampling_parameters(experiment, state)
     missing = sum(len(indices) for indices in batches)
     with tqdm.tqdm(total=count, initial=count - missing, unit="image", mininterval=1) as bar:
         for indices in batches:

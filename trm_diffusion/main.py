@@ -15,7 +15,7 @@ from ml_collections import config_flags
 
 from trm_diffusion.errors import EXIT_RESUMABLE, EXIT_USER_ERROR, Interrupted, UserError
 
-MODES = ("train", "sample", "evaluate", "analyze", "reference", "compare", "convert", "doctor")
+MODES = ("train", "sample", "evaluate", "analyze", "prepare", "verify", "reference", "compare", "convert", "doctor")
 PLATFORMS = ("", "cpu", "cuda", "tpu")
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -40,13 +40,20 @@ MERGE = flags.DEFINE_bool("merge", False, "convert: put a plain LoRA into the ba
 IMAGES = flags.DEFINE_string("images", None, "Folder or .npz of images: evaluate these, or make a reference of them")
 IMAGE_SIZE = flags.DEFINE_integer("image_size", 0, "Crop the pictures of --images to this size first, as ADM does")
 REFERENCE = flags.DEFINE_string("reference", None, "Reference .npz that --images are compared with")
-INCEPTION = flags.DEFINE_string("inception", None, "Weights of the FID Inception network, .safetensors or .pth")
+INCEPTION = flags.DEFINE_string(
+    "inception", None, "Weights of the FID Inception network: .safetensors, .pth, or converted"
+)
 PRECISION_RECALL_DTYPE = flags.DEFINE_enum(
     "precision_recall_dtype", "float32", ("float32", "float16"), "Of the distances between features"
 )
 EVALUATIONS = flags.DEFINE_list("evaluations", None, "evaluation.json files to compare, separated by commas")
 NUM = flags.DEFINE_integer("num", 0, "With --mode=sample: draw so many images as PNG files, instead of a grid")
-OUT = flags.DEFINE_string("out", None, "What to write: samples (folder or .npz), evaluation, reference or comparison")
+OUT = flags.DEFINE_string(
+    "out", None, "What to write: samples (folder or .npz), evaluation, reference or comparison; the latents of prepare"
+)
+IMAGES_PER_SHARD = flags.DEFINE_integer("images_per_shard", 5000, "prepare: images in a shard of latents")
+PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "prepare: which of the processes that share it this is")
+PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "prepare: how many processes share it; JAX's by default")
 PLATFORM = flags.DEFINE_enum("platform", "", PLATFORMS, "Refuse to run on anything else; any device by default")
 
 
@@ -105,6 +112,8 @@ def run(mode: str, platform: str) -> int:
         return 0 if doctor() else 1
     if IMAGES.value or mode in ("reference", "compare", "convert"):
         return run_on_files(mode)
+    if mode in ("prepare", "verify"):
+        return run_on_latents(mode)
 
     from trm_diffusion.analyze import analyze
     from trm_diffusion.config import resolve
@@ -133,6 +142,30 @@ def run(mode: str, platform: str) -> int:
     with StopRequest() as stop:
         for job in jobs[mode]:
             job(config, workdir, stop)
+    return 0
+
+
+def run_on_latents(mode: str) -> int:
+    """Makes a directory of latents, or checks one."""
+    from trm_diffusion.config import resolve
+    from trm_diffusion.prepare import prepare
+    from trm_diffusion.runtime.signals import StopRequest
+    from trm_diffusion.verify import verify
+
+    config = None if CONFIG.value is None else resolve(CONFIG.value)
+    if mode == "verify":
+        return 0 if verify(OUT.value or "", config) else EXIT_USER_ERROR
+    if config is None:
+        raise UserError("--mode=prepare needs --config, whose config.data and config.data.vae it reads")
+    with StopRequest() as stop:
+        prepare(
+            config,
+            OUT.value or "",
+            stop,
+            images_per_shard=IMAGES_PER_SHARD.value,
+            process_index=PROCESS_INDEX.value,
+            process_count=PROCESS_COUNT.value,
+        )
     return 0
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 
 from trm_diffusion.analysis.grids import captioned_grid, image_grid, save_png
+from trm_diffusion.autoencoder import Decoder, load_decoder
 from trm_diffusion.build import Experiment
 from trm_diffusion.config import Config
 from trm_diffusion.diffusion.guidance import guide
@@ -29,8 +30,14 @@ GRID_PIXELS = 64  # images narrower than this are shown enlarged
 CAPTIONED_PIXELS = 160  # and with captions than this
 
 
+def image_drawer(experiment: Experiment, decoder: Decoder | None) -> Callable:
+    """`drawer` of images, where there is a decoder for the latents that the model denoises."""
+    draw = drawer(experiment)
+    return draw if decoder is None else lambda *arguments: decoder(draw(*arguments))
+
+
 def drawer(experiment: Experiment, *, with_reports: bool = False) -> Callable:
-    """draw(parameters, condition [B, ...], indices [B]) -> images [B, H, W, C] float32, jitted over the mesh.
+    """draw(parameters, condition [B, ...], indices [B]) -> images or latents [B, H, W, C] float32, over the mesh.
 
     An image depends on its condition (see `Experiment.condition_of`), its index and `sample.seed` alone, not on its
     batch or the number of devices. With `with_reports` it also returns the gates' `RoutingReport` of every diffusion
@@ -96,7 +103,7 @@ def save_grid(
 
 def write_grid(path: epath.Path, images: np.ndarray, config: Config, captions: Sequence[str] | None = None):
     """Lays [N, H, W, C] out, `per_class` images in a row and captions under them, and writes a PNG; returns it."""
-    size, columns = config.data.image_size, config.sample.per_class
+    size, columns = images.shape[2], config.sample.per_class
     if captions:
         grid = captioned_grid(images, captions, columns, scale=max(1, CAPTIONED_PIXELS // size))
     else:
@@ -115,7 +122,8 @@ def sample(config: Config, workdir: epath.Path, stop: StopRequest, prompts: Sequ
     experiment, state = load_run(config, workdir)
     request = request_of(experiment, workdir, prompts)
     parameters = sampling_parameters(experiment, state)
-    images = np.concatenate(list(draw_all(drawer(experiment), config, parameters, request.condition, stop)))
+    draw = image_drawer(experiment, load_decoder(experiment, workdir))
+    images = np.concatenate(list(draw_all(draw, config, parameters, request.condition, stop)))
     directory, step = workdir / "samples", f"{int(state.step):07d}"
     path = directory / f"{'prompts' if prompts else 'grid'}_{step}.png"
     write_grid(path, images, config, request.captions)

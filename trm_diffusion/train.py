@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from etils import epath
 
+from trm_diffusion.autoencoder import check_latents, keep_spec, load_decoder
 from trm_diffusion.build import Experiment, build
 from trm_diffusion.config import Config
 from trm_diffusion.data.pipeline import make_iterator
@@ -37,7 +38,7 @@ from trm_diffusion.runtime.signals import StopRequest
 from trm_diffusion.runtime.state import TrainState
 from trm_diffusion.runtime.window import Window, routing_metrics
 from trm_diffusion.runtime.workdir import changed_fields, save_config
-from trm_diffusion.sample import drawer, save_grid
+from trm_diffusion.sample import image_drawer, save_grid
 
 
 def loss_and_metrics(
@@ -166,6 +167,7 @@ def train(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
     """Trains to `train.updates`, from wherever the run stands. Raises Interrupted after saving, when asked to stop."""
     experiment = build(config)
     source = training_source(config)
+    check_latents(config, source, workdir)
     iterator = make_iterator(
         source,
         config.data,
@@ -177,6 +179,7 @@ def train(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
     with Checkpoints(workdir / "checkpoints", config.checkpoint) as checkpoints:
         state, loop = starting_state(experiment, workdir, checkpoints, iterator)
         keep_words(config, workdir)
+        keep_spec(source, workdir)
         _describe(experiment, state)
         if int(state.step) < config.train.updates:
             _loop(experiment, workdir, stop, checkpoints, iterator, state, loop)
@@ -241,8 +244,9 @@ def _loop(experiment, workdir, stop, checkpoints, iterator, state, loop) -> None
             if logger:
                 logger.metrics(step, line)
 
-    draw = drawer(experiment)
-    request = request_of(experiment, workdir) if config.log.samples_every else None
+    if config.log.samples_every:
+        draw = image_drawer(experiment, load_decoder(experiment, workdir))
+        request = request_of(experiment, workdir)
     unread = None  # the metrics of the update before, read while the present one runs
     try:
         for step in range(start + 1, total + 1):

@@ -93,7 +93,7 @@ def test_the_same_records_give_the_same_bytes(tmp_path):
         return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
 
     first = digests(prepare(tmp_path / "first"))
-    assert len(first) == 4 and first == digests(prepare(tmp_path / "second"))
+    assert len(first) == 7 and first == digests(prepare(tmp_path / "second"))
 
 
 def test_an_interrupted_writer_leaves_no_manifest_and_can_run_again(tmp_path):
@@ -102,7 +102,7 @@ def test_an_interrupted_writer_leaves_no_manifest_and_can_run_again(tmp_path):
         writer.write(np.zeros(SHAPE), np.ones(SHAPE), 0)
         raise KeyboardInterrupt
     assert not list(directory.iterdir())
-    with pytest.raises(UserError, match=r"manifest\.json.*LatentWriter"):
+    with pytest.raises(UserError, match=r"manifest\.json.*--mode=prepare"):
         make_source(latent_config(directory))
     prepare(directory)
     assert len(make_source(latent_config(directory))) == COUNT
@@ -126,7 +126,7 @@ def test_writer_refusals(tmp_path, prepared):
     ("changes", "says"),
     [
         ({"path": ""}, "--config.data.source=synthetic"),
-        ({"path": "/no/such/place"}, "LatentWriter"),
+        ({"path": "/no/such/place"}, "--mode=prepare"),
         ({"image_size": 8}, "config.data.image_size=4"),
         ({"channels": 4}, "config.data.channels=2"),
         ({"num_classes": 10}, "config.data.num_classes=3"),

@@ -69,7 +69,7 @@ def test_synthetic_is_standard_normal_balanced_and_reproducible():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"source": "imagenet"}, "digits, synthetic, image_folder, tfds, latents"),
+        ({"source": "imagenet"}, "digits, synthetic, image_folder, image_tars, tfds, latents"),
         ({"image_size": 16}, "config.data.image_size=8"),
         ({"channels": 3}, "config.data.channels=1"),
         ({"num_classes": 11}, "config.data.num_classes=10"),

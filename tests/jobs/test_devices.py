@@ -77,7 +77,7 @@ def test_a_checkpoint_of_eight_devices_goes_on_on_one(runs):
 def test_no_prepared_data_ends_in_one_line_that_says_how(tmp_path):
     _, err = finished(command("--config=configs/imagenet256.py:model=S/8", f"--workdir={tmp_path / 'run'}"), code=2)
     line = err.strip().splitlines()[-1]
-    assert line.startswith("error: ") and "LatentWriter" in line and "synthetic" in line
+    assert line.startswith("error: ") and "--mode=prepare" in line and "synthetic" in line
 
 
 def test_a_platform_that_is_not_here_is_refused():

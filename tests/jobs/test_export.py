@@ -114,5 +114,5 @@ def test_a_folder_of_other_images_is_refused(workdir, whole):
 
 def test_latents_cannot_be_exported(workdir, tmp_path):
     config = tiny_config(data__source="synthetic", data__channels=4)
-    with pytest.raises(UserError, match="config.data.channels=4: only grey or RGB"):
+    with pytest.raises(UserError, match="config.data.channels=4: latents are exported .* config.data.vae"):
         export(config, workdir, StopRequest(), COUNT, str(tmp_path))

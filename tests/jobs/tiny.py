@@ -5,7 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from trm_diffusion.config import Config, default_config, resolve
+from trm_diffusion.weights.convert import LAYOUTS, Weights
+from trm_diffusion.weights.safetensors import TensorSpec
+from trm_diffusion.weights.store import save_weights
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,6 +28,17 @@ def tiny_config(**overrides) -> Config:
     c.checkpoint.every = 4
     c.update_from_flattened_dict({name.replace("__", "."): value for name, value in overrides.items()})
     return resolve(c)
+
+
+def write_tiny_vae(directory: Path, seed: int = 0, **changes) -> str:
+    """Writes a random autoencoder, two pixels a side of a latent cell, as `--mode=convert` does; returns the path."""
+    model = dict(channels=[4, 8], blocks=1, image_channels=3, latent_channels=4, quant_conv=True, groups=2)
+    model |= dict(scale=0.5, shift=0.1) | changes
+    rng, shapes = np.random.default_rng(seed), LAYOUTS["diffusers-vae"].shapes(model)
+    values = {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
+    specs = {name: TensorSpec(value.shape, value.dtype) for name, value in values.items()}
+    save_weights(directory, Weights("vae", model, specs, values.__getitem__, {"layout": "diffusers-vae"}))
+    return str(directory)
 
 
 def command(*arguments: str, devices: int = 1, **options) -> subprocess.Popen:

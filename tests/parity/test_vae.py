@@ -40,7 +40,7 @@ def autoencoder(kind):
 def test_diffusers_layout(kind, tmp_path):
     theirs = autoencoder(kind)
     converted(theirs, tmp_path, "diffusers-vae")
-    vae, spec = load_vae(tmp_path / "ours", image_size=24)
+    vae, spec = load_vae(tmp_path / "ours", latent_size=6)
     assert (spec.scale, spec.shift) == (theirs.config.scaling_factor, theirs.config.shift_factor or 0.0)
     assert (spec.channels, spec.size) == (theirs.config.latent_channels, 6)
     images = torch.rand(2, 3, 24, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from trm_diffusion.runtime.checkpoints import Checkpoints
 from trm_diffusion.train import starting_state
 from trm_diffusion.weights import source as sources
 from trm_diffusion.weights.convert import LAYOUTS, detect, to_ours
+from trm_diffusion.weights.inception import load_inception, random_state
 from trm_diffusion.weights.safetensors import TensorSpec, read_safetensors, write_safetensors
 from trm_diffusion.weights.source import open_source
 from trm_diffusion.weights.store import load_weights
@@ -32,7 +34,7 @@ SD3 = dict(
     depth=3, width=16, heads=2, patch=2, mlp_ratio=4.0, qk_norm=True, dual_attention_blocks=1, position_max_size=6,
     position_base_size=4, image_size=8, in_channels=4, out_channels=4, text_features=6, pooled_features=5
 )  # fmt: skip
-MODELS = {"dit": DIT, "mmdit": SD3, "vae": VAE}
+MODELS = {"dit": DIT, "mmdit": SD3, "vae": VAE, "inception": {}}
 
 
 def published(layout_name: str, dtype=np.float32) -> dict[str, np.ndarray]:
@@ -170,6 +172,19 @@ def test_other_models_of_a_single_file_stay_out(tmp_path):
     path = write(tmp_path / "weights.safetensors", published("single-file-vae") | {"stray": np.zeros(3, np.float32)})
     with pytest.raises(UserError, match="stray is unexpected"):
         to_ours(open_source(path))
+
+
+def test_inception_by_file_and_by_directory_is_the_same_network(tmp_path):
+    """Counters of its batch norms are no weights: they are listed, and not needed."""
+    state = random_state(0)
+    counters = {f"{layer}.bn.num_batches_tracked": np.zeros((), np.int64) for layer in ("Conv2d_1a_3x3", "Mixed_5b.x")}
+    path = write(tmp_path / "weights.safetensors", state | counters)
+    convert(path, str(tmp_path / "ours"))
+    manifest = json.loads((tmp_path / "ours/manifest.json").read_text())
+    assert sorted(manifest["unused"]) == sorted(counters) and manifest["kind"] == "inception"
+    one, other = load_inception(path), load_inception(str(tmp_path / "ours"))
+    assert one[1] == other[1] == manifest["files"][0]["sha256"]
+    jax.tree.map(np.testing.assert_array_equal, one[0], other[0])
 
 
 def test_shards_with_an_index(tmp_path):

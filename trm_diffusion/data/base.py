@@ -6,18 +6,21 @@ import dataclasses
 import numpy as np
 
 from trm_diffusion.errors import UserError
+from trm_diffusion.models.latent import LatentSpec
 
 Element = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    # digits, synthetic, image_folder, tfds, latents; with captions: scenes, emoji, caption_folder, tfds_captions
+    # digits, synthetic, image_folder, image_tars, tfds, latents;
+    # with captions: scenes, emoji, caption_folder, tfds_captions
     source: str = "digits"
-    path: str = ""  # folders, latents: the directory; tfds, tfds_captions: the data_dir ("" = TFDS's own default)
+    path: str = ""  # folders, tars, latents: the directory; tfds, tfds_captions: the data_dir ("" = TFDS's own default)
     tfds_name: str = "imagenet2012"  # tfds, tfds_captions: the dataset's name, with config and version if need be
     split: str = "train"  # digits: train or test; scenes: train, seen, held_out or all; tfds: any split expression
     image_size: int = 8  # pixels or latent cells a side
+    vae: str = ""  # converted autoencoder, for --mode=prepare and to decode samples of latents; "" shows latents
     channels: int = 1  # 1 = grey, 3 = RGB, latents: the VAE's
     num_classes: int = 10  # labels are 0 .. num_classes - 1; 0 where captions take their place
     flip: bool = False  # random horizontal flip, anew in each epoch
@@ -37,7 +40,7 @@ class Source(abc.ABC):
       num_classes: labels are 0 .. num_classes - 1; 0 if captioned.
       captioned: whether elements have captions in place of labels.
       vocabulary: every word of the captions, if they keep to a closed set; a word's place must not change.
-      vocabulary: every word of the captions, if they have a closed vocabulary; a word's place must not change.
+      spec: what the latents are, where records are latents of images.
       stochastic: whether `sample` uses its generator, so that a record differs from epoch to epoch.
       in_memory: whether reading is so cheap that more than one read thread would only cost time.
     """
@@ -46,9 +49,13 @@ class Source(abc.ABC):
     num_classes: int = 0
     captioned: bool = False
     vocabulary: tuple[str, ...] = ()
-    vocabulary: tuple[str, ...] = ()
+    spec: LatentSpec | None = None
     stochastic: bool = False
     in_memory: bool = False
+
+    def name(self, index: int) -> str:
+        """What a person finds record `index` by."""
+        return f"record {index}"
 
     @abc.abstractmethod
     def __len__(self) -> int:

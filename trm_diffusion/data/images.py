@@ -1,6 +1,8 @@
 """Images from a folder of class folders, or from TensorFlow Datasets without TensorFlow."""
 
+import contextlib
 import pathlib
+import re
 import threading
 
 import numpy as np
@@ -9,6 +11,11 @@ from trm_diffusion.data.base import Element, Source, make_element
 from trm_diffusion.errors import UserError
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+CROP_RULE = "ADM: box halving, bicubic, centre"
+
+
+class UnreadableImage(UserError):
+    """One image of a data set cannot be decoded; the others may be fine."""
 
 
 def centre_crop(image, size: int):
@@ -36,18 +43,26 @@ def to_training_image(image, size: int, channels: int) -> np.ndarray:
     return pixels / 127.5 - 1
 
 
-def read_training_image(path: str, size: int, channels: int) -> np.ndarray:
-    """`to_training_image` of a file. Raises a UserError if it cannot be read."""
+def read_training_image(file, size: int, channels: int, name: str = "") -> np.ndarray:
+    """`to_training_image` of a path or an open file, `name` in errors. Raises UnreadableImage."""
+    from PIL import Image
+
+    with naming_damage(name or file):
+        with Image.open(file) as image:
+            return to_training_image(image, size, channels)
+
+
+@contextlib.contextmanager
+def naming_damage(name: str):
+    """Turns what decoders raise into an UnreadableImage that names the image."""
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
-            return to_training_image(image, size, channels)
+        yield
     # PIL's plugins report damage through all of these.
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"cannot read the image {path} ({' '.join(str(error).split())}): repair or remove the file"
-        ) from error
+        reason = re.sub(r" <\S+ object at 0x[0-9a-f]+>", "", " ".join(str(error).split()))  # the same in every run
+        raise UnreadableImage(f"cannot read the image {name} ({reason}): repair or remove it") from error
 
 
 class ImageFolderSource(Source):
@@ -81,6 +96,9 @@ class ImageFolderSource(Source):
     def __len__(self) -> int:
         return len(self._files)
 
+    def name(self, index: int) -> str:
+        return self._files[index]
+
     def __getitem__(self, index: int) -> Element:
         size, _, channels = self.sample_shape
         pixels = read_training_image(f"{self._root}/{self._files[index]}", size, channels)
@@ -110,8 +128,12 @@ class TfdsSource(Source):
     def __len__(self) -> int:
         return self._length
 
+    def name(self, index: int) -> str:
+        return f"{self._name} {self._split} record {index}"
+
     def __getitem__(self, index: int) -> Element:
-        record = self._record(index)
+        with naming_damage(self.name(index)):
+            record = self._record(index)
         return make_element(self._training_image(record), record["label"], index)
 
     def _record(self, index: int) -> dict:

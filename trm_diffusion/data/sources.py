@@ -5,10 +5,20 @@ import numpy as np
 from trm_diffusion.data.base import DataConfig, Element, Source, check_matches_config, make_element
 from trm_diffusion.errors import UserError
 
-__all__ = ["CAPTIONED_SOURCES", "SOURCES", "DataConfig", "Element", "Source", "SyntheticSource", "make_source"]
+__all__ = [
+    "CAPTIONED_SOURCES",
+    "IMAGE_SOURCES",
+    "SOURCES",
+    "DataConfig",
+    "Element",
+    "Source",
+    "SyntheticSource",
+    "make_source",
+]
 
 CAPTIONED_SOURCES = ("scenes", "emoji", "caption_folder", "tfds_captions")
-SOURCES = ("digits", "synthetic", "image_folder", "tfds", "latents", *CAPTIONED_SOURCES)
+IMAGE_SOURCES = ("image_folder", "image_tars", "tfds")  # labelled images from disk, which --mode=prepare can encode
+SOURCES = ("digits", "synthetic", *IMAGE_SOURCES, "latents", *CAPTIONED_SOURCES)
 
 _SYNTHETIC_SEED = 20_231
 
@@ -62,6 +72,10 @@ def make_source(config: DataConfig) -> Source:
         from trm_diffusion.data.images import ImageFolderSource
 
         source = ImageFolderSource(config.path, **size)
+    elif config.source == "image_tars":
+        from trm_diffusion.data.tars import ImageTarSource
+
+        source = ImageTarSource(config.path, num_classes=config.num_classes, **size)
     elif config.source == "caption_folder":
         from trm_diffusion.data.captions import CaptionFolderSource
 
@@ -80,7 +94,7 @@ def make_source(config: DataConfig) -> Source:
         if config.flip:
             raise UserError(
                 "config.data.flip=true with config.data.source=latents: a flipped latent is not the latent "
-                "of the flipped image; set flip=false and write flipped images as records of their own"
+                "of the flipped image; set flip=false, and flip=true when --mode=prepare makes the latents"
             )
         source = LatentSource(config.path)
     check_matches_config(source, config)
@@ -96,5 +110,5 @@ def _check_config(config: DataConfig) -> None:
             raise UserError(f"config.data.{field}={getattr(config, field)} must be at least {least}")
     if config.workers < 0:
         raise UserError(f"config.data.workers={config.workers} must be 0 (no worker processes) or more")
-    if config.source in ("image_folder", "tfds", "caption_folder", "tfds_captions") and config.channels not in (1, 3):
+    if config.source in (*IMAGE_SOURCES, "caption_folder", "tfds_captions") and config.channels not in (1, 3):
         raise UserError(f"config.data.channels={config.channels}: images have 1 (grey) or 3 (RGB) channels")

@@ -1,6 +1,7 @@
 """A run's directory: what lies where, and the config that was resolved for it.
 
 config.json        the resolved config, with format and library versions
+latent.json        what the latents are, of a model of latents
 words.json         the vocabulary of a model that reads words, and the captions of its grids
 checkpoints/       Orbax checkpoints, by update number
 metrics.jsonl      one line of metrics every `log.every` updates

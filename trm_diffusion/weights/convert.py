@@ -12,6 +12,7 @@ import numpy as np
 from trm_diffusion.errors import UserError
 from trm_diffusion.weights.dit import DIFFUSERS_DIT, DIT
 from trm_diffusion.weights.forms import Rule
+from trm_diffusion.weights.inception import INCEPTION
 from trm_diffusion.weights.layout import Layout, Model
 from trm_diffusion.weights.mmdit import DIFFUSERS_SD3, SINGLE_FILE_SD3
 from trm_diffusion.weights.safetensors import TensorSpec
@@ -21,7 +22,7 @@ from trm_diffusion.weights.vae import DIFFUSERS_VAE, SINGLE_FILE_VAE
 SIT = dataclasses.replace(DIT, name="sit")  # the same tensors, trained on another objective
 LAYOUTS = {
     layout.name: layout
-    for layout in (DIT, SIT, DIFFUSERS_DIT, DIFFUSERS_SD3, SINGLE_FILE_SD3, DIFFUSERS_VAE, SINGLE_FILE_VAE)
+    for layout in (DIT, SIT, DIFFUSERS_DIT, DIFFUSERS_SD3, SINGLE_FILE_SD3, DIFFUSERS_VAE, SINGLE_FILE_VAE, INCEPTION)
 }
 CONSTANT_TOLERANCE = {2: 4e-3, 4: 1e-5, 8: 1e-5}  # by bytes of the dtype; constants are at most 1
 PROBLEMS_SHOWN = 4
@@ -31,7 +32,7 @@ PROBLEMS_SHOWN = 4
 class Weights:
     """A model's parameters by path, each block on its own, to be read one after another."""
 
-    kind: str  # dit, mmdit or vae
+    kind: str  # dit, mmdit, vae or inception
     model: Model
     specs: dict[str, TensorSpec]
     read: Callable[[str], np.ndarray]  # path -> values; UserError where they are not usable
@@ -97,7 +98,10 @@ def to_ours(source: Source, layout: str = "") -> Weights:
     def read(name: str) -> np.ndarray:
         return _ours(by_name[name], tensors, specs[name].dtype, source.name)
 
-    return Weights(form.kind, model, specs, read, {"layout": form.name} | source.record())
+    record = {"layout": form.name} | source.record()
+    if form.unused:
+        record["unused"] = [name for name in source.tensors if name.endswith(form.unused)]
+    return Weights(form.kind, model, specs, read, record)
 
 
 def _named(source: Source, layout: Layout, prefix: str) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -107,6 +111,8 @@ def _named(source: Source, layout: Layout, prefix: str) -> tuple[dict[str, np.nd
         if not name.startswith(prefix):
             if not name.startswith(layout.neighbours):
                 problems.append(f"{name} is unexpected")
+            continue
+        if name.endswith(layout.unused):
             continue
         name = name.removeprefix(prefix)
         if not prefix and name.startswith(layout.neighbours):

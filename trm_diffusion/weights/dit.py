@@ -10,7 +10,7 @@ from flax import nnx
 from trm_diffusion.models.dit import SIZES, DiT, DiTConfig
 from trm_diffusion.models.embed import sincos_positions
 from trm_diffusion.weights.forms import SAME, Rule, affine, copies, patches
-from trm_diffusion.weights.layout import Layout, Model, Shapes, depth_of
+from trm_diffusion.weights.layout import Layout, Model, Shapes, depth_of, shapes_of
 
 
 def _model(
@@ -92,7 +92,7 @@ DIT = Layout(
     kind="dit",
     signature=("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "blocks.0.attn.qkv.weight"),
     infer=infer,
-    build=build,
+    shapes=shapes_of(build),
     rules=rules,
     constants=functools.partial(_positions, "pos_embed"),
 )
@@ -164,7 +164,7 @@ DIFFUSERS_DIT = Layout(
     kind="dit",
     signature=("pos_embed.proj.weight", "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"),
     infer=infer_diffusers,
-    build=build,
+    shapes=shapes_of(build),
     rules=rules_diffusers,
     config=config_diffusers,
     constants=functools.partial(_positions, "pos_embed.pos_embed"),

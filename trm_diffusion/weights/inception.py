@@ -1,9 +1,13 @@
-"""Weights of the FID Inception network: from a file in the layout of pytorch-fid, or random in the same layout."""
+"""Weights of the FID Inception network: as pytorch-fid and torch-fidelity publish them, converted, or random."""
+
+import json
 
 import numpy as np
 
 from trm_diffusion.errors import UserError
 from trm_diffusion.metrics.inception import Weights, layer_shapes
+from trm_diffusion.weights.forms import CONV, SAME, Rule, affine
+from trm_diffusion.weights.layout import Layout
 from trm_diffusion.weights.source import open_source, sha256
 
 NUM_LOGITS, POOL_WIDTH = 1008, 2048
@@ -13,13 +17,24 @@ PUBLISHED = "pt_inception-2015-12-05-6726825d"
 
 
 def load_inception(path: str) -> tuple[Weights, str]:
-    """Weights for `inception_features` from a .safetensors or .pth file, and the sha256 of the file.
+    """Weights for `inception_features` from a .safetensors or .pth file or a converted directory, and their sha256.
+
+    The sha256 is that of the published file, before and after its conversion.
 
     Raises:
       UserError: no such file, another format, or tensors that are missing or of another shape.
     """
     source = open_source(path)
-    state = source.tensors
+    state, digest = source.tensors, sha256(source.files[0])
+    manifest = source.files[0].parent / "manifest.json"
+    if rules()[0].ours in state and manifest.exists():
+        state = {
+            name: tensor
+            for rule in rules()
+            if rule.ours in state
+            for name, tensor in zip(rule.theirs, rule.form.theirs(state[rule.ours]), strict=True)
+        }
+        digest = json.loads(manifest.read_text())["files"][0]["sha256"]
     expected = state_shapes()
     wrong = [name for name, shape in expected.items() if name not in state or state[name].shape != shape]
     if wrong:
@@ -29,7 +44,7 @@ def load_inception(path: str) -> tuple[Weights, str]:
             f"--inception={path} is not the FID Inception network: {name} {found}, expected {expected[name]} "
             f"({len(wrong)} tensors differ); use {PUBLISHED}.pth of pytorch-fid, or the same as .safetensors"
         )
-    return fold_batch_norms(state), sha256(source.files[0])
+    return fold_batch_norms(state), digest
 
 
 def fold_batch_norms(state: dict[str, np.ndarray]) -> Weights:
@@ -56,6 +71,34 @@ def state_shapes() -> dict[str, tuple[int, ...]]:
         shapes[f"{layer}.conv.weight"] = (channels_out, channels_in, height, width)
         shapes |= {f"{layer}.bn.{name}": (channels_out,) for name in BATCH_NORM}
     return shapes
+
+
+def rules() -> list[Rule]:
+    """Batch norms stay apart from their convolutions, so that the published tensors come out again."""
+    found = [*affine("fc", "fc")]
+    for layer in layer_shapes():
+        path = layer.replace(".", "/")
+        found.append(Rule(f"{path}/conv/kernel", (f"{layer}.conv.weight",), CONV))
+        ours = ("scale", "bias", "mean", "variance")
+        found += [Rule(f"{path}/norm/{a}", (f"{layer}.bn.{b}",), SAME) for a, b in zip(ours, BATCH_NORM, strict=True)]
+    return found
+
+
+def _our_shapes(model: dict) -> dict[str, tuple[int, ...]]:
+    del model  # there is one
+    shapes = state_shapes()
+    return {rule.ours: rule.form.ours(np.broadcast_to(np.int8(0), shapes[rule.theirs[0]])).shape for rule in rules()}
+
+
+INCEPTION = Layout(
+    name="fid-inception",
+    kind="inception",
+    signature=("Conv2d_1a_3x3.bn.running_mean", "Mixed_7c.branch_pool.conv.weight", "fc.bias"),
+    infer=lambda shapes, config: {},
+    shapes=_our_shapes,
+    rules=lambda model: rules(),
+    unused=(".num_batches_tracked",),
+)
 
 
 def random_state(seed: int) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from flax import nnx
 from trm_diffusion.models.embed import cropped_sincos_positions
 from trm_diffusion.models.mmdit import JointConfig, MMDiT, MMDiTConfig
 from trm_diffusion.weights.forms import SAME, Form, Rule, affine, patches, swapped
-from trm_diffusion.weights.layout import Layout, Model, Shapes, depth_of
+from trm_diffusion.weights.layout import Layout, Model, Shapes, depth_of, shapes_of
 
 HEAD_FEATURES = 64  # of every published SD3
 IMAGE_SIZE = 128  # latent cells a side that positions were made for, where no config.json says
@@ -189,7 +189,7 @@ def _layout(name: str, names: Names, **options) -> Layout:
         kind="mmdit",
         signature=(f"{names.patch_embed}.weight", f"{names.block}0.{names.text.qkv[0]}.weight"),
         infer=functools.partial(infer, names),
-        build=build,
+        shapes=shapes_of(build),
         rules=functools.partial(rules, names),
         constants=functools.partial(positions, names),
         **options,

@@ -21,6 +21,7 @@ from trm_diffusion.models.vae import VAE
 from trm_diffusion.weights import vae
 from trm_diffusion.weights.convert import Weights
 from trm_diffusion.weights.safetensors import TensorSpec, read_safetensors, write_safetensors
+from trm_diffusion.weights.source import sha256
 
 FORMAT = 1
 OWN_FIELDS = ("format", "version", "kind", "model", "parameters")  # of a manifest; the others are the weights' record
@@ -61,17 +62,23 @@ def load_weights(directory: str | os.PathLike) -> Weights:
     return Weights(record["kind"], record["model"], specs, tensors.__getitem__, origin)
 
 
-def load_vae(directory: str | os.PathLike, image_size: int) -> tuple[VAE, LatentSpec]:
-    """The autoencoder of a converted directory, and what its latents of images of this size are."""
+def load_vae(directory: str | os.PathLike, latent_size: int) -> tuple[VAE, LatentSpec]:
+    """The autoencoder of a converted directory, and what its latents of so many cells a side are.
+
+    Its id is the hash of the converted weights. Raises UserError where there is none.
+    """
+    directory = Path(directory)
+    if not holds_weights(directory):
+        raise UserError(f"{directory} holds no converted autoencoder; --mode=convert --from=SOURCE --to=DIR writes one")
     weights = load_weights(directory)
     if weights.kind != "vae":
         raise UserError(f"{directory} holds a {weights.kind}, not an autoencoder")
     config = vae.config_of(weights.model)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: VAE(config, rngs=nnx.Rngs(0))))
     flat = {path: np.asarray(weights.read("/".join(map(str, path)))) for path, _ in nnx.to_flat_state(state)}
-    files = weights.record.get("files") or [{"sha256": "0" * 12}]
-    vae_id = f"{weights.record.get('source', directory)}@{files[0]['sha256'][:12]}"
-    return nnx.merge(graphdef, nnx.from_flat_state(flat)), config.latent_spec(vae_id, image_size)
+    vae_id = f"sha256:{sha256(directory / TENSORS)}"
+    spec = config.latent_spec(vae_id, latent_size * config.factor)
+    return nnx.merge(graphdef, nnx.from_flat_state(flat)), spec
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from flax import nnx
 
 from trm_diffusion.models.vae import SD, SD3, VAE, VAEConfig
 from trm_diffusion.weights.forms import CONV, LINEAR, POINTWISE, Form, Rule, affine, norm
-from trm_diffusion.weights.layout import Layout, Model, Shapes, depth_of
+from trm_diffusion.weights.layout import Layout, Model, Shapes, depth_of, shapes_of
 
 
 def _model(shapes: Shapes, config: dict, level: str, block: str) -> Model:
@@ -142,7 +142,7 @@ DIFFUSERS_VAE = Layout(
     kind="vae",
     signature=("encoder.down_blocks.0.resnets.0.conv1.weight", "decoder.conv_in.weight"),
     infer=lambda shapes, config: _model(shapes, config, "encoder.down_blocks.", "resnets."),
-    build=build,
+    shapes=shapes_of(build),
     rules=rules_diffusers,
     config=config_diffusers,
     renamed=(
@@ -158,7 +158,7 @@ SINGLE_FILE_VAE = Layout(
     kind="vae",
     signature=("encoder.down.0.block.0.conv1.weight", "decoder.conv_in.weight"),
     infer=lambda shapes, config: _model(shapes, config, "encoder.down.", "block."),
-    build=build,
+    shapes=shapes_of(build),
     rules=rules_single_file,
     prefixes=("first_stage_model.", ""),
     neighbours=("model.", "text_encoders.", "cond_stage_model.", "conditioner.", "model_ema."),

@@ -1,0 +1,89 @@
+"""Images in tar files, read in place: a tar for each class, as ImageNet is published, or shards with labels beside.
+
+Of the first kind the classes are the tars, numbered in the order of their names. Of the second, as webdataset writes
+them, KEY.jpg (or another picture) has its class number as text in KEY.cls of the same tar.
+"""
+
+import io
+import os
+import pathlib
+import tarfile
+
+import numpy as np
+
+from trm_diffusion.data.base import Element, Source, make_element
+from trm_diffusion.data.images import IMAGE_SUFFIXES, read_training_image
+from trm_diffusion.errors import UserError
+
+LABEL_SUFFIX = ".cls"
+
+
+class ImageTarSource(Source):
+    """`directory/*.tar`, uncompressed. Opening reads the headers of all members once."""
+
+    def __init__(self, directory: str, *, num_classes: int, image_size: int, channels: int):
+        root = pathlib.Path(directory)
+        self._tars = sorted(root.glob("*.tar")) if directory else []
+        if not self._tars:
+            raise UserError(
+                f"config.data.path={directory!r} holds no .tar files: config.data.source=image_tars needs a tar of "
+                "images for each class, or tars with KEY.cls beside KEY.jpg"
+            )
+        names, places, labels = [], [], []
+        for number, tar in enumerate(self._tars):
+            images, classes = _index(tar)
+            if classes and classes.keys() != {_key(name) for name, *_ in images}:
+                raise UserError(f"{tar}: not every image has a {LABEL_SUFFIX} and every {LABEL_SUFFIX} an image")
+            names += [name for name, *_ in images]
+            places += [(number, offset, size) for _, offset, size in images]
+            labels += [classes.get(_key(name), -1) for name, *_ in images]
+        self._names, self._places = names, np.array(places, np.int64).reshape(-1, 3)
+        self._labels = np.array(labels, np.int32)
+        without = self._labels < 0
+        if without.any() and not without.all():
+            raise UserError(f"config.data.path={directory!r} mixes tars with and without {LABEL_SUFFIX} files: choose")
+        if without.all():  # the tars are the classes
+            self._labels, num_classes = self._places[:, 0].astype(np.int32), len(self._tars)
+        elif self._labels.max() >= num_classes:
+            raise UserError(
+                f"config.data.path={directory!r} has the label {self._labels.max()}: config.data.num_classes="
+                f"{num_classes} is too small"
+            )
+        self.num_classes = num_classes
+        self.sample_shape = (image_size, image_size, channels)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, index: int) -> str:
+        return f"{self._tars[self._places[index, 0]].name}/{self._names[index]}"
+
+    def __getitem__(self, index: int) -> Element:
+        tar, offset, length = self._places[index]
+        with self._tars[tar].open("rb") as file:
+            content = os.pread(file.fileno(), int(length), int(offset))
+        size, _, channels = self.sample_shape
+        pixels = read_training_image(io.BytesIO(content), size, channels, name=self.name(index))
+        return make_element(pixels, self._labels[index], index)
+
+
+def _index(path: pathlib.Path) -> tuple[list[tuple[str, int, int]], dict[str, int]]:
+    """Name, offset and size of each image of a tar in its order, and the class numbers by key."""
+    images, classes = [], {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                suffix = pathlib.PurePosixPath(member.name).suffix.lower()
+                if member.isfile() and suffix in IMAGE_SUFFIXES:
+                    images.append((member.name, member.offset_data, member.size))
+                elif member.isfile() and suffix == LABEL_SUFFIX:
+                    classes[_key(member.name)] = int(tar.extractfile(member).read())
+    except (tarfile.TarError, ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read as an uncompressed tar of images ({error}): fetch it again") from error
+    return images, classes
+
+
+def _key(name: str) -> str:
+    """A member's name up to the first dot of its last part, which its image and its label share."""
+    folder, slash, last = name.rpartition("/")
+    return folder + slash + last.partition(".")[0]
