@@ -1,7 +1,10 @@
 """Many images of a run: each by its index alone, and the same bytes however the job was cut."""
 
 import json
+import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -10,10 +13,12 @@ from PIL import Image
 from tests.jobs.tiny import command, finished, tiny_config
 from trm_diffusion import export as module
 from trm_diffusion.config import to_dict
+from trm_diffusion.diffusion.samplers import draw_initial_noise
 from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.evaluate_images import sampling_record
 from trm_diffusion.export import export
 from trm_diffusion.metrics.image_sets import open_images
+from trm_diffusion.runtime.random import Purpose, key_for
 from trm_diffusion.runtime.signals import StopRequest
 from trm_diffusion.train import train
 
@@ -79,17 +84,47 @@ def test_nothing_is_drawn_twice(workdir, whole, monkeypatch):
     assert exported(workdir, whole) == contents(whole)
 
 
-def test_images_do_not_depend_on_the_batch(workdir, whole, tmp_path):
-    exported(workdir, tmp_path / "images", sample__batch_size=7)
+@pytest.mark.parametrize("size", [7, 64])
+def test_images_do_not_depend_on_the_batch(workdir, whole, tmp_path, size):
+    exported(workdir, tmp_path / "images", sample__batch_size=size)
     assert np.abs(pixels(tmp_path / "images") - pixels(whole)).max() <= 1
+    assert (tmp_path / "images" / "labels.npy").read_bytes() == (whole / "labels.npy").read_bytes()
+
+
+def test_noise_is_the_same_to_the_bit_in_every_batch():
+    keys = jax.vmap(lambda index: key_for(0, Purpose.SAMPLING, index))(jnp.arange(64))
+    whole = jax.jit(lambda keys: draw_initial_noise(keys, (8, 8, 1)))(keys)
+    for first in range(0, 63, 7):
+        part = jax.jit(lambda keys: draw_initial_noise(keys, (8, 8, 1)))(keys[first : first + 7])
+        np.testing.assert_array_equal(part, whole[first : first + 7])
+
+
+def as_command(workdir, directory, count: int, **overrides) -> tuple[str, ...]:
+    """The flags of an export of the tiny run."""
+    settings = to_dict(tiny_config(evaluate__label_rule="random", **overrides))
+    (directory / "tiny.py").write_text(
+        f"import ml_collections\ndef get_config():\n    return ml_collections.ConfigDict({settings!r})\n"
+    )
+    return (f"--config={directory / 'tiny.py'}", f"--workdir={workdir}", "--mode=sample", f"--num={count}")
+
+
+def test_killed_and_started_again_ends_with_the_same_bytes(workdir, tmp_path):
+    count = 400
+    flags = as_command(workdir, tmp_path, count, sample__batch_size=1)
+    finished(command(*flags, f"--out={tmp_path / 'whole'}"))
+    process, images = command(*flags, f"--out={tmp_path / 'killed'}"), tmp_path / "killed"
+    while process.poll() is None and len(list(images.glob("*.png"))) < 20:
+        time.sleep(0.005)
+    process.kill()
+    process.communicate(timeout=60)
+    assert 20 <= len(list(images.glob("0*.png"))) < count
+    finished(command(*flags, f"--out={images}"))
+    kept = {name: data for name, data in contents(images).items() if not name.startswith(".")}  # a torn file may stay
+    assert kept == contents(tmp_path / "whole")
 
 
 def test_eight_devices_and_the_command_line_give_the_same_images(workdir, whole, tmp_path):
-    settings = to_dict(tiny_config(evaluate__label_rule="random", train__batch_size=16))
-    (tmp_path / "tiny.py").write_text(
-        f"import ml_collections\ndef get_config():\n    return ml_collections.ConfigDict({settings!r})\n"
-    )
-    flags = (f"--config={tmp_path / 'tiny.py'}", f"--workdir={workdir}", "--mode=sample", f"--num={COUNT}")
+    flags = as_command(workdir, tmp_path, COUNT, train__batch_size=16)
     finished(command(*flags, f"--out={tmp_path / 'images'}", devices=8))
     assert (tmp_path / "images" / "labels.npy").read_bytes() == (whole / "labels.npy").read_bytes()
     assert np.abs(pixels(tmp_path / "images") - pixels(whole)).max() <= 1
