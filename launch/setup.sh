@@ -27,7 +27,7 @@ setup_venv() {
     fi
     for file in "$@"; do
         cmp -s "$file" "$venv/installed-$file" && continue
-        echo "installing $file into $venv (the first time about a minute and 1.2 GB)" >&2
+        echo "installing $file into $venv, once" >&2
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -r "$file" ||
             fail "$file could not be installed; see pip's message above"
         cp "$file" "$venv/installed-$file"
