@@ -102,21 +102,20 @@ def _call(kernel, products: int, operands, masks, results, interpret: bool):
     batch, n, heads, d = operands[0].shape
     m, width, lanes = operands[1].shape[1], heads * d, _lanes(heads, d)
 
-    def flat(x):
-        return x.reshape(*x.shape[:2], width)
+    def rows(x):
+        return x.transpose(0, 2, 3, 1).reshape(batch, width, x.shape[1])
 
     def spec(x):
-        return pl.BlockSpec((1, x.shape[1], lanes), lambda image, group: (image, 0, group))
+        return pl.BlockSpec((1, lanes, x.shape[1]), lambda image, group: (image, group, 0))
 
-    inputs = [flat(x) for x in operands] + [mask.astype(jnp.float32)[:, None, :] for mask in masks]
-    outputs = [jax.ShapeDtypeStruct((batch, x.shape[1], width), x.dtype) for x in results]
+    inputs = [rows(x) for x in operands] + [mask.astype(jnp.float32)[:, None, :] for mask in masks]
+    outputs = [jax.ShapeDtypeStruct((batch, width, x.shape[1]), x.dtype) for x in results]
     out = pl.pallas_call(
         functools.partial(kernel, d=d, masked=bool(masks)),
         grid=(batch, width // lanes),
         in_specs=[spec(x) for x in operands] + [pl.BlockSpec((1, 1, m), lambda image, _: (image, 0, 0)) for _ in masks],
-        out_specs=[spec(x) for x in outputs],
+        out_specs=[spec(x) for x in results],
         out_shape=outputs,
-        scratch_shapes=[pltpu.VMEM((lanes, x.shape[1]), x.dtype) for x in operands],
         cost_estimate=pl.CostEstimate(
             flops=2 * products * batch * n * m * width,
             bytes_accessed=sum(x.size * x.dtype.itemsize for x in inputs + outputs),
@@ -125,7 +124,7 @@ def _call(kernel, products: int, operands, masks, results, interpret: bool):
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_BYTES),
         interpret=interpret,
     )(*inputs)
-    return [x.reshape(like.shape) for x, like in zip(out, results, strict=True)]
+    return [x.reshape(batch, heads, d, -1).transpose(0, 3, 1, 2) for x in out]
 
 
 def _lanes(heads: int, d: int) -> int:
@@ -135,21 +134,20 @@ def _lanes(heads: int, d: int) -> int:
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, *refs, d: int, masked: bool):
-    mask_ref, (o_ref, q, k, v) = (refs[0], refs[1:]) if masked else (None, refs)
-    _turn((q_ref, k_ref, v_ref), (q, k, v))
+    mask_ref, o_ref = refs if masked else (None, *refs)
+    q,k,v,o=(x.at[0] for x in (q_ref,k_ref,v_ref,o_ref))
     mask = _column(mask_ref)
 
     def finish(head, queries, logits):
         p, total = _softmax(logits)
-        q[head, queries] = (_product(v[head], p, _INNER) / total).astype(q.dtype)  # no longer needed
+        o[head, queries] = (_product(v[head], p, _INNER) / total).astype(o.dtype)
 
     _pipeline(q, d, k.shape[1], functools.partial(_logits, q, k, mask), finish)
-    o_ref[0] = q[...].T
 
 
 def _backward_kernel(q_ref, k_ref, v_ref, do_ref, *refs, d: int, masked: bool):
-    mask_ref, (dq_ref, dk_ref, dv_ref, q, k, v, do) = (refs[0], refs[1:]) if masked else (None, refs)
-    _turn((q_ref, k_ref, v_ref, do_ref), (q, k, v, do))
+    mask_ref, (dq_ref, dk_ref, dv_ref) = (refs[0], refs[1:]) if masked else (None, refs)
+    q,k,v,do,dq_,dk_,dv_=(x.at[0] for x in (q_ref,k_ref,v_ref,do_ref,dq_ref,dk_ref,dv_ref))
     mask, sums = _column(mask_ref), {}
 
     def begin(head, queries):
@@ -164,17 +162,11 @@ def _backward_kernel(q_ref, k_ref, v_ref, do_ref, *refs, d: int, masked: bool):
         if queries.start:
             dv, dk = dv + sums["v"], dk + sums["k"]
         sums["v"], sums["k"] = dv, dk
-        q[head, queries] = dq.astype(q.dtype)  # no longer needed
+        dq_[head, queries] = dq.astype(q.dtype)
         if queries.stop == q.shape[1]:
-            v[head], k[head] = dv.astype(v.dtype), dk.astype(k.dtype)
+            dv_[head], dk_[head] = dv.astype(v.dtype), dk.astype(k.dtype)
 
     _pipeline(q, d, k.shape[1], begin, finish)
-    dq_ref[0], dk_ref[0], dv_ref[0] = q[...].T, k[...].T, v[...].T
-
-
-def _turn(blocks, turned):
-    for block, to in zip(blocks, turned, strict=True):
-        to[...] = block[0].T
 
 
 def _pipeline(q, d: int, m: int, begin, finish):
