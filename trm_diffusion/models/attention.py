@@ -25,6 +25,7 @@ def dot_product_attention(
 
 
 def reference_attention(q_bnhd, k_bmhd, v_bmhd, mask_bm=None) -> jax.Array:
+    """As `dot_product_attention`, by XLA."""
     mask = None if mask_bm is None else mask_bm[:, None, None, :]
     return jax.nn.dot_product_attention(q_bnhd, k_bmhd, v_bmhd, mask=mask)
 
@@ -62,7 +63,8 @@ class Attention(nnx.Module):
             (x_bnd, self.qkv.kernel[...], self.qkv.bias[...]), dtype=self.qkv.dtype
         )
         shape = (3, self.heads, self.head_dim)
-        kernel, bias = kernel.reshape(-1, *shape), bias.reshape(1, 1, *shape)
+        kernel = kernel.reshape(-1, *shape)
+        bias = jnp.broadcast_to(bias.reshape(1, 1, *shape), (x.shape[0], 1, *shape))  # its gradient is summed in turn
         qkv = [jnp.einsum("bnd,dhe->bnhe", x, kernel[:, i]) + bias[:, :, i] for i in range(3)]
         if update is not None:
             qkv = [one + more for one, more in zip(qkv, _unstacked(update), strict=True)]

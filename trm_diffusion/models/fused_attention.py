@@ -1,4 +1,4 @@
-"""Softmax attention over short sequences as one TPU kernel a pass, which writes no logits.
+"""Softmax attention over short sequences as one TPU kernel a pass, which writes no logits to memory.
 
 A program of the kernel holds all queries, keys and values of some heads of one image and takes one head after another:
 logits in float32, softmax, and the product with the values, all in the chip's vector memory. The backward pass computes
@@ -7,9 +7,9 @@ logits and softmax again, so that q, k and v are all it needs of the forward pas
     P = softmax(s q k^T),  o = P v
     dv = P^T do,  dP = do v^T,  dS = P * (dP - rowsum(P * dP)),  dq = s dS k,  dk = s dS^T q
 
-Heads lie side by side in memory, [B, N, H * d], as projections make them; an axis of d = 72 would be padded to 128. The
-kernel turns its block into [H * d, N] first: so heads are rows, to be cut anywhere, and so logits are [M, N], whose
-softmax reduces over rows too; both would else go through the unit that moves data between lanes, the slowest here.
+The kernel sees tokens along the last axis, [B, H, d, N], the layout in which XLA likes to leave a projection; an axis
+of d = 72 would be padded to 128 there. Logits are [M, N], so that the softmax reduces over registers and not inside them.
+The cost that a kernel declares is its useful products; the hardware pads d to 128 in those that sum over it.
 """
 
 import functools
@@ -22,10 +22,11 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 
-LANES, SUBLANES = 128, 8
+LANES, SUBLANES = 128, 8  # of a register
 VMEM_BYTES = 48 * 2**20  # of vector memory that a program may take; the smallest chip that this is for has 64 MiB
-LOGITS = 2**18  # that are computed at a time, in whole heads or in parts of their queries
-AHEAD = 2  # logits are computed so many parts before they are needed, which hides the latency of the products
+LOGITS = 2**18  # computed at a time: a whole head, or part of its queries
+PARTS = 16  # of heads and queries that a program takes at most; they are unrolled
+AHEAD = 2  # parts whose logits are computed before they are needed, so that products of one hide another's softmax
 MASKED = -1e30  # a logit; finite, for a query that sees no key
 TO_BASE_2 = math.log2(math.e)
 
@@ -33,11 +34,8 @@ _ROWS, _INNER, _LANES = (((0,), (0,)), ((), ())), (((1,), (0,)), ((), ())), (((1
 
 
 def fits(q_bnhd: jax.Array, k_bmhd: jax.Array) -> bool:
-    """Whether the kernel can take these shapes."""
-    _, n, heads, d = q_bnhd.shape
-    m, size = k_bmhd.shape[1], q_bnhd.dtype.itemsize
-    blocks = _lanes(heads, d) * size * 3 * (3 * n + 4 * m)  # of the backward pass: moved twice at a time, and turned
-    return d % SUBLANES == 0 and blocks + 8 * 4 * max(LOGITS, m * LANES) <= VMEM_BYTES
+    """Whether the kernel takes these shapes: N and M up to 2,048 or so."""
+    return _heads_at_a_time(q_bnhd, k_bmhd) > 0
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -100,86 +98,89 @@ def _backward(q, k, v, do, *masks, interpret: bool):
 def _call(kernel, products: int, operands, masks, results, interpret: bool):
     """Runs the kernel over images and groups of heads. products: of [N, d] by [d, M] for each head."""
     batch, n, heads, d = operands[0].shape
-    m, width, lanes = operands[1].shape[1], heads * d, _lanes(heads, d)
-
-    def rows(x):
-        return x.transpose(0, 2, 3, 1).reshape(batch, width, x.shape[1])
+    m, group = operands[1].shape[1], _heads_at_a_time(*operands[:2])
 
     def spec(x):
-        return pl.BlockSpec((1, lanes, x.shape[1]), lambda image, group: (image, group, 0))
+        return pl.BlockSpec((1, group, d, x.shape[1]), lambda image, group: (image, group, 0, 0))
 
-    inputs = [rows(x) for x in operands] + [mask.astype(jnp.float32)[:, None, :] for mask in masks]
-    outputs = [jax.ShapeDtypeStruct((batch, width, x.shape[1]), x.dtype) for x in results]
+    inputs = [x.transpose(0, 2, 3, 1) for x in operands] + [mask.astype(jnp.float32)[:, None, :] for mask in masks]
+    outputs = [jax.ShapeDtypeStruct((batch, heads, d, x.shape[1]), x.dtype) for x in results]
     out = pl.pallas_call(
-        functools.partial(kernel, d=d, masked=bool(masks)),
-        grid=(batch, width // lanes),
+        functools.partial(kernel, masked=bool(masks)),
+        grid=(batch, heads // group),
         in_specs=[spec(x) for x in operands] + [pl.BlockSpec((1, 1, m), lambda image, _: (image, 0, 0)) for _ in masks],
         out_specs=[spec(x) for x in results],
         out_shape=outputs,
         cost_estimate=pl.CostEstimate(
-            flops=2 * products * batch * n * m * width,
+            flops=2 * products * batch * heads * n * m * d,
             bytes_accessed=sum(x.size * x.dtype.itemsize for x in inputs + outputs),
             transcendentals=batch * heads * n * m,
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_BYTES),
         interpret=interpret,
     )(*inputs)
-    return [x.reshape(batch, heads, d, -1).transpose(0, 3, 1, 2) for x in out]
+    return [x.transpose(0, 3, 1, 2) for x in out]
 
 
-def _lanes(heads: int, d: int) -> int:
-    """Lanes of the heads that one program takes: the fewest that fill whole registers, or all."""
-    fitting = (some for some in range(1, heads) if heads % some == 0 and some * d % LANES == 0)
-    return next(fitting, heads) * d
+def _queries_at_a_time(n: int, m: int) -> int:
+    return min(n, max(LOGITS // m // LANES, 1) * LANES)
 
 
-def _forward_kernel(q_ref, k_ref, v_ref, *refs, d: int, masked: bool):
-    mask_ref, o_ref = refs if masked else (None, *refs)
-    q,k,v,o=(x.at[0] for x in (q_ref,k_ref,v_ref,o_ref))
-    mask = _column(mask_ref)
+def _heads_at_a_time(q_bnhd, k_bmhd) -> int:
+    """The most heads that one program can take, 0 if not even one."""
+    _, n, heads, d = q_bnhd.shape
+    m, queries = k_bmhd.shape[1], _queries_at_a_time(n, k_bmhd.shape[1])
+    tokens = 3 * pl.cdiv(n, LANES) + 4 * pl.cdiv(m, LANES)  # read and written by the backward pass, each in two buffers
+    block = 2 * q_bnhd.dtype.itemsize * d * LANES * tokens
+    logits = 4 * m * pl.cdiv(queries, LANES) * LANES
+    most = min(PARTS // pl.cdiv(n, queries), (VMEM_BYTES - 8 * logits) // block)
+    return max((some for some in range(1, most + 1) if heads % some == 0), default=0)
+
+
+def _forward_kernel(q, k, v, *refs, masked: bool):
+    mask, o = (_column(refs[0]), refs[1]) if masked else (None, *refs)
 
     def finish(head, queries, logits):
         p, total = _softmax(logits)
-        o[head, queries] = (_product(v[head], p, _INNER) / total).astype(o.dtype)
+        o[*head, :, queries] = (_product(v[head], p, _INNER) / total).astype(o.dtype)
 
-    _pipeline(q, d, k.shape[1], functools.partial(_logits, q, k, mask), finish)
+    _pipeline(q, k, functools.partial(_logits, q, k, mask), finish)
 
 
-def _backward_kernel(q_ref, k_ref, v_ref, do_ref, *refs, d: int, masked: bool):
-    mask_ref, (dq_ref, dk_ref, dv_ref) = (refs[0], refs[1:]) if masked else (None, refs)
-    q,k,v,do,dq_,dk_,dv_=(x.at[0] for x in (q_ref,k_ref,v_ref,do_ref,dq_ref,dk_ref,dv_ref))
-    mask, sums = _column(mask_ref), {}
+def _backward_kernel(q, k, v, do, *refs, masked: bool):
+    mask, (dq, dk, dv) = (_column(refs[0]), refs[1:]) if masked else (None, refs)
+    sums = {}  # over the parts of a head's queries
 
     def begin(head, queries):
-        return _logits(q, k, mask, head, queries), _product(v[head], do[head, queries], _ROWS)
+        return _logits(q, k, mask, head, queries), _product(v[head], do[*head, :, queries], _ROWS)
 
     def finish(head, queries, begun):
-        (p, total), dp = _softmax(begun[0]), begun[1]
+        logits, dp = begun
+        p, total = _softmax(logits)
         p = p / total
-        ds = p * (dp - jnp.sum(p * dp, axis=0, keepdims=True)) * d**-0.5
-        dv, dk = _product(do[head, queries], p, _LANES), _product(q[head, queries], ds, _LANES)
-        dq = _product(k[head], ds, _INNER)
-        if queries.start:
-            dv, dk = dv + sums["v"], dk + sums["k"]
-        sums["v"], sums["k"] = dv, dk
-        dq_[head, queries] = dq.astype(q.dtype)
-        if queries.stop == q.shape[1]:
-            dv_[head], dk_[head] = dv.astype(v.dtype), dk.astype(k.dtype)
+        ds = p * (dp - jnp.sum(p * dp, axis=0, keepdims=True)) * q.shape[2] ** -0.5
+        dq[*head, :, queries] = _product(k[head], ds, _INNER).astype(dq.dtype)
+        for name, x, product in (("k", q, ds), ("v", do, p)):
+            part = _product(x[*head, :, queries], product, _LANES)
+            sums[name] = sums[name] + part if queries.start else part
+        if queries.stop == q.shape[3]:
+            dk[head], dv[head] = sums["k"].astype(dk.dtype), sums["v"].astype(dv.dtype)
 
-    _pipeline(q, d, k.shape[1], begin, finish)
+    _pipeline(q, k, begin, finish)
 
 
-def _pipeline(q, d: int, m: int, begin, finish):
-    """begin(head, queries), then finish(head, queries, begun), for all heads and their queries in parts; as slices."""
-    width, n = q.shape
-    part = min(n, max(LOGITS // m // LANES, 1) * LANES)
-    parts = [
-        (slice(h, h + d), slice(start, min(start + part, n))) for h in range(0, width, d) for start in range(0, n, part)
-    ]
-    begun = [begin(*some) for some in parts[:AHEAD]]
-    for i, some in enumerate(parts):
-        begun += [begin(*next_) for next_ in parts[i + AHEAD : i + AHEAD + 1]]
-        finish(*some, begun.pop(0))
+def _pipeline(q, k, begin, finish):
+    """begin(head, queries), then finish(head, queries, begun), for all heads and parts of their queries, as indices."""
+    _, heads, _, n = q.shape
+    size = _queries_at_a_time(n, k.shape[3])
+    queries = [slice(start, min(start + size, n)) for start in range(0, n, size)]
+    parts = [((0, head), some) for head in range(heads) for some in queries]
+    begun = []
+    for i in range(len(parts) + AHEAD):
+        if i < len(parts):
+            begun.append(begin(*parts[i]))
+        if i >= AHEAD:
+            finish(*parts[i - AHEAD], begun.pop(0))
 
 
 def _product(a, b, contracted):
@@ -188,7 +189,7 @@ def _product(a, b, contracted):
 
 def _logits(q, k, mask, head, queries):
     """[M, queries] float32, to base 2."""
-    logits = _product(k[head], q[head, queries], _ROWS) * ((head.stop - head.start) ** -0.5 * TO_BASE_2)
+    logits = _product(k[head], q[*head, :, queries], _ROWS) * (q.shape[2] ** -0.5 * TO_BASE_2)
     return logits if mask is None else jnp.where(mask, logits, MASKED)
 
 
