@@ -8,7 +8,7 @@ logits and softmax again, so that q, k and v are all it needs of the forward pas
     dv = P^T do,  dP = do v^T,  dS = P * (dP - rowsum(P * dP)),  dq = s dS k,  dk = s dS^T q
 
 The kernel sees tokens along the last axis, [B, H, d, N], the layout in which XLA likes to leave a projection; an axis
-of d = 72 would be padded to 128 there. Logits are [M, N], so that the softmax reduces over registers and not inside them.
+of d = 72 would be padded to 128 there. Logits are [M, N], so that the softmax reduces over registers, not inside them.
 The cost that a kernel declares is its useful products; the hardware pads d to 128 in those that sum over it.
 """
 
@@ -82,7 +82,7 @@ def _partitioned(call, masked: bool, interpret: bool):
     partitioned.def_partition(
         partition=partition,
         sharding_rule=f"{', '.join(operands)} -> {', '.join(results)}",
-        need_replication_factors=("n", "m", "d"),
+        need_replication_factors=("n", "d", "m"),  # in the order in which they appear
     )
     return partitioned
 
