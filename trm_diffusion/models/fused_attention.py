@@ -73,7 +73,8 @@ def _partitioned(call, masked: bool, interpret: bool):
     def partition(mesh, operands, results):
         spec = (*operands[0].sharding.spec, None, None, None)
         share = NamedSharding(mesh, PartitionSpec(spec[0], None, spec[2], None))
-        shares = [share if len(x.shape) == 4 else NamedSharding(mesh, PartitionSpec(spec[0])) for x in operands]
+        images = NamedSharding(mesh, PartitionSpec(spec[0]))
+        shares = tuple(share if len(x.shape) == 4 else images for x in operands)
         return mesh, partitioned.fun, jax.tree.map(lambda _: share, results), shares
 
     queries, keys = "b n h d", "b m h d"
