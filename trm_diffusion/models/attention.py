@@ -63,8 +63,7 @@ class Attention(nnx.Module):
             (x_bnd, self.qkv.kernel[...], self.qkv.bias[...]), dtype=self.qkv.dtype
         )
         shape = (3, self.heads, self.head_dim)
-        kernel = kernel.reshape(-1, *shape)
-        bias = jnp.broadcast_to(bias.reshape(1, 1, *shape), (x.shape[0], 1, *shape))  # its gradient is summed in turn
+        kernel, bias = kernel.reshape(-1, *shape), bias.reshape(1, 1, *shape)
         qkv = [jnp.einsum("bnd,dhe->bnhe", x, kernel[:, i]) + bias[:, :, i] for i in range(3)]
         if update is not None:
             qkv = [one + more for one, more in zip(qkv, _unstacked(update), strict=True)]
