@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from trm_diffusion.models.fused_attention import fits, fused_attention
 from trm_diffusion.models.layers import linear
 
 
@@ -14,8 +15,17 @@ def dot_product_attention(
 ) -> jax.Array:
     """softmax(q k^T / sqrt(d)) v per head. Returns [B, N, H, d] in q's dtype; the softmax runs in float32.
 
-    mask_bm: bool, False for keys that nobody sees; None is all True.
+    mask_bm: bool, False for keys that nobody sees; None is all True. In programs compiled for a TPU a kernel computes
+    it, where it `fits`; everywhere else XLA does, which writes the logits to memory.
     """
+    operands = q_bnhd, k_bmhd, v_bmhd, mask_bm
+    if not fits(q_bnhd, k_bmhd):
+        return reference_attention(*operands)
+    return jax.lax.platform_dependent(*operands, tpu=fused_attention, default=reference_attention)
+
+
+def reference_attention(q_bnhd, k_bmhd, v_bmhd, mask_bm=None) -> jax.Array:
+    """As `dot_product_attention`, by XLA."""
     mask = None if mask_bm is None else mask_bm[:, None, None, :]
     return jax.nn.dot_product_attention(q_bnhd, k_bmhd, v_bmhd, mask=mask)
 

@@ -1,0 +1,208 @@
+"""Softmax attention over short sequences as one TPU kernel a pass, which writes no logits to memory.
+
+A program of the kernel holds all queries, keys and values of some heads of one image and takes one head after another:
+logits in float32, softmax, and the product with the values, all in the chip's vector memory. The backward pass computes
+logits and softmax again, so that q, k and v are all it needs of the forward pass. For one head, with s = d^-1/2:
+
+    P = softmax(s q k^T),  o = P v
+    dv = P^T do,  dP = do v^T,  dS = P * (dP - rowsum(P * dP)),  dq = s dS k,  dk = s dS^T q
+
+The kernel sees tokens along the last axis, [B, H, d, N], the layout in which XLA likes to leave a projection; an axis
+of d = 72 would be padded to 128 there. Logits are [M, N], so that the softmax reduces over registers, not inside them.
+The cost that a kernel declares is its useful products; the hardware pads d to 128 in those that sum over it.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import NamedSharding, PartitionSpec
+
+LANES, SUBLANES = 128, 8  # of a register
+VMEM_BYTES = 48 * 2**20  # of vector memory that a program may take; the smallest chip that this is for has 64 MiB
+LOGITS = 2**18  # computed at a time: a whole head, or part of its queries
+PARTS = 16  # of heads and queries that a program takes at most; they are unrolled
+AHEAD = 2  # parts whose logits are computed before they are needed, so that products of one hide another's softmax
+MASKED = -1e30  # a logit; finite, for a query that sees no key
+TO_BASE_2 = math.log2(math.e)
+
+_ROWS, _INNER, _LANES = (((0,), (0,)), ((), ())), (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))  # contracted
+
+
+def fits(q_bnhd: jax.Array, k_bmhd: jax.Array) -> bool:
+    """Whether the kernel takes these shapes: N and M up to 2,048 or so."""
+    return _heads_at_a_time(q_bnhd, k_bmhd) > 0
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def fused_attention(q_bnhd, k_bmhd, v_bmhd, mask_bm=None, interpret: bool = False) -> jax.Array:
+    """As `dot_product_attention`, for shapes that `fits` admits, on a TPU; `interpret` runs the kernels elsewhere.
+
+    On several devices each runs the kernel on its own images and heads; sequences are gathered, if they are divided.
+    """
+    masks = () if mask_bm is None else (mask_bm,)
+    return _partitioned(_forward, bool(masks), interpret)(q_bnhd, k_bmhd, v_bmhd, *masks)
+
+
+def _saving(q, k, v, mask, interpret):
+    return fused_attention(q, k, v, mask, interpret), (q, k, v, mask)
+
+
+def _gradients(interpret, residuals, do):
+    q, k, v, mask = residuals
+    masks = () if mask is None else (mask,)
+    return *_partitioned(_backward, bool(masks), interpret)(q, k, v, do, *masks), None
+
+
+fused_attention.defvjp(_saving, _gradients)
+
+
+@functools.cache
+def _partitioned(call, masked: bool, interpret: bool):
+    """`call`, of q, k, v, ... [B, N or M, H, d] and perhaps a mask [B, M], on each device's share of B and H."""
+    backward = call is _backward
+
+    @custom_partitioning
+    def partitioned(*operands):
+        return call(*operands, interpret=interpret)
+
+    def partition(mesh, operands, results):
+        spec = (*operands[0].sharding.spec, None, None, None)
+        share = NamedSharding(mesh, PartitionSpec(spec[0], None, spec[2], None))
+        images = NamedSharding(mesh, PartitionSpec(spec[0]))
+        shares = tuple(share if len(x.shape) == 4 else images for x in operands)
+        return mesh, partitioned.fun, jax.tree.map(lambda _: share, results), shares
+
+    queries, keys = "b n h d", "b m h d"
+    operands = [queries, keys, keys] + [queries] * backward + ["b m"] * masked
+    results = [queries, keys, keys] if backward else [queries]
+    partitioned.def_partition(
+        partition=partition,
+        sharding_rule=f"{', '.join(operands)} -> {', '.join(results)}",
+        need_replication_factors=("n", "d", "m"),  # in the order in which they appear
+    )
+    return partitioned
+
+
+def _forward(q, k, v, *masks, interpret: bool):
+    return _call(_forward_kernel, 2, (q, k, v), masks, (q,), interpret)[0]
+
+
+def _backward(q, k, v, do, *masks, interpret: bool):
+    return tuple(_call(_backward_kernel, 5, (q, k, v, do), masks, (q, k, v), interpret))
+
+
+def _call(kernel, products: int, operands, masks, results, interpret: bool):
+    """Runs the kernel over images and groups of heads. products: of [N, d] by [d, M] for each head."""
+    batch, n, heads, d = operands[0].shape
+    m, group = operands[1].shape[1], _heads_at_a_time(*operands[:2])
+
+    def spec(x):
+        return pl.BlockSpec((1, group, d, x.shape[1]), lambda image, group: (image, group, 0, 0))
+
+    inputs = [x.transpose(0, 2, 3, 1) for x in operands] + [mask.astype(jnp.float32)[:, None, :] for mask in masks]
+    outputs = [jax.ShapeDtypeStruct((batch, heads, d, x.shape[1]), x.dtype) for x in results]
+    out = pl.pallas_call(
+        functools.partial(kernel, masked=bool(masks)),
+        grid=(batch, heads // group),
+        in_specs=[spec(x) for x in operands] + [pl.BlockSpec((1, 1, m), lambda image, _: (image, 0, 0)) for _ in masks],
+        out_specs=[spec(x) for x in results],
+        out_shape=outputs,
+        cost_estimate=pl.CostEstimate(
+            flops=2 * products * batch * heads * n * m * d,
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in inputs + outputs),
+            transcendentals=batch * heads * n * m,
+        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_BYTES),
+        interpret=interpret,
+    )(*inputs)
+    return [x.transpose(0, 3, 1, 2) for x in out]
+
+
+def _queries_at_a_time(n: int, m: int) -> int:
+    return min(n, max(LOGITS // m // LANES, 1) * LANES)
+
+
+def _heads_at_a_time(q_bnhd, k_bmhd) -> int:
+    """The most heads that one program can take, 0 if not even one."""
+    _, n, heads, d = q_bnhd.shape
+    m, queries = k_bmhd.shape[1], _queries_at_a_time(n, k_bmhd.shape[1])
+    tokens = 3 * pl.cdiv(n, LANES) + 4 * pl.cdiv(m, LANES)  # read and written by the backward pass, each in two buffers
+    block = 2 * q_bnhd.dtype.itemsize * d * LANES * tokens
+    logits = 4 * m * pl.cdiv(queries, LANES) * LANES
+    most = min(PARTS // pl.cdiv(n, queries), (VMEM_BYTES - 8 * logits) // block)
+    return max((some for some in range(1, most + 1) if heads % some == 0), default=0)
+
+
+def _forward_kernel(q, k, v, *refs, masked: bool):
+    mask, o = (_column(refs[0]), refs[1]) if masked else (None, *refs)
+
+    def finish(head, queries, logits):
+        p, total = _softmax(logits)
+        o[*head, :, queries] = (_product(v[head], p, _INNER) / total).astype(o.dtype)
+
+    _pipeline(q, k, functools.partial(_logits, q, k, mask), finish)
+
+
+def _backward_kernel(q, k, v, do, *refs, masked: bool):
+    mask, (dq, dk, dv) = (_column(refs[0]), refs[1:]) if masked else (None, refs)
+    sums = {}  # over the parts of a head's queries
+
+    def begin(head, queries):
+        return _logits(q, k, mask, head, queries), _product(v[head], do[*head, :, queries], _ROWS)
+
+    def finish(head, queries, begun):
+        logits, dp = begun
+        p, total = _softmax(logits)
+        p = p / total
+        ds = p * (dp - jnp.sum(p * dp, axis=0, keepdims=True)) * q.shape[2] ** -0.5
+        dq[*head, :, queries] = _product(k[head], ds, _INNER).astype(dq.dtype)
+        for name, x, product in (("k", q, ds), ("v", do, p)):
+            part = _product(x[*head, :, queries], product, _LANES)
+            sums[name] = sums[name] + part if queries.start else part
+        if queries.stop == q.shape[3]:
+            dk[head], dv[head] = sums["k"].astype(dk.dtype), sums["v"].astype(dv.dtype)
+
+    _pipeline(q, k, begin, finish)
+
+
+def _pipeline(q, k, begin, finish):
+    """begin(head, queries), then finish(head, queries, begun), for all heads and parts of their queries, as indices."""
+    _, heads, _, n = q.shape
+    size = _queries_at_a_time(n, k.shape[3])
+    queries = [slice(start, min(start + size, n)) for start in range(0, n, size)]
+    parts = [((0, head), some) for head in range(heads) for some in queries]
+    begun = []
+    for i in range(len(parts) + AHEAD):
+        if i < len(parts):
+            begun.append(begin(*parts[i]))
+        if i >= AHEAD:
+            finish(*parts[i - AHEAD], begun.pop(0))
+
+
+def _product(a, b, contracted):
+    return jax.lax.dot_general(a, b.astype(a.dtype), contracted, preferred_element_type=jnp.float32)
+
+
+def _logits(q, k, mask, head, queries):
+    """[M, queries] float32, to base 2."""
+    logits = _product(k[head], q[*head, :, queries], _ROWS) * (q.shape[2] ** -0.5 * TO_BASE_2)
+    return logits if mask is None else jnp.where(mask, logits, MASKED)
+
+
+def _softmax(logits):
+    """Numerators [M, queries] and their sums [1, queries], float32."""
+    p = jnp.exp2(logits - jnp.max(logits, axis=0, keepdims=True))
+    return p, jnp.sum(p, axis=0, keepdims=True)
+
+
+def _column(mask_ref):
+    """[1, 1, M] -> [M, 1] bool."""
+    if mask_ref is None:
+        return None
+    row = jnp.broadcast_to(mask_ref[0], (SUBLANES, mask_ref.shape[2]))
+    return row.T[:, :1] > 0
