@@ -11,6 +11,7 @@ from trm_diffusion.diffusion.guidance import check_guidance
 from trm_diffusion.diffusion.samplers import check_sampler
 from trm_diffusion.errors import UserError
 from trm_diffusion.models.architecture import ARCHITECTURES
+from trm_diffusion.models.attention import IMPLEMENTATIONS
 from trm_diffusion.models.experts import DISPATCH
 from trm_diffusion.models.gate import FORWARD_WEIGHTS, GATE_INPUTS
 from trm_diffusion.models.halting import HALTING
@@ -27,6 +28,7 @@ CHOICES = {  # field: the values it may take
     "model.architecture": ARCHITECTURES,
     "model.text.encoder": ENCODERS,
     "model.frequency_shift": (0, 1),
+    "model.attention": IMPLEMENTATIONS,
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": tuple(POLICIES),
     "model.recursion.forward_weight": FORWARD_WEIGHTS,

@@ -51,10 +51,12 @@ def test_the_kernel_is_attention(shape, tolerance):
 
 
 def test_the_kernel_runs_on_a_tpu_alone_and_where_it_fits():
+    def loss(q, k, v):
+        return dot_product_attention(q, k, v, implementation="fused").astype(jnp.float32).sum()
+
     def lowered(platform, n, d):
         x = jax.ShapeDtypeStruct((2, n, 4, d), jnp.bfloat16)
-        step = jax.jit(jax.value_and_grad(lambda q, k, v: dot_product_attention(q, k, v).astype(jnp.float32).sum()))
-        return step.trace(x, x, x).lower(lowering_platforms=(platform,)).as_text()
+        return jax.jit(jax.value_and_grad(loss)).trace(x, x, x).lower(lowering_platforms=(platform,)).as_text()
 
     assert fits(*[jax.ShapeDtypeStruct((2, 1178, 24, 64), jnp.bfloat16)] * 2)  # SD3 at 512 pixels, with its text
     assert lowered("tpu", 256, 72).count("tpu_custom_call") == 2  # forward and backward

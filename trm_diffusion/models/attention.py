@@ -9,17 +9,26 @@ from flax import nnx
 from trm_diffusion.models.fused_attention import fits, fused_attention
 from trm_diffusion.models.layers import linear
 
+IMPLEMENTATIONS = ("xla", "fused")
+
 
 def dot_product_attention(
-    q_bnhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array, mask_bm: jax.Array | None = None
+    q_bnhd: jax.Array,
+    k_bmhd: jax.Array,
+    v_bmhd: jax.Array,
+    mask_bm: jax.Array | None = None,
+    *,
+    implementation: str = "xla",
 ) -> jax.Array:
     """softmax(q k^T / sqrt(d)) v per head. Returns [B, N, H, d] in q's dtype; the softmax runs in float32.
 
-    mask_bm: bool, False for keys that nobody sees; None is all True. In programs compiled for a TPU a kernel computes
-    it, where it `fits`; everywhere else XLA does, which writes the logits to memory.
+    mask_bm: bool, False for keys that nobody sees; None is all True. implementation: "xla" writes the logits to memory;
+    "fused" is a kernel that does not, in programs for a TPU and where it `fits`, and "xla" everywhere else. The kernel
+    has been compiled for one TPU chip and run in Pallas's interpreter, not yet on a TPU; and a program for several
+    chips cannot be compiled ahead of time with it.
     """
     operands = q_bnhd, k_bmhd, v_bmhd, mask_bm
-    if not fits(q_bnhd, k_bmhd):
+    if implementation == "xla" or not fits(q_bnhd, k_bmhd):
         return reference_attention(*operands)
     return jax.lax.platform_dependent(*operands, tpu=fused_attention, default=reference_attention)
 
@@ -45,9 +54,19 @@ class Attention(nnx.Module):
     added to them before the heads are normalised and attended.
     """
 
-    def __init__(self, width: int, heads: int, *, qk_norm: bool, output: bool = True, dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        qk_norm: bool,
+        output: bool = True,
+        implementation: str = "xla",
+        dtype,
+        rngs: nnx.Rngs,
+    ):
         """output: whether anything is attended for this stream; without it there is no output projection."""
-        self.heads, self.head_dim = heads, width // heads
+        self.heads, self.head_dim, self.implementation = heads, width // heads, implementation
         self.qkv = linear(width, 3 * width, axes=("embed", "heads"), dtype=dtype, rngs=rngs)
         self.out = linear(width, width, axes=("heads", "embed"), dtype=dtype, rngs=rngs) if output else None
         self.query_norm = nnx.RMSNorm(self.head_dim, dtype=dtype, rngs=rngs) if qk_norm else None
@@ -100,7 +119,7 @@ class Attention(nnx.Module):
             k, v = jnp.concatenate([k, context.keys], axis=1), jnp.concatenate([v, context.values], axis=1)
         if queries is not None:
             q = jnp.concatenate([q, queries], axis=1)
-        attended = dot_product_attention(q, k, v, mask)
+        attended = dot_product_attention(q, k, v, mask, implementation=self.implementation)
         return attended.reshape(*attended.shape[:2], self.heads * self.head_dim)
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from trm_diffusion.models.attention import Attention, Context
+from trm_diffusion.models.attention import Context
 from trm_diffusion.models.embed import (
     TimestepEmbedder,
     VectorEmbedder,
@@ -26,7 +26,7 @@ from trm_diffusion.models.layers import layer_norm, linear, modulate
 from trm_diffusion.models.recursion import Recursion, RoutingReport, recursive_blocks
 from trm_diffusion.models.stack import BlockStack, StackLayout, segment_lengths
 from trm_diffusion.models.text import Text
-from trm_diffusion.models.transformer import FinalLayer, Stream, TransformerConfig, project
+from trm_diffusion.models.transformer import FinalLayer, Stream, TransformerConfig, attention_of, project
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class MMDiTBlock(nnx.Module):
         self.kind = kind
         self.visual = Stream(config, chunks=9 if kind.dual else 6, rngs=rngs)
         self.text = Stream(config, chunks=2 if kind.last else 6, rngs=rngs)
-        self.dual = Attention(width, heads, qk_norm=config.qk_norm, dtype=dtype, rngs=rngs) if kind.dual else None
+        self.dual = attention_of(config, rngs=rngs) if kind.dual else None
         # Built last, so that the base weights are the same with and without it.
         self.recursion = Recursion(width, heads, config.recursion, dtype=dtype, rngs=rngs) if kind.recursive else None
 

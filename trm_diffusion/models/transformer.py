@@ -20,11 +20,25 @@ class TransformerConfig:
     patch: int = 2  # pixels (or latent cells) a side of one token
     mlp_ratio: float = 4.0  # hidden width of the MLP over D
     qk_norm: bool = False  # RMS-normalise queries and keys per head
+    attention: str = "xla"  # xla, or fused: a kernel for one TPU chip and short sequences (models/fused_attention.py)
     frequency_shift: int = 0  # of a DiT's timestep embedding: 0 as it was published, 1 as diffusers computes it
     dtype: str = "bfloat16"  # of the computation; parameters, norms, softmax and gate are float32
     scan_blocks: bool = True  # run equal blocks under one scan (compiles once); False unrolls them
     remat: str = "none"  # what the backward pass of a block keeps: none, dots, full
     recursion: RecursionConfig = dataclasses.field(default_factory=RecursionConfig)
+
+
+def attention_of(config: TransformerConfig, *, output: bool = True, rngs: nnx.Rngs) -> Attention:
+    """The attention of one stream, as the config says."""
+    return Attention(
+        config.width,
+        config.heads,
+        qk_norm=config.qk_norm,
+        output=output,
+        implementation=config.attention,
+        dtype=jnp.dtype(config.dtype),
+        rngs=rngs,
+    )
 
 
 class Stream(nnx.Module):
@@ -39,7 +53,7 @@ class Stream(nnx.Module):
         dtype, width, ends = jnp.dtype(config.dtype), config.width, chunks == 2
         self.chunks = chunks
         self.modulation = linear(width, chunks * width, axes=("embed", None), init=ZEROS, dtype=dtype, rngs=rngs)
-        self.attention = Attention(width, config.heads, qk_norm=config.qk_norm, output=not ends, dtype=dtype, rngs=rngs)
+        self.attention = attention_of(config, output=not ends, rngs=rngs)
         self.mlp = None if ends else Mlp(width, int(width * config.mlp_ratio), dtype=dtype, rngs=rngs)
 
     def modulations(self, conditioning_bd: jax.Array) -> list[jax.Array]:

@@ -37,6 +37,7 @@ STRUCTURE = (
 # Except these, which decide how the model is computed, or when its tokens stop, and not what it was trained to be.
 FREE = (
     "model.remat",
+    "model.attention",
     "model.recursion.remat",
     "model.recursion.dispatch",
     "model.recursion.halting_epsilon",
