@@ -28,10 +28,14 @@ def get_config():
     c.model.recursion.rank = 32
 
     c.diffusion.objective = "rectified_flow"
+    c.diffusion.time_distribution = "uniform"
+    c.diffusion.shift = 3.0  # objects are large and flat: only where noise hides them does a caption say something new
 
-    c.train.updates = 20_000
-    c.train.batch_size = 64
+    c.train.updates = 9_000
+    c.train.batch_size = 32
+    c.optim.optimizer = "muon"  # here as good after 900 updates as AdamW after 2,300
     c.optim.lr = 1e-3
+    c.optim.b2 = 0.99
     c.optim.schedule = "cosine"
     c.optim.warmup_steps = 500
     c.optim.clip_norm = 1.0

@@ -21,6 +21,7 @@ MALFORMED = [  # the flags after --config=configs/digits.py, and what the one li
     ("--config.optim.lr=fast", "config.optim.lr"),
     ("--config.optim.lr=-1", "config.optim.lr is -1"),
     ("--config.optim.schedule=cosign", "config.optim.schedule"),
+    ("--config.optim.optimizer=adam", "config.optim.optimizer"),
     ("--config.optim.b2=1.0", "config.optim.b2"),
     ("--config.optim.clip_norm=-1.0", "config.optim.clip_norm"),
     ("--config.optim.ema_decays=1.5", "config.optim.ema_decays"),

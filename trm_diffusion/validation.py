@@ -18,7 +18,7 @@ from trm_diffusion.models.halting import HALTING
 from trm_diffusion.models.recursion import BASE_INPUTS, POOLS, RESIDUALS, ROUTING_SCOPES, recursive_blocks
 from trm_diffusion.models.remat import POLICIES
 from trm_diffusion.models.text import ENCODERS
-from trm_diffusion.runtime.optimizer import SCHEDULES
+from trm_diffusion.runtime.optimizer import OPTIMIZERS, SCHEDULES
 
 if TYPE_CHECKING:
     from trm_diffusion.config import Config
@@ -41,6 +41,7 @@ CHOICES = {  # field: the values it may take
     "model.recursion.halting": HALTING,
     "train.frozen_dtype": ("float32", "bfloat16"),
     "data.source": SOURCES,
+    "optim.optimizer": OPTIMIZERS,
     "optim.schedule": SCHEDULES,
     "evaluate.kind": ("none", "digits", "scenes"),
     "evaluate.label_rule": LABEL_RULES,
@@ -87,6 +88,7 @@ AT_LEAST = {  # field: its smallest value
     "train.nonfinite_limit": 1,
     "optim.lr": 0,
     "optim.lr_end": 0,
+    "optim.muon_lr_ratio": 0,
     "optim.warmup_steps": 0,
     "optim.eps": 0,
     "optim.weight_decay": 0,

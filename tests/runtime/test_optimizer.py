@@ -89,3 +89,24 @@ def test_clipping_is_by_the_global_norm(clip, shrunk):
     _, state = optimizer.update(gradients, optimizer.init(parameters), parameters)
     first_moment = optax.tree.get(state, "mu")
     chex.assert_trees_all_close(first_moment, jax.tree.map(lambda g: 0.1 * shrunk * g, gradients), rtol=1e-6)
+
+
+def test_muon_orthogonalises_each_block_and_leaves_the_rest_to_adam():
+    """From zero momentum, Muon's update of a matrix has all singular values alike, in each of two stacked blocks."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        "stack/blocks/mlp/kernel": (2, 8, 16),
+        "stack/blocks/modulation/kernel": (2, 8, 16),
+        "embed/kernel": (8, 4),
+    }
+    parameters = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    gradients = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    optimizer = make_optimizer(OptimConfig(optimizer="muon", lr=1e-2, muon_lr_ratio=3.0), 10)
+    updates, _ = optimizer.update(gradients, optimizer.init(parameters), parameters)
+    update = np.asarray(updates["stack/blocks/mlp/kernel"])
+    singular = np.linalg.svd(update, compute_uv=False)  # [2, 8]
+    before = np.linalg.svd(np.asarray(gradients["stack/blocks/mlp/kernel"]), compute_uv=False)
+    assert np.all(singular.max(1) / singular.min(1) < 2.0) and np.all(before.max(1) / before.min(1) > 2.5)
+    np.testing.assert_allclose(np.sqrt(np.mean(update**2)), 0.2 * 3.0 * 1e-2, rtol=0.3)
+    for name in ("stack/blocks/modulation/kernel", "embed/kernel"):  # Adam's first step is the sign of the gradient
+        np.testing.assert_allclose(updates[name], -1e-2 * np.sign(gradients[name]), rtol=1e-3)

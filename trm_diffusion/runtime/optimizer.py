@@ -5,10 +5,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from trm_diffusion.runtime.parameters import Parameters
 
+OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "cosine", "linear")
+_MUON_RMS = 0.2  # of an update over its learning rate: near AdamW's (Liu et al. 2025, arXiv 2502.16982)
 DECAYED = (
     "kernel",
     "down",
@@ -20,7 +23,9 @@ DECAYED = (
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
+    optimizer: str = "adamw"  # adamw, or muon: orthogonalised momentum for the blocks' matrices, AdamW for the rest
     lr: float = 1e-4  # peak learning rate of AdamW
+    muon_lr_ratio: float = 5.0  # muon: the learning rate of its matrices over that of the rest
     schedule: str = "constant"  # after the warm-up: constant, cosine (to lr_end) or linear (to lr_end)
     warmup_steps: int = 0  # updates over which the learning rate rises linearly from zero
     lr_end: float = 0.0  # learning rate at the last update of a decaying schedule
@@ -49,17 +54,44 @@ def learning_rate(config: OptimConfig, total_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTransformation:
-    """AdamW on a flat dictionary of parameters, after optional clipping by global norm."""
-    adamw = optax.adamw(
-        learning_rate(config, total_steps),
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=lambda parameters: {name: name.rsplit("/", 1)[-1] in DECAYED for name in parameters},
-    )
+    """AdamW or Muon on a flat dictionary of parameters, after optional clipping by global norm.
+
+    Muon (Jordan 2024; optax's) takes the matrices of attention and MLP in the blocks, each block's apart where blocks
+    are stacked; weight decay is then of these alone.
+    """
+    rate = learning_rate(config, total_steps)
+    if config.optimizer == "muon":
+        optimizer = optax.contrib.muon(
+            lambda update: config.muon_lr_ratio * rate(update),
+            weight_decay=config.weight_decay,
+            eps=config.eps,
+            adam_learning_rate=rate,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            muon_weight_dimension_numbers=_muon_matrices,
+            consistent_rms=_MUON_RMS,
+        )
+    else:
+        optimizer = optax.adamw(
+            rate,
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=lambda parameters: {name: name.rsplit("/", 1)[-1] in DECAYED for name in parameters},
+        )
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.chain(clip, adamw)
+    return optax.chain(clip, optimizer)
+
+
+def _muon_matrices(parameters: Parameters) -> dict:
+    """Which two axes of each parameter are a matrix for Muon, or None. Modulations act on vectors, and are left out."""
+    return {
+        name: optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+        if "/blocks/" in name and name.endswith("/kernel") and "/modulation/" not in name
+        else None
+        for name, leaf in parameters.items()
+    }
 
 
 def ema_decay(decay: float, updates: jax.Array, warmup: bool) -> jax.Array:
