@@ -57,7 +57,7 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTrans
     """AdamW or Muon on a flat dictionary of parameters, after optional clipping by global norm.
 
     Muon (Jordan 2024; optax's) takes the matrices of attention and MLP in the blocks, each block's apart where blocks
-    are stacked; weight decay is then of these alone.
+    are stacked; weight decay is then of these alone. All the rest has Adam, with Nesterov's momentum too.
     """
     rate = learning_rate(config, total_steps)
     if config.optimizer == "muon":
