@@ -68,7 +68,7 @@ def ran(commands: list[str], directory: Path | None = None, before: str = "") ->
         input=json.dumps([[module, arguments] for _, _, module, *arguments in words]),
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
         cwd=directory,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )

@@ -14,23 +14,24 @@ from trm_diffusion.metrics.adm import POOL_WIDTH, SPATIAL_WIDTH
 from trm_diffusion.weights.convert import LAYOUTS
 from trm_diffusion.weights.inception import random_state
 
-COMMANDS = re.findall(r"^ {4}(\S.*)$", (ROOT / "docs/imagenet.md").read_text(), re.MULTILINE)
+PAGE = ROOT / "docs/imagenet.md"
+COMMANDS = re.findall(r"^ {4}(\S.*)$", PAGE.read_text(), re.MULTILINE)
 
-CELLS, CLASSES, IMAGES, UPDATES = 4, 1000, 8, 2
+CELLS, IMAGES, UPDATES = 4, 8, 2
 AUTOENCODER = dict(  # two pixels a side of a latent cell
     channels=[4, 8], blocks=1, image_channels=3, latent_channels=4, quant_conv=True, groups=2, scale=0.18215, shift=0.0
 )  # fmt: skip
 DIT = dict(
     depth=2, width=16, heads=2, patch=2, mlp_ratio=4.0, image_size=CELLS, in_channels=4, out_channels=8,
-    num_classes=CLASSES
+    num_classes=1000
 )  # fmt: skip
 
 LATENTS = f"--config.data.image_size={CELLS}"
-MODEL = f"{LATENTS} --config.model.depth=2 --config.model.width=16 --config.model.heads=2"
-MODEL += f" --config.sample.diffusion_steps=2 --config.sample.batch_size={IMAGES}"
-TRAINING = f"{MODEL} --config.train.updates={UPDATES} --config.train.batch_size={IMAGES} --config.log.every=1"
+SMALL = f"{LATENTS} --config.model.depth=2 --config.model.width=16 --config.model.heads=2"
+SMALL += f" --config.sample.diffusion_steps=2 --config.sample.batch_size={IMAGES}"
+TRAINING = f"{SMALL} --config.train.updates={UPDATES} --config.train.batch_size={IMAGES} --config.log.every=1"
 TRAINING += " --config.optim.lr=0.1"  # enough for the samples to change
-SAMPLING = f"{MODEL} --num={IMAGES}"
+SAMPLING = f"{SMALL} --num={IMAGES}"
 SAMPLING += " --config.sample.parameters=raw"  # the average does not move in so few updates
 STEPS = [  # each command's job, and the flags that make it small
     ("convert", ""),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.commands import ROOT, ran
-from tests.recipe import CELLS, IMAGES, STEPS, UPDATES, miniature, without_torch, write_inputs
+from tests.recipe import CELLS, IMAGES, PAGE, STEPS, UPDATES, miniature, without_torch, write_inputs
 from trm_diffusion.metrics.image_sets import open_images
 
 MOCK = f"import tensorflow_datasets as t; mock = t.testing.mock_data(num_examples={IMAGES}); mock.__enter__()"
@@ -73,6 +73,8 @@ def test_the_table_compares_the_base_with_what_was_trained(place, outputs):
 
 
 def test_the_arithmetic_of_the_page_is_that_of_the_programs(outputs):
-    kept = json.loads((ROOT / "docs/results/benchmark_imagenet.json").read_text())
+    kept, page = json.loads((ROOT / "docs/results/benchmark_imagenet.json").read_text()), PAGE.read_text()
     found = printed(outputs, "imagenet")
     assert found["pass"] is True and found == kept | {"machine": found["machine"]}
+    assert all(f"{count:,}" in page for count in found["parameters"].values())
+    assert all(f" {flops:.0f} GFLOP" in page for flops in found["gigaflops_an_image"].values())
