@@ -1,29 +1,48 @@
-"""Command lines taken apart and checked as `main` does it, with the jobs themselves left out."""
+"""Command lines run as `python -m` runs them: with the jobs themselves left out, or in earnest."""
 
 import json
 import os
+import shlex
 import subprocess
 import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
 
 # Each command runs in a fork of one process that has imported everything, so that many are quick.
 _RUNNER = """
-import json, os, shlex, sys
+import json, os, runpy, sys, traceback
 import jax
 from jax._src import xla_bridge
-import trm_diffusion.main as main
 from trm_diffusion import analyze, compare, convert, evaluate, evaluate_images, export, prepare, sample, train, verify
 from trm_diffusion.runtime import doctor
-for module in (train, sample, evaluate, analyze, export, compare, convert, evaluate_images, prepare, verify, doctor):
-    for job in {module.__name__.rpartition(".")[2], "make_reference"} & vars(module).keys():
-        setattr(module, job, lambda *_, job=job, **__: print("reached", job, file=sys.stderr, flush=True) or True)
-for arguments in json.loads(sys.stdin.read()):
+JOBS = train, sample, evaluate, analyze, export, compare, convert, evaluate_images, prepare, verify, doctor
+
+def leave_out_jobs():
+    for module in JOBS:
+        for job in {module.__name__.rpartition(".")[2], "make_reference"} & vars(module).keys():
+            setattr(module, job, lambda *_, job=job, **__: print("reached", job, file=sys.stderr, flush=True) or True)
+
+def exit_code(module, arguments):
+    sys.argv = [module, *arguments]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as exit:
+        return exit.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+exec(sys.argv[1])
+for module, arguments in json.loads(sys.stdin.read()):
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
+        os.dup2(writer, 1)
         os.dup2(writer, 2)
-        sys.argv = ["main", *shlex.split(arguments)]
-        code = main.main(sys.argv)
-        print(f"devices touched: {xla_bridge.backends_are_initialized()}", file=sys.stderr, flush=True)
+        code = exit_code(module, arguments)
+        print(f"devices touched: {xla_bridge.backends_are_initialized()}", flush=True)
         os._exit(code)
     os.close(writer)
     with os.fdopen(reader) as pipe:
@@ -33,14 +52,25 @@ for arguments in json.loads(sys.stdin.read()):
 
 
 def parsed(commands: list[str]) -> list[tuple[int, str]]:
-    """Exit code and error text of `python -m trm_diffusion.main COMMAND` for each, up to where a job would begin."""
+    """Exit code and output of `python -m trm_diffusion.main COMMAND` for each, up to where a job would begin."""
+    return ran([f"python -m trm_diffusion.main {command}" for command in commands], before="leave_out_jobs()")
+
+
+def ran(commands: list[str], directory: Path | None = None, before: str = "") -> list[tuple[int, str]]:
+    """Exit code and output of each `python -m MODULE ...`, run one after another in `directory`.
+
+    before: what the process does first of which all are forks; it must leave JAX's devices alone.
+    """
+    words = [shlex.split(command) for command in commands]
+    assert all(command[:2] == ["python", "-m"] for command in words), commands
     result = subprocess.run(
-        [sys.executable, "-c", _RUNNER],
-        input=json.dumps(commands),
+        [sys.executable, "-c", _RUNNER, before],
+        input=json.dumps([[module, arguments] for _, _, module, *arguments in words]),
         capture_output=True,
         text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        timeout=1800,
+        cwd=directory,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return [tuple(json.loads(line)) for line in result.stdout.splitlines()]

@@ -135,7 +135,7 @@ def preparation_of(config: Config, source: Source, spec: LatentSpec, images_per_
 def is_done(directory: pathlib.Path, index: int, spec: LatentSpec, preparation: dict) -> bool:
     """Is this shard whole? Raises UserError where it was made otherwise."""
     record = read_shard_record(directory, index)
-    if record is None:
+    if record is None or not _holds_all(directory, record):
         return False
     before = {**(record["preparation"] or {}), **record["latent"]}
     now = {**preparation, **dataclasses.asdict(spec)}
@@ -147,6 +147,13 @@ def is_done(directory: pathlib.Path, index: int, spec: LatentSpec, preparation: 
             "remove it, or give another --out"
         )
     return True
+
+
+def _holds_all(directory: pathlib.Path, record: dict) -> bool:
+    """Does the shard still hold as many records as were written? One that is cut short has lost the list of them."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    return ArrayRecordReader(str(directory / record["file"])).num_records() == record["records"]
 
 
 class Encoder:

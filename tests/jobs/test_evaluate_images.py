@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.weights.published import write
 from trm_diffusion import main
 from trm_diffusion.compare import compare
 from trm_diffusion.errors import UserError
@@ -14,15 +15,8 @@ from trm_diffusion.metrics import adm
 from trm_diffusion.metrics.image_sets import open_images
 from trm_diffusion.metrics.inception import Features
 from trm_diffusion.weights.inception import fold_batch_norms, load_inception, random_state, state_shapes
-from trm_diffusion.weights.safetensors import TensorSpec, write_safetensors
 
 SIZES = Features(pool=20, spatial=12, logits=10)
-
-
-def save_safetensors(path, state) -> str:
-    specs = {name: TensorSpec(value.shape, value.dtype) for name, value in state.items()}
-    write_safetensors(path, specs, state.items())
-    return str(path)
 
 
 def images(seed: int, count: int) -> np.ndarray:
@@ -31,7 +25,7 @@ def images(seed: int, count: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory):
-    return save_safetensors(tmp_path_factory.mktemp("weights") / "inception.safetensors", random_state(0))
+    return write(tmp_path_factory.mktemp("weights") / "inception.safetensors", random_state(0))
 
 
 @pytest.fixture
@@ -70,7 +64,7 @@ def test_weights_come_back_from_their_file(inception):
 def test_other_weights_are_refused(tmp_path):
     state = {name: np.zeros(shape, np.float32) for name, shape in state_shapes().items() if name.startswith("fc")}
     with pytest.raises(UserError, match="not the FID Inception network: Conv2d_1a_3x3.conv.weight is missing"):
-        load_inception(save_safetensors(tmp_path / "other.safetensors", state))
+        load_inception(write(tmp_path / "other.safetensors", state))
     with pytest.raises(UserError, match="no such file or directory"):
         load_inception(str(tmp_path / "none.pth"))
     (tmp_path / "torn.safetensors").write_bytes(b"\x90" + bytes(7) + b"{")

@@ -102,10 +102,11 @@ def test_stopped_and_shared_by_two_it_ends_with_the_same_bytes(place, whole, tmp
     with pytest.raises(UserError, match=r"no manifest\.json"):
         LatentSource(str(tmp_path))
     (tmp_path / "latents-00003.json").unlink()  # as if killed before it was written
+    os.truncate(tmp_path / "latents-00001.array_record", 100)  # as if the disk had lost the rest
     monkeypatch.setattr(module, "write_shard", lambda *arguments: made.append(write_shard(*arguments)))
     made = []
     prepared(place, tmp_path)
-    assert len(made) == 3 and contents(tmp_path) == contents(whole)
+    assert len(made) == 4 and contents(tmp_path) == contents(whole)
 
 
 DYING = """

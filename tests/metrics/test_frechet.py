@@ -74,10 +74,15 @@ def test_influence_is_the_derivative_in_an_images_weight():
         np.testing.assert_allclose(influence[image], derivative, atol=0.01 * influence.std())  # equal but for 1 / N
 
 
-def test_influence_is_finite_with_fewer_rows_than_dimensions():
+def test_fewer_rows_than_dimensions():
+    """The distance is that of the moments; and a row's influence is what it is in the space that the rows span."""
     features = np.random.default_rng(0).standard_normal((20, 50))
-    _, influence = frechet_and_influence(features, np.zeros(50), np.eye(50))
-    assert np.isfinite(influence).all() and influence.std() > 0
+    distance, influence = frechet_and_influence(features, np.zeros(50), np.eye(50))
+    np.testing.assert_allclose(distance, frechet_distance(*moments(features), np.zeros(50), np.eye(50)), rtol=1e-9)
+    span = np.linalg.svd(features - features.mean(axis=0))[2][:19].T  # [50, 19]
+    _, within = frechet_and_influence(features @ span, np.zeros(19), np.eye(19))
+    np.testing.assert_allclose(influence, within, atol=1e-9)
+    assert influence.std() > 0
 
 
 def test_intervals_hold_the_true_distance_in_95_percent_of_experiments():

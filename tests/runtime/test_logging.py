@@ -47,15 +47,16 @@ def test_a_torn_last_line_is_dropped(tmp_path, torn):
     assert steps_in(path) == [2, 6]
 
 
-def test_a_line_goes_to_the_file_and_to_the_terminal_in_plain_text(tmp_path, capsys):
+@pytest.mark.parametrize(("total", "left"), [(10, "0:00:16"), (100_002, "2 days, 7:33:20")])
+def test_a_line_goes_to_the_file_and_to_the_terminal_in_plain_text(tmp_path, capsys, total, left):
     workdir = epath.Path(tmp_path)
-    logger = RunLogger(workdir, LogConfig(tensorboard=False), name="run", total_steps=10, resume_step=0)
+    logger = RunLogger(workdir, LogConfig(tensorboard=False), name="run", total_steps=total, resume_step=0)
     logger.metrics(2, LINE)
     logger.close()
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [{"step": 2, **LINE}]
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == "update 2/10: loss 0.5000, 100 images/s, waiting for data 25%, 00:00:16 left\n"
+    assert err == f"update 2/{total}: loss 0.5000, 100 images/s, waiting for data 25%, {left} left\n"
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 

@@ -10,6 +10,7 @@ import pytest
 from etils import epath
 
 from tests.jobs.tiny import command, finished, tiny_config
+from tests.weights.published import random_tensors, write
 from trm_diffusion.build import build
 from trm_diffusion.convert import convert
 from trm_diffusion.data.pipeline import make_iterator
@@ -20,7 +21,7 @@ from trm_diffusion.train import starting_state
 from trm_diffusion.weights import source as sources
 from trm_diffusion.weights.convert import LAYOUTS, detect, to_ours
 from trm_diffusion.weights.inception import load_inception, random_state
-from trm_diffusion.weights.safetensors import TensorSpec, read_safetensors, write_safetensors
+from trm_diffusion.weights.safetensors import read_safetensors
 from trm_diffusion.weights.source import open_source
 from trm_diffusion.weights.store import load_weights
 
@@ -38,23 +39,7 @@ MODELS = {"dit": DIT, "mmdit": SD3, "vae": VAE, "inception": {}}
 
 
 def published(layout_name: str, dtype=np.float32) -> dict[str, np.ndarray]:
-    """Random weights of a tiny model in a published layout; tensors that must be copies are."""
-    layout = LAYOUTS[layout_name]
-    model, rng = MODELS[layout.kind], np.random.default_rng(0)
-    shapes = layout.shapes(model)
-    tensors = {}
-    for rule in layout.rules(model):
-        value = rng.standard_normal(shapes[rule.ours]).astype(dtype)
-        tensors |= zip(rule.theirs, rule.form.theirs(value), strict=True)
-    constants = layout.constants(model) if layout.written else {}
-    tensors |= {name: value.astype(dtype) for name, value in constants.items()}
-    return {layout.prefixes[0] + name: tensor for name, tensor in tensors.items()}
-
-
-def write(path, tensors):
-    specs = {name: TensorSpec(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-    write_safetensors(path, specs, tensors.items())
-    return str(path)
+    return random_tensors(layout_name, MODELS[LAYOUTS[layout_name].kind], dtype)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

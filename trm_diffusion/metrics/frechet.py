@@ -85,7 +85,8 @@ def frechet_and_influence(
     distance's standard error is std(influence) / sqrt(N).
     """
     mean, covariance = moments(features, rows)
-    root = _low_rank_root(covariance)
+    few = len(features) < len(mean)
+    root = _low_rank_root_of_rows(features - mean) if few else _low_rank_root(covariance)
     eigenvalues, eigenvectors = np.linalg.eigh(_product(root, covariance_b))
     whiten = root / (root * root).sum(axis=0)  # [D, rank]: R's pseudo-inverse, transposed; R's columns are orthogonal
     carry = whiten @ (eigenvectors * np.clip(eigenvalues, 0, None) ** 0.25)  # [D, rank], carry @ carry.T = T
@@ -118,6 +119,17 @@ def _product(root: np.ndarray, covariance_b: np.ndarray) -> np.ndarray:
 def _low_rank_root(covariance: np.ndarray) -> np.ndarray:
     """R [D, rank] with R @ R.T = covariance, without the directions whose variance is rounding error."""
     eigenvalues, eigenvectors = np.linalg.eigh((covariance + covariance.T) / 2)
-    floor = max(eigenvalues[-1], 0) * len(covariance) * np.finfo(np.float64).eps
-    kept = eigenvalues > floor
+    kept = _above_rounding(eigenvalues, len(covariance))
     return eigenvectors[:, kept] * np.sqrt(eigenvalues[kept])
+
+
+def _low_rank_root_of_rows(centred: np.ndarray) -> np.ndarray:
+    """The same for the covariance of rows [N, D] of mean 0, from their N x N products, which are quick for N < D."""
+    scaled = np.asarray(centred, np.float64) / np.sqrt(len(centred) - 1)
+    eigenvalues, eigenvectors = np.linalg.eigh(scaled @ scaled.T)
+    return scaled.T @ eigenvectors[:, _above_rounding(eigenvalues, scaled.shape[1])]
+
+
+def _above_rounding(eigenvalues: np.ndarray, dimensions: int) -> np.ndarray:
+    """Which of a covariance's eigenvalues, in rising order, are more than rounding error."""
+    return eigenvalues > max(eigenvalues[-1], 0) * dimensions * np.finfo(np.float64).eps

@@ -5,10 +5,10 @@ run that was never interrupted, but for the fields that tell wall-clock time.
 """
 
 import dataclasses
+import datetime
 import json
 import os
 import sys
-import time
 
 import tqdm
 from etils import epath
@@ -79,7 +79,7 @@ class RunLogger:
             self._bar.set_postfix_str(shown)
         else:
             seconds = (self._total_steps - step) * scalars["seconds"] / max(1, scalars["updates"])
-            left = time.strftime("%H:%M:%S", time.gmtime(seconds))
+            left = datetime.timedelta(seconds=round(seconds))
             say(f"update {step}/{self._total_steps}: {shown}, {left} left")
 
     def image(self, step: int, name: str, image_hwc) -> None:
