@@ -11,6 +11,7 @@ OUT.sampling.json    how they were drawn
 import dataclasses
 import hashlib
 import json
+import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -39,9 +40,9 @@ class Benchmark(NamedTuple):
     """A benchmark's prompts, and its layout in a folder of images."""
 
     texts: list[str]
-    unfinished: Callable[[epath.Path], set[int]]  # prompts of which something is missing
-    write: Callable[[epath.Path, int, np.ndarray], None]  # the images uint8 [4, H, W, 3] of a prompt
-    check: Callable[[epath.Path], object]  # raises UserError for a missing or an extra file
+    unfinished: Callable[[pathlib.Path], set[int]]  # prompts of which something is missing
+    write: Callable[[pathlib.Path, int, np.ndarray], None]  # the images uint8 [4, H, W, 3] of a prompt
+    check: Callable[[pathlib.Path], object]  # raises UserError for a missing or an extra file
 
 
 def _geneval(path: str) -> Benchmark:
@@ -92,11 +93,13 @@ def export_prompts(
     if config.model.architecture == "dit":
         raise UserError(f"--export={benchmark} draws texts; this model (config.model.architecture dit) draws labels")
     require_images(config)
+    if "://" in (out or str(workdir)):
+        raise UserError(f"--export={benchmark} writes files for an evaluator: give --out=DIR, a local directory")
     suite = {"geneval": _geneval, "dpg": _dpg}[benchmark](prompts)
     experiment, state = load_run(config, workdir)
     reader, decoder = text_reader(config, workdir), load_decoder(experiment, workdir)
     experiment = dataclasses.replace(experiment, null_text=reader.null_text)
-    folder = epath.Path(out or workdir / "samples" / f"{benchmark}_{int(state.step):07d}")
+    folder = pathlib.Path(out or workdir / "samples" / f"{benchmark}_{int(state.step):07d}")
     record = protocol(config, int(state.step), decoder) | {"text": reader.encoding}
     start(folder, benchmark, suite.texts, record)
     problems = [problem for problem in map(reader.problem, suite.texts) if problem]
@@ -123,7 +126,7 @@ def export_prompts(
     say(f"drew {IMAGES} images of each of {count} prompts with {config.sample.parameters} parameters: {folder}")
 
 
-def start(folder: epath.Path, benchmark: str, texts: list[str], record: dict) -> None:
+def start(folder: pathlib.Path, benchmark: str, texts: list[str], record: dict) -> None:
     """Keeps how the images are drawn beside them, and clears what a killed job left half-written.
 
     Raises UserError where the folder holds images drawn otherwise, or of unknown origin.
