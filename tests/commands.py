@@ -11,9 +11,11 @@ import json, os, shlex, sys
 import jax
 from jax._src import xla_bridge
 import trm_diffusion.main as main
-from trm_diffusion import analyze, compare, convert, evaluate, evaluate_images, export, prepare, sample, train, verify
+from trm_diffusion import analyze, compare, convert, encode, evaluate, evaluate_images, export, export_prompts
+from trm_diffusion import prepare, sample, train, verify
 from trm_diffusion.runtime import doctor
-for module in (train, sample, evaluate, analyze, export, compare, convert, evaluate_images, prepare, verify, doctor):
+jobs = (train, sample, evaluate, analyze, export, export_prompts, prepare, encode, verify, evaluate_images)
+for module in (*jobs, compare, convert, doctor):
     for job in {module.__name__.rpartition(".")[2], "make_reference"} & vars(module).keys():
         setattr(module, job, lambda *_, job=job, **__: print("reached", job, file=sys.stderr, flush=True) or True)
 for arguments in json.loads(sys.stdin.read()):
