@@ -8,6 +8,7 @@ bytes.
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -51,6 +52,7 @@ def encode(
       UserError: no captions, no encoders, or `out` holds shards that were made otherwise.
       Interrupted: asked to stop; the shards that are whole stay.
     """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs the GPU's memory
     if not out:
         raise UserError("--mode=encode needs --out=DIR, where the encoded texts go")
     if config.model.text.encoder != "encoded":

@@ -32,6 +32,7 @@ from trm_diffusion.prepare import prepare
 from trm_diffusion.runtime.signals import StopRequest
 from trm_diffusion.sample import drawer
 from trm_diffusion.train import loss_and_metrics, train
+from trm_diffusion.verify import verify
 
 CAPTIONS = [["a cat", "one cat", "a grey cat"], ["a dog"], ["no picture"], ["two birds", "birds"], ["a cat"]]
 BAD, PER_SHARD = 2, 2
@@ -186,6 +187,7 @@ def test_latents_are_joined_with_the_captions_of_their_images(place):
     images = [i for i in range(5) if i != BAD for _ in range(2)]
     fake = FakeEncoder(config.model.text)
     assert len(source) == len(images) == 8 and source.spec.channels == 4
+    assert verify(str(place / "latents"), latents_of(place))
     for index, image in enumerate(images):
         np.testing.assert_allclose(source[index]["pooled"], fake.one(CAPTIONS[image][0]).pooled, rtol=1e-6)
     iterator = make_iterator(source, config.data, seed=0, batch_size=8 * 40)

@@ -1,5 +1,7 @@
 """GenEval (Ghosh et al., 2023), images out and results in; its detector runs elsewhere, in its own environment.
 
+`--mode=sample --export=geneval` draws the images.
+
     python -m trm_diffusion.metrics.geneval --prompts evaluation_metadata.jsonl --images DIR    # is the export whole?
     python -m trm_diffusion.metrics.geneval --results results.jsonl                             # the official figures
 

@@ -28,7 +28,7 @@ class Text(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    encoder: str = "learned"  # learned (from words, with the model), or encoded (the data hold encoded text)
+    encoder: str = "learned"  # learned (from words, with the model), or encoded (before, by pretrained encoders)
     length: int = 32  # L, tokens of a text; longer ones are cut
     features: int = 128  # C, of a token's state
     pooled_features: int = 128  # P, of a whole text; learned: equal to features
