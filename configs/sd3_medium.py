@@ -1,7 +1,8 @@
 """Stable Diffusion 3 medium at 1024x1024, frozen, with the paper's recursion to be trained in layers 4, 8 and 12.
 
 Options, after a colon: recursion=off|middle|all|4.8.12 (block indices, joined by dots), T=2 (latent steps), M=2
-(experts). The data are synthetic latents and text encodings as long as config.data.source says so.
+(experts). The data are synthetic latents and text encodings as long as config.data.source says so; docs/text.md has the
+way from captioned pictures to GenEval and DPG-Bench.
 """
 
 from trm_diffusion.config import default_config, variant
@@ -20,6 +21,9 @@ def get_config(argument: str = ""):
     c.model.mmdit.position_max_size = 192
     c.model.mmdit.position_base_size = 64
     c.model.text.encoder = "encoded"
+    c.model.text.recipe = "sd3"  # CLIP-L, CLIP-G and T5-XXL, put together as published
+    c.model.text.pretrained = ""  # these three: a local copy of the published pipeline, or its hub id
+    c.model.text.pretrained_dtype = "float32"  # what they compute in; bfloat16 halves the 22 GB that they take
     c.model.text.length = 333  # 77 tokens of the two CLIP encoders, then 256 of T5
     c.model.text.features = 4096
     c.model.text.pooled_features = 2048
@@ -40,6 +44,8 @@ def get_config(argument: str = ""):
     c.data.source = "synthetic"
     c.data.image_size = 128  # latent cells a side, of 8 pixels each
     c.data.channels = 16
+    c.data.num_classes = 0  # captions take the place of labels
+    c.data.text = ""  # their encodings, a directory that --mode=encode has written; with config.data.source=latents
 
     c.diffusion.objective = "rectified_flow"
     c.diffusion.shift = 3.0  # SD3's at this resolution

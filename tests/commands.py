@@ -14,9 +14,13 @@ _RUNNER = """
 import json, os, runpy, sys, traceback
 import jax
 from jax._src import xla_bridge
-from trm_diffusion import analyze, compare, convert, evaluate, evaluate_images, export, prepare, sample, train, verify
+from trm_diffusion import analyze, compare, convert, encode, evaluate, evaluate_images, export, export_prompts
+from trm_diffusion import prepare, sample, train, verify
 from trm_diffusion.runtime import doctor
-JOBS = train, sample, evaluate, analyze, export, compare, convert, evaluate_images, prepare, verify, doctor
+JOBS = (
+    train, sample, evaluate, analyze, export, export_prompts, compare, convert, evaluate_images, prepare, encode, verify,
+    doctor,
+)
 
 def leave_out_jobs():
     for module in JOBS:

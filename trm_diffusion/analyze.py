@@ -22,7 +22,7 @@ from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.evaluate import protocol
 from trm_diffusion.models.architecture import stack_layout
 from trm_diffusion.models.recursion import RoutingReport
-from trm_diffusion.prompts import request_of
+from trm_diffusion.prompts import Request, request_of
 from trm_diffusion.runs import load_run, sampling_parameters
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.parameters import Parameters
@@ -41,7 +41,9 @@ def analyze(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
         raise UserError("config.model.recursion.blocks is none: no block recurses, so there is nothing to analyze")
     experiment, state = load_run(config, workdir)
     parameters = sampling_parameters(experiment, state)
-    condition = _condition_of_batch(experiment, workdir)
+    request = request_of(experiment, workdir)
+    experiment = dataclasses.replace(experiment, null_text=request.null_text)
+    condition = _condition_of_batch(experiment, request)
     images, reports = _batch_drawer(experiment, parameters, condition, stop, with_reports=True)()
     images, reports = jax.tree.map(np.asarray, (images, reports))
     report = {
@@ -60,10 +62,10 @@ def analyze(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
     print(json.dumps(report), flush=True)
 
 
-def _condition_of_batch(experiment: Experiment, workdir: epath.Path):
+def _condition_of_batch(experiment: Experiment, request: Request):
     """The condition of the run's grids, cut or repeated to `sample.batch_size` images."""
-    condition, size = request_of(experiment, workdir).condition, experiment.config.sample.batch_size
-    return jax.tree.map(lambda leaf: jnp.asarray(np.resize(leaf, (size, *leaf.shape[1:]))), condition)
+    size = experiment.config.sample.batch_size
+    return jax.tree.map(lambda leaf: jnp.asarray(np.resize(leaf, (size, *leaf.shape[1:]))), request.condition)
 
 
 def _batch_drawer(experiment: Experiment, parameters: Parameters, condition, stop, *, with_reports: bool = False):
@@ -93,6 +95,7 @@ def _halting(experiment: Experiment, parameters: Parameters, condition, images, 
     config = experiment.config
     recursion = dataclasses.replace(config.model.recursion, halting="none")
     plain = build(dataclasses.replace(config, model=dataclasses.replace(config.model, recursion=recursion)))
+    plain = dataclasses.replace(plain, null_text=experiment.null_text)
     without = _batch_drawer(plain, {name: parameters[name] for name in plain.model.shapes}, condition, stop)
     seconds = interleaved_seconds(
         {"with": _batch_drawer(experiment, parameters, condition, stop), "without": without}, REPEATS

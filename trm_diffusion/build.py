@@ -22,7 +22,7 @@ from trm_diffusion.validation import check_batch
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A config and the objects it describes; holds no arrays."""
+    """A config and the objects it describes; holds no arrays of the model's."""
 
     config: Config
     mesh: Mesh
@@ -30,11 +30,12 @@ class Experiment:
     model: PureModel
     optimizer: optax.GradientTransformation
     abstract_state: TrainState  # shapes, dtypes and shardings
+    null_text: Text | None = None  # NumPy, no batch axis: the empty text, of a model whose texts are encoded before
 
     @property
     def null_condition(self) -> Any:
         """One image's condition that stands for none: a label, word ids [L], or a `Text`, without the batch axis."""
-        return null_condition(self.config.model, self.config.data.num_classes)
+        return self.null_text or null_condition(self.config.model, self.config.data.num_classes)
 
     def condition_of(self, batch: dict) -> Any:
         """What the model is conditioned on, out of a batch of the data: labels [B], word ids [B, L], or a `Text`."""

@@ -48,11 +48,7 @@ def export(config: Config, workdir: epath.Path, stop: StopRequest, count: int, o
     """
     if config.model.architecture != "dit":
         raise UserError("--num draws labels; a model of texts draws --prompts=FILE")
-    if config.data.channels not in (1, 3) and not config.data.vae:
-        raise UserError(
-            f"config.data.channels={config.data.channels}: latents are exported as images, by the autoencoder that "
-            "config.data.vae names"
-        )
+    require_images(config)
     config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, num_samples=count))
     experiment, state = load_run(config, workdir)
     update = int(state.step)
@@ -80,6 +76,15 @@ def export(config: Config, workdir: epath.Path, stop: StopRequest, count: int, o
     say(f"drew {count} images with {config.sample.parameters} parameters: {target}")
 
 
+def require_images(config: Config) -> None:
+    """Raises UserError where samples would be latents that nothing decodes."""
+    if config.data.channels not in (1, 3) and not config.data.vae:
+        raise UserError(
+            f"config.data.channels={config.data.channels}: latents are exported as images, by the autoencoder that "
+            "config.data.vae names"
+        )
+
+
 def image_path(folder: epath.Path, index: int) -> epath.Path:
     return folder / f"{index:06d}.png"
 
@@ -89,16 +94,30 @@ def unfinished_batches(folder: epath.Path, count: int, size: int) -> list[np.nda
     there = {file.name for file in folder.iterdir()} if folder.exists() else set()
     batches = [np.arange(first, min(first + size, count)) for first in range(0, count, size)]
     unfinished = [batch for batch in batches if any(image_path(folder, index).name not in there for index in batch)]
+    let_all_hosts_look()
+    return unfinished
+
+
+def let_all_hosts_look() -> None:
+    """Waits until every host knows what is missing, before any begins to write."""
     if jax.process_count() > 1:
         from jax.experimental.multihost_utils import sync_global_devices
 
         sync_global_devices("export: every host knows what is missing")
-    return unfinished
 
 
 def start(folder: epath.Path, labels: np.ndarray, record: dict) -> None:
     """Writes labels and record. Raises UserError where the folder's own record tells of other images."""
-    path = folder / "sampling.json"
+    if keep_record(folder / "sampling.json", folder, record) and jax.process_index() == 0:
+        with (folder / "labels.npy").open("wb") as file:
+            np.save(file, labels)
+
+
+def keep_record(path: epath.Path, folder: epath.Path, record: dict) -> bool:
+    """Writes how the images in `folder` are drawn to `path`; False where that tells the same already.
+
+    Raises UserError where it tells of other images.
+    """
     if path.exists():
         before, now = ({k: v for k, v in r.items() if k not in PLACE} for r in (json.loads(path.read_text()), record))
         changed = [field for field in now if before.get(field) != now[field]]
@@ -108,10 +127,10 @@ def start(folder: epath.Path, labels: np.ndarray, record: dict) -> None:
                 f"{folder} holds images drawn with {field} = {before.get(field)!r}, not {now[field]!r}: "
                 "remove it, or give another --out"
             )
-    elif jax.process_index() == 0:
+        return False
+    if jax.process_index() == 0:
         write_json(path, record)
-        with (folder / "labels.npy").open("wb") as file:
-            np.save(file, labels)
+    return True
 
 
 def pack(folder: epath.Path, target: epath.Path, labels: np.ndarray) -> None:

@@ -15,7 +15,9 @@ from ml_collections import config_flags
 
 from trm_diffusion.errors import EXIT_RESUMABLE, EXIT_USER_ERROR, Interrupted, UserError
 
-MODES = ("train", "sample", "evaluate", "analyze", "prepare", "verify", "reference", "compare", "convert", "doctor")
+MODES = (
+    "train", "sample", "evaluate", "analyze", "prepare", "encode", "verify", "reference", "compare", "convert", "doctor"
+)  # fmt: skip
 PLATFORMS = ("", "cpu", "cuda", "tpu")
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -24,7 +26,12 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, runs/NAME by default; may be gs://...")
 MODE = flags.DEFINE_enum("mode", "train", MODES, "train (then sample and evaluate), or one job alone")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to draw with --mode=sample; may be given several times")
-PROMPTS = flags.DEFINE_string("prompts", None, "File of such texts, one a line")
+PROMPTS = flags.DEFINE_string(
+    "prompts", None, 'File of such texts, one a line, or JSON lines with "prompt" (.jsonl), or a folder of .txt files'
+)
+EXPORT = flags.DEFINE_enum(
+    "export", "", ("", "geneval", "dpg"), "With --mode=sample: draw the benchmark's --prompts, in its official layout"
+)
 SOURCE = flags.DEFINE_string("from", "", "convert: a run, a converted directory, published weights, or a hub id")
 DESTINATION = flags.DEFINE_string("to", "", "convert: the directory to write")
 LAYOUT = flags.DEFINE_string("layout", "", "convert: the layout of published weights, where their names do not tell")
@@ -49,11 +56,15 @@ PRECISION_RECALL_DTYPE = flags.DEFINE_enum(
 EVALUATIONS = flags.DEFINE_list("evaluations", None, "evaluation.json files to compare, separated by commas")
 NUM = flags.DEFINE_integer("num", 0, "With --mode=sample: draw so many images as PNG files, instead of a grid")
 OUT = flags.DEFINE_string(
-    "out", None, "What to write: samples (folder or .npz), evaluation, reference or comparison; the latents of prepare"
+    "out",
+    None,
+    "What to write: samples (folder or .npz), evaluation, reference or comparison; the directory of prepare or encode",
 )
-IMAGES_PER_SHARD = flags.DEFINE_integer("images_per_shard", 5000, "prepare: images in a shard of latents")
-PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "prepare: which of the processes that share it this is")
-PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "prepare: how many processes share it; JAX's by default")
+IMAGES_PER_SHARD = flags.DEFINE_integer(
+    "images_per_shard", None, "Images in a shard: prepare 5,000; encode 100, whose captions take megabytes each"
+)
+PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "prepare, encode: which of the processes that share it")
+PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "prepare, encode: how many share it; JAX's by default")
 PLATFORM = flags.DEFINE_enum("platform", "", PLATFORMS, "Refuse to run on anything else; any device by default")
 
 
@@ -112,13 +123,14 @@ def run(mode: str, platform: str) -> int:
         return 0 if doctor() else 1
     if IMAGES.value or mode in ("reference", "compare", "convert"):
         return run_on_files(mode)
-    if mode in ("prepare", "verify"):
+    if mode in ("prepare", "encode", "verify"):
         return run_on_latents(mode)
 
     from trm_diffusion.analyze import analyze
     from trm_diffusion.config import resolve
     from trm_diffusion.evaluate import evaluate
     from trm_diffusion.export import export
+    from trm_diffusion.export_prompts import export_prompts
     from trm_diffusion.prompts import read_prompts
     from trm_diffusion.runtime.signals import StopRequest
     from trm_diffusion.sample import sample
@@ -127,7 +139,9 @@ def run(mode: str, platform: str) -> int:
     if CONFIG.value is None:
         raise UserError("no experiment given; add --config=configs/digits.py, or another file of configs/")
     config = resolve(CONFIG.value)
-    prompts = PROMPT.value + (read_prompts(PROMPTS.value) if PROMPTS.value else [])
+    if EXPORT.value and (mode != "sample" or not PROMPTS.value or PROMPT.value or NUM.value):
+        raise UserError(f"--export={EXPORT.value} goes with --mode=sample and --prompts, the benchmark's own, alone")
+    prompts = PROMPT.value + (read_prompts(PROMPTS.value) if PROMPTS.value and not EXPORT.value else [])
     if prompts:
         if mode != "sample":
             raise UserError("--prompt and --prompts are for --mode=sample")
@@ -138,6 +152,8 @@ def run(mode: str, platform: str) -> int:
         if mode != "sample" or NUM.value < 0 or prompts:
             raise UserError(f"--num={NUM.value} counts images; it goes with --mode=sample, and not with prompts")
         sample = functools.partial(export, count=NUM.value, out=OUT.value or "")
+    if EXPORT.value:
+        sample = functools.partial(export_prompts, benchmark=EXPORT.value, prompts=PROMPTS.value, out=OUT.value or "")
     jobs = {"train": (train, sample, evaluate), "sample": (sample,), "evaluate": (evaluate,), "analyze": (analyze,)}
     with StopRequest() as stop:
         for job in jobs[mode]:
@@ -146,8 +162,9 @@ def run(mode: str, platform: str) -> int:
 
 
 def run_on_latents(mode: str) -> int:
-    """Makes a directory of latents, or checks one."""
+    """Makes a directory of latents or of encoded text, or checks one of latents."""
     from trm_diffusion.config import resolve
+    from trm_diffusion.encode import encode
     from trm_diffusion.prepare import prepare
     from trm_diffusion.runtime.signals import StopRequest
     from trm_diffusion.verify import verify
@@ -156,16 +173,15 @@ def run_on_latents(mode: str) -> int:
     if mode == "verify":
         return 0 if verify(OUT.value or "", config) else EXIT_USER_ERROR
     if config is None:
-        raise UserError("--mode=prepare needs --config, whose config.data and config.data.vae it reads")
+        raise UserError(f"--mode={mode} needs --config, whose config.data it reads")
+    share = dict(process_index=PROCESS_INDEX.value, process_count=PROCESS_COUNT.value)
+    size, out = IMAGES_PER_SHARD.value, OUT.value or ""
     with StopRequest() as stop:
-        prepare(
-            config,
-            OUT.value or "",
-            stop,
-            images_per_shard=IMAGES_PER_SHARD.value,
-            process_index=PROCESS_INDEX.value,
-            process_count=PROCESS_COUNT.value,
-        )
+        if mode == "prepare":
+            prepare(config, out, stop, images_per_shard=5000 if size is None else size, **share)
+        else:
+            items_per_shard = 100 if size is None else size
+            encode(config, out, stop, prompts=PROMPTS.value or "", items_per_shard=items_per_shard, **share)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The preparation job: labelled images to a directory of latents (data/latents.py), which `--mode=verify` checks.
+"""The preparation job: images to a directory of latents (data/latents.py), which `--mode=verify` checks.
 
 Images are cropped as ADM does, encoded to mean and standard deviation, and written in shards of consecutive images. A
 shard depends on its images alone: it is made whole by one process, one that is there is not made again, and the
@@ -8,7 +8,6 @@ number of processes that share it, give the same bytes.
 
 import collections
 import dataclasses
-import hashlib
 import importlib.metadata
 import os
 import pathlib
@@ -22,10 +21,11 @@ import tqdm
 import trm_diffusion
 from trm_diffusion.autoencoder import config_vae, images_at_once, sharded_over_batch
 from trm_diffusion.config import Config
-from trm_diffusion.data.base import Element, Source
+from trm_diffusion.data.base import Element, Source, names_sha256
 from trm_diffusion.data.images import CROP_RULE, UnreadableImage
 from trm_diffusion.data.latents import ShardWriter, read_shard_record, write_manifest
-from trm_diffusion.data.sources import IMAGE_SOURCES, make_source
+from trm_diffusion.data.shards import refuse_change
+from trm_diffusion.data.sources import CAPTIONED_FILES, IMAGE_SOURCES, make_source
 from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.models.latent import LatentSpec
 from trm_diffusion.models.vae import VAE
@@ -48,7 +48,8 @@ def prepare(
     """Encodes the images of `config.data` by the autoencoder `data.vae` into the directory `out`.
 
     `data.image_size` counts latent cells, as it does in training; `data.flip` stores each image's mirror image as a
-    record of its own, after it. An image that cannot be read has no record; the manifest names it.
+    record of its own, after it. An image that cannot be read has no record; the manifest names it. Captions are for
+    `--mode=encode`.
 
     Args:
       images_per_shard: images, not records, of each shard but the last.
@@ -56,18 +57,12 @@ def prepare(
         default.
 
     Raises:
-      UserError: data that hold no labelled images, no autoencoder, or `out` holds shards that were made otherwise.
+      UserError: data that hold no images, no autoencoder, or `out` holds shards that were made otherwise.
       Interrupted: asked to stop; the shards that are whole stay.
     """
     if not out:
         raise UserError("--mode=prepare needs --out=DIR, where the latents go")
-    process_index = jax.process_index() if process_index is None else process_index
-    process_count = jax.process_count() if process_count is None else process_count
-    if images_per_shard < 1 or not 0 <= process_index < process_count:
-        raise UserError(
-            f"--images_per_shard={images_per_shard} must be at least 1, and --process_index={process_index} from 0 "
-            f"to --process_count={process_count} less 1"
-        )
+    process_index, process_count = process_share(process_index, process_count, images_per_shard)
     if not config.data.vae:
         raise UserError("--mode=prepare needs --config.data.vae=DIR, an autoencoder that --mode=convert has written")
     vae, spec = config_vae(config)
@@ -101,11 +96,24 @@ def prepare(
         say(f"bad image {image['name']}: {image['reason']}")
 
 
+def process_share(process_index: int | None, process_count: int | None, images_per_shard: int) -> tuple[int, int]:
+    """Index and count of the processes that share a job, JAX's own by default. UserError where there are none such."""
+    process_index = jax.process_index() if process_index is None else process_index
+    process_count = jax.process_count() if process_count is None else process_count
+    if images_per_shard < 1 or not 0 <= process_index < process_count:
+        raise UserError(
+            f"--images_per_shard={images_per_shard} must be at least 1, and --process_index={process_index} from 0 "
+            f"to --process_count={process_count} less 1"
+        )
+    return process_index, process_count
+
+
 def image_source(config: Config, vae: VAE, spec: LatentSpec) -> Source:
     """The images of `config.data`, cropped to what the autoencoder makes latents of `data.image_size` cells of."""
-    if config.data.source not in IMAGE_SOURCES:
+    sources = (*IMAGE_SOURCES, *CAPTIONED_FILES)
+    if config.data.source not in sources:
         raise UserError(
-            f"--mode=prepare encodes labelled images; set config.data.source to one of {', '.join(IMAGE_SOURCES)}, "
+            f"--mode=prepare encodes images; set config.data.source to one of {', '.join(sources)}, "
             f"not {config.data.source}"
         )
     pixels = {"image_size": spec.size * vae.config.factor, "channels": vae.config.image_channels}
@@ -114,16 +122,13 @@ def image_source(config: Config, vae: VAE, spec: LatentSpec) -> Source:
 
 def preparation_of(config: Config, source: Source, spec: LatentSpec, images_per_shard: int) -> dict:
     """Everything that the bytes of a shard depend on, for its record and the manifest."""
-    names = hashlib.sha256()
-    for index in range(len(source)):
-        names.update(source.name(index).encode() + b"\n")
     record = load_weights(config.data.vae).record
     return {
         "data": config.data.source,
-        "tfds_name": config.data.tfds_name if config.data.source == "tfds" else None,
-        "split": config.data.split if config.data.source == "tfds" else None,
+        "tfds_name": config.data.tfds_name if config.data.source.startswith("tfds") else None,
+        "split": config.data.split if config.data.source.startswith("tfds") else None,
         "images": len(source),
-        "names_sha256": names.hexdigest(),
+        "names_sha256": names_sha256(source.name(index) for index in range(len(source))),
         "image_size": source.sample_shape[0],
         "crop": CROP_RULE,
         "flip": config.data.flip,
@@ -138,14 +143,7 @@ def is_done(directory: pathlib.Path, index: int, spec: LatentSpec, preparation: 
     if record is None or not _holds_all(directory, record):
         return False
     before = {**(record["preparation"] or {}), **record["latent"]}
-    now = {**preparation, **dataclasses.asdict(spec)}
-    changed = [field for field in now if before.get(field) != now[field]]
-    if changed:
-        field = changed[0]
-        raise UserError(
-            f"{directory} holds latents made with {field} = {before.get(field)!r}, not {now[field]!r}: "
-            "remove it, or give another --out"
-        )
+    refuse_change(directory, "latents", before, {**preparation, **dataclasses.asdict(spec)})
     return True
 
 
@@ -182,7 +180,7 @@ def write_shard(
         views = [encode(images), encode(images[:, :, ::-1])] if flip else [encode(images)]
         for row, element in enumerate(batch):
             for mean, std in views:
-                writer.write(mean[row], std[row], element["label"])
+                writer.write(mean[row], std[row], element.get("label", 0))
         batch.clear()
 
     with ThreadPoolExecutor(min(MAX_READERS, os.cpu_count() or 1)) as pool:

@@ -1,5 +1,6 @@
 """The sampling job: from a checkpoint to images, and what training and evaluation share of it."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -79,8 +80,12 @@ def draw_all(
     parameters: Parameters,
     condition: Any,
     stop: StopRequest | None = None,
+    first_index: int = 0,
 ) -> Iterator[np.ndarray]:
-    """Images of a condition [N, ...], batch by batch, in order; image i has index i. Raises Interrupted if asked to."""
+    """Images of a condition [N, ...], batch by batch, in order; their indices count from the first.
+
+    Raises Interrupted if asked to.
+    """
     size, count = config.sample.batch_size, len(jax.tree.leaves(condition)[0])
     for first in range(0, count, size):
         if stop is not None and stop.requested:
@@ -88,7 +93,7 @@ def draw_all(
         rows = np.arange(first, min(first + size, count))
         padded = np.resize(rows, size)  # one shape, one compilation
         part = jax.tree.map(lambda leaf, rows=padded: jnp.asarray(leaf[rows]), condition)
-        images = draw(parameters, part, jnp.arange(first, first + size))
+        images = draw(parameters, part, first_index + jnp.arange(first, first + size))
         yield np.asarray(images[: len(rows)])
 
 
@@ -121,6 +126,7 @@ def sample(config: Config, workdir: epath.Path, stop: StopRequest, prompts: Sequ
     """
     experiment, state = load_run(config, workdir)
     request = request_of(experiment, workdir, prompts)
+    experiment = dataclasses.replace(experiment, null_text=request.null_text)
     parameters = sampling_parameters(experiment, state)
     draw = image_drawer(experiment, load_decoder(experiment, workdir))
     images = np.concatenate(list(draw_all(draw, config, parameters, request.condition, stop)))

@@ -26,7 +26,7 @@ from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.models.architecture import stack_layout
 from trm_diffusion.models.balance import auxiliary_loss, moved_biases
 from trm_diffusion.models.recursion import RoutingReport
-from trm_diffusion.prompts import keep_words, request_of, training_source
+from trm_diffusion.prompts import check_encoding, keep_encoding, keep_words, request_of, training_source
 from trm_diffusion.runs import started_state
 from trm_diffusion.runtime.checkpoints import Checkpoints
 from trm_diffusion.runtime.logging import RunLogger, say
@@ -168,6 +168,9 @@ def train(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
     experiment = build(config)
     source = training_source(config)
     check_latents(config, source, workdir)
+    if source.encodings is not None:
+        check_encoding(config, source.encodings.encoding, workdir)
+        experiment = dataclasses.replace(experiment, null_text=source.encodings.null)
     iterator = make_iterator(
         source,
         config.data,
@@ -180,6 +183,7 @@ def train(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
         state, loop = starting_state(experiment, workdir, checkpoints, iterator)
         keep_words(config, workdir)
         keep_spec(source, workdir)
+        keep_encoding(source, workdir)
         _describe(experiment, state)
         if int(state.step) < config.train.updates:
             _loop(experiment, workdir, stop, checkpoints, iterator, state, loop)

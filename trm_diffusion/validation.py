@@ -17,7 +17,7 @@ from trm_diffusion.models.gate import FORWARD_WEIGHTS, GATE_INPUTS
 from trm_diffusion.models.halting import HALTING
 from trm_diffusion.models.recursion import BASE_INPUTS, POOLS, RESIDUALS, ROUTING_SCOPES, recursive_blocks
 from trm_diffusion.models.remat import POLICIES
-from trm_diffusion.models.text import ENCODERS
+from trm_diffusion.models.text import CLIP_LENGTH, ENCODERS, RECIPES
 from trm_diffusion.runtime.optimizer import OPTIMIZERS, SCHEDULES
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ LABEL_RULES = ("balanced", "random")
 CHOICES = {  # field: the values it may take
     "model.architecture": ARCHITECTURES,
     "model.text.encoder": ENCODERS,
+    "model.text.recipe": RECIPES,
+    "model.text.pretrained_dtype": ("float32", "float16", "bfloat16"),
     "model.frequency_shift": (0, 1),
     "model.attention": IMPLEMENTATIONS,
     "model.dtype": ("float32", "bfloat16"),
@@ -172,6 +174,10 @@ def _check_model(config: "Config") -> None:
 def _check_condition(config: "Config") -> None:
     """The model is conditioned on what the data hold."""
     model, text, source = config.model, config.model.text, config.data.source
+    _require(
+        not config.data.text or (model.architecture == "mmdit" and not model.reads_words),
+        "config.data.text is for config.model.architecture mmdit with config.model.text.encoder encoded",
+    )
     if model.architecture == "dit":
         _require(
             source not in CAPTIONED_SOURCES and config.data.num_classes >= 1,
@@ -201,9 +207,16 @@ def _check_condition(config: "Config") -> None:
             f"{text.features} with config.model.text.encoder learned",
         )
     else:
+        sources = ("synthetic", "latents", *CAPTIONED_SOURCES)
         _require(
-            source == "synthetic",
-            f"config.model.text.encoder encoded needs encoded text: config.data.source synthetic, not {source}",
+            source in sources,
+            "config.model.text.encoder encoded needs encoded text, which images without captions lack: "
+            f"config.data.source one of {', '.join(sources)}, not {source}",
+        )
+        _require(
+            text.recipe != "sd3" or text.length > CLIP_LENGTH,
+            f"config.model.text.length is {text.length}; with config.model.text.recipe sd3, {CLIP_LENGTH} tokens are "
+            "of the CLIP encoders, and the others T5's",
         )
     _require(
         model.mmdit.dual_attention_blocks <= model.depth,
@@ -276,6 +289,10 @@ def _check_sampling(config: "Config") -> None:
     _require(
         config.evaluate.kind in ("none", data.source),
         f"config.evaluate.kind {config.evaluate.kind} is for images of config.data.source {config.evaluate.kind} only",
+    )
+    _require(
+        config.evaluate.kind != "scenes" or config.model.reads_words,
+        "config.evaluate.kind scenes is for config.model.text.encoder learned",
     )
 
 

@@ -125,7 +125,8 @@ def _of_shard(root: pathlib.Path, index: int, shard: dict, spec: LatentSpec, cou
         if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std >= 0).all()):
             yield f"{path}: record {position} holds values that are not finite, or a negative deviation"
             return
-        if not 0 <= label < len(counts):
+        if not 0 <= label < max(1, len(counts)):
             yield f"{path}: record {position} has the label {label} of {len(counts)} classes"
             return
-        counts[label] += 1
+        if len(counts):
+            counts[label] += 1

@@ -2,11 +2,17 @@
 
 import abc
 import dataclasses
+import hashlib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from trm_diffusion.errors import UserError
 from trm_diffusion.models.latent import LatentSpec
+
+if TYPE_CHECKING:
+    from trm_diffusion.data.encodings import Encodings
 
 Element = dict[str, np.ndarray]
 
@@ -16,6 +22,7 @@ class DataConfig:
     # digits, synthetic, image_folder, image_tars, tfds, latents;
     # with captions: scenes, emoji, caption_folder, tfds_captions
     source: str = "digits"
+    text: str = ""  # encoded text of the data's captions, or of prompts: a directory that --mode=encode has written
     path: str = ""  # folders, tars, latents: the directory; tfds, tfds_captions: the data_dir ("" = TFDS's own default)
     tfds_name: str = "imagenet2012"  # tfds, tfds_captions: the dataset's name, with config and version if need be
     split: str = "train"  # digits: train or test; scenes: train, seen, held_out or all; tfds: any split expression
@@ -41,6 +48,7 @@ class Source(abc.ABC):
       captioned: whether elements have captions in place of labels.
       vocabulary: every word of the captions, if they keep to a closed set; a word's place must not change.
       spec: what the latents are, where records are latents of images.
+      encodings: the encoded texts that records are given, where there are any.
       stochastic: whether `sample` uses its generator, so that a record differs from epoch to epoch.
       in_memory: whether reading is so cheap that more than one read thread would only cost time.
     """
@@ -50,6 +58,7 @@ class Source(abc.ABC):
     captioned: bool = False
     vocabulary: tuple[str, ...] = ()
     spec: LatentSpec | None = None
+    encodings: "Encodings | None" = None
     stochastic: bool = False
     in_memory: bool = False
 
@@ -64,6 +73,10 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def __getitem__(self, index: int) -> Element:
         """Record `index`, the same whenever it is read."""
+
+    def captions(self, index: int) -> list[str]:
+        """Every caption of record `index`, of a captioned source."""
+        return [str(self[index]["caption"])]
 
     def sample(self, index: int, rng: np.random.Generator) -> Element:
         """Record `index` as training sees it, with the source's own randomness if it is stochastic."""
@@ -87,6 +100,14 @@ def make_captioned_element(image: np.ndarray, caption: str, index: int) -> Eleme
         "caption": np.asarray(caption, np.str_),
         "index": np.asarray(index, np.int32),
     }
+
+
+def names_sha256(names: Iterable[str]) -> str:
+    """Of the names of records in order: data that have the same are the same images."""
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(name.encode() + b"\n")
+    return digest.hexdigest()
 
 
 def check_matches_config(source: Source, config: DataConfig) -> None:

@@ -9,7 +9,7 @@ import pathlib
 import numpy as np
 
 from trm_diffusion.data.base import Element, Source, make_captioned_element
-from trm_diffusion.data.images import IMAGE_SUFFIXES, TfdsSource, read_training_image
+from trm_diffusion.data.images import IMAGE_SUFFIXES, TfdsSource, naming_damage, read_training_image
 from trm_diffusion.errors import UserError
 
 CAPTIONS_FILE = "captions.jsonl"
@@ -28,6 +28,9 @@ class _CaptionedSource(Source):
     def sample(self, index: int, rng: np.random.Generator) -> Element:
         image, captions = self._read(index)
         return make_captioned_element(image, captions[int(rng.integers(len(captions)))], index)
+
+    def captions(self, index: int) -> list[str]:
+        return self._read(index)[1]
 
     def _read(self, index: int) -> tuple[np.ndarray, list[str]]:
         """The image [H, W, C] in [-1, 1] and its captions, at least one."""
@@ -56,6 +59,12 @@ class CaptionFolderSource(_CaptionedSource):
 
     def __len__(self) -> int:
         return len(self._records)
+
+    def name(self, index: int) -> str:
+        return self._records[index][0]
+
+    def captions(self, index: int) -> list[str]:
+        return self._records[index][1]
 
     def _listed(self) -> list[tuple[str, list[str]]]:
         path, records = self._root / CAPTIONS_FILE, []
@@ -107,6 +116,7 @@ class TfdsCaptionSource(_CaptionedSource, TfdsSource):
             )
 
     def _read(self, index: int) -> tuple[np.ndarray, list[str]]:
-        record = self._record(index)
+        with naming_damage(self.name(index)):
+            record = self._record(index)
         texts = record["captions"]["text"]
         return self._training_image(record), [text.decode() if isinstance(text, bytes) else text for text in texts]

@@ -1,9 +1,8 @@
 """Prepared latents: what a VAE's encoder says of each image, computed once and read many times.
 
-A directory holds array_record shards, beside each a small JSON file about it, and `manifest.json`, which is made of
-those files. One record is a label (int32), the posterior mean and the posterior standard deviation (both float16
-[H, W, C]), little-endian. The file about a shard is written after it, and the manifest last: a shard that has one is
-whole, and so is a directory that has a manifest. Reading draws
+A directory holds shards (data/shards.py) and `manifest.json`, which is made of the files about them and written last: a
+directory that has one is whole. One record is a label (int32; 0 for images with captions), the posterior mean and the
+posterior standard deviation (both float16 [H, W, C]), little-endian. Reading draws
 
     z = (mean + std * eps - shift) * scale,    eps ~ N(0, 1),
 
@@ -15,17 +14,15 @@ import dataclasses
 import json
 import os
 import pathlib
-import threading
 
 import numpy as np
 
 from trm_diffusion.data.base import Element, Source, make_element
+from trm_diffusion.data.shards import MANIFEST_NAME, ShardFile, ShardReader, read_about, write_json
 from trm_diffusion.errors import UserError
 from trm_diffusion.models.latent import LatentSpec
-from trm_diffusion.weights.source import sha256
 
 FORMAT_VERSION = 1
-MANIFEST_NAME = "manifest.json"
 SHARD_FIELDS = {
     "file", "records", "sha256", "class_counts", "bad_images", "num_classes", "latent", "preparation"
 }  # fmt: skip
@@ -43,26 +40,22 @@ class ShardWriter:
       directory: where to; it exists.
       index: of the shard.
       spec: what the records are.
-      num_classes: labels are 0 .. num_classes - 1.
+      num_classes: labels are 0 .. num_classes - 1; 0 of images with captions, whose labels are 0.
       preparation: how the records were made, the same for all shards; JSON.
     """
 
     def __init__(
         self, directory: pathlib.Path, index: int, spec: LatentSpec, num_classes: int, preparation: dict | None = None
     ):
-        from array_record.python.array_record_module import ArrayRecordWriter
-
-        self._directory, self._index = directory, index
+        self._index = index
         self._spec, self._num_classes = spec, num_classes
         self._preparation = preparation
         self._class_counts, self.bad_images = collections.Counter(), []
-        self._partial = directory / f".{shard_name(index)}.partial"
-        # Groups of one record: a random read then touches nothing but its own bytes.
-        self._file = ArrayRecordWriter(str(self._partial), "group_size:1")
+        self._file = ShardFile(directory / shard_name(index))
 
     @property
     def records(self) -> int:
-        return self._class_counts.total()
+        return self._file.records
 
     def write(self, mean: np.ndarray, std: np.ndarray, label: int) -> None:
         """Appends one record: posterior mean and standard deviation [size, size, channels], unscaled.
@@ -70,8 +63,9 @@ class ShardWriter:
         Raises:
           UserError: another shape than the spec's, a label out of range, or values that float16 cannot hold.
         """
-        self._file.write(self._encode(mean, std, label))
-        self._class_counts[int(label)] += 1
+        self._file.append(self._encode(mean, std, label))
+        if self._num_classes:
+            self._class_counts[int(label)] += 1
 
     def note_bad_image(self, name: str, reason: str) -> None:
         """Notes an image that has no record because it cannot be read."""
@@ -80,7 +74,7 @@ class ShardWriter:
     def _encode(self, mean: np.ndarray, std: np.ndarray, label: int) -> bytes:
         where = f"{shard_name(self._index)}, record {self.records}"
         shape = (self._spec.size, self._spec.size, self._spec.channels)
-        if not 0 <= label < self._num_classes:
+        if not 0 <= label < max(1, self._num_classes):
             raise UserError(f"{where}: label {label} is not one of the {self._num_classes} classes")
         parts = [np.array(label, "<i4").tobytes()]
         for name, values in (("mean", mean), ("std", std)):
@@ -97,23 +91,18 @@ class ShardWriter:
         return self
 
     def __exit__(self, error_type, error, traceback) -> None:
-        self._file.close()
         if error_type is not None:
-            self._partial.unlink(missing_ok=True)
+            self._file.discard()
             return
-        file = self._directory / shard_name(self._index)
-        os.replace(self._partial, file)
-        record = {
-            "file": file.name,
-            "records": self.records,
-            "sha256": sha256(file),
-            "class_counts": {str(label): count for label, count in sorted(self._class_counts.items())},
-            "bad_images": self.bad_images,
-            "num_classes": self._num_classes,
-            "latent": dataclasses.asdict(self._spec),
-            "preparation": self._preparation,
-        }
-        _write_json(file.with_suffix(".json"), record)
+        self._file.finish(
+            {
+                "class_counts": {str(label): count for label, count in sorted(self._class_counts.items())},
+                "bad_images": self.bad_images,
+                "num_classes": self._num_classes,
+                "latent": dataclasses.asdict(self._spec),
+                "preparation": self._preparation,
+            }
+        )
 
 
 def shard_name(index: int) -> str:
@@ -122,12 +111,7 @@ def shard_name(index: int) -> str:
 
 def read_shard_record(directory: pathlib.Path, index: int) -> dict | None:
     """What `ShardWriter` says of a shard, or None where that shard or the file about it is not whole."""
-    path = directory / shard_name(index)
-    try:
-        record = json.loads(path.with_suffix(".json").read_text())
-    except (OSError, ValueError):
-        return None
-    return record if record.keys() >= SHARD_FIELDS and path.is_file() else None
+    return read_about(directory / shard_name(index), SHARD_FIELDS)
 
 
 def assemble_manifest(shards: list[dict]) -> dict:
@@ -138,7 +122,7 @@ def assemble_manifest(shards: list[dict]) -> dict:
     first = shards[0]
     return {
         "format_version": FORMAT_VERSION,
-        "records": counts.total(),
+        "records": sum(shard["records"] for shard in shards),
         "num_classes": first["num_classes"],
         "latent": first["latent"],
         "preparation": first["preparation"],
@@ -151,14 +135,8 @@ def assemble_manifest(shards: list[dict]) -> dict:
 def write_manifest(directory: pathlib.Path, shards: list[dict], written_by: dict | None = None) -> dict:
     """Writes and returns the manifest of a directory whose shards are all there."""
     manifest = assemble_manifest(shards) | {"written_by": written_by}
-    _write_json(directory / MANIFEST_NAME, manifest)
+    write_json(directory / MANIFEST_NAME, manifest)
     return manifest
-
-
-def _write_json(path: pathlib.Path, record: dict) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 class LatentWriter:
@@ -226,6 +204,8 @@ class LatentSource(Source):
 
     Attributes:
       spec: the LatentSpec of the directory, for the checkpoint and the decoder.
+      preparation: how --mode=prepare made it, None where something else wrote it.
+      bad_images: names of the images that have no record.
 
     Raises:
       UserError: an empty or missing path, no manifest, another format version, a missing or damaged shard.
@@ -234,22 +214,16 @@ class LatentSource(Source):
     stochastic = True
 
     def __init__(self, directory: str):
-        self._directory = pathlib.Path(directory)
         manifest = read_manifest(directory)
         self.spec: LatentSpec = manifest["latent"]
         self.num_classes: int = manifest["num_classes"]
+        self.preparation: dict | None = manifest["preparation"]
+        self.bad_images: list[str] = [image["name"] for image in manifest["bad_images"]]
         self.sample_shape = (self.spec.size, self.spec.size, self.spec.channels)
-        self._files = [shard["file"] for shard in manifest["shards"]]
-        self._counts = [shard["records"] for shard in manifest["shards"]]
-        self._ends = np.cumsum(self._counts, dtype=np.int64)
-        self._length = sum(self._counts)
-        for name in self._files:
-            if not (self._directory / name).is_file():
-                raise UserError(f"{self._directory / name} is missing: prepare the latents again")
-        self._forget_readers()
+        self._records = ShardReader(directory, manifest["shards"], "prepare the latents again")
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._records)
 
     def __getitem__(self, index: int) -> Element:
         mean, _, label = self._moments(index)
@@ -260,49 +234,12 @@ class LatentSource(Source):
         latent = mean + std * rng.standard_normal(mean.shape, np.float32)
         return make_element(self.spec.normalize(latent), label, index)
 
-    def __getstate__(self) -> dict:
-        # File readers do not travel; a worker process opens its own when it first needs them.
-        return self.__dict__ | {"_readers": None, "_lock": None}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._forget_readers()
-
-    def _forget_readers(self) -> None:
-        self._readers: list = [None] * len(self._files)
-        self._lock = threading.Lock()
-
     def _moments(self, index: int) -> tuple[np.ndarray, np.ndarray, int]:
         """Mean and standard deviation, both float32 [H, W, C] and unscaled, and the label of one record."""
-        if not 0 <= index < self._length:
-            raise IndexError(f"record {index} of {self._length}")
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        position = int(index - self._ends[shard] + self._counts[shard])
-        path = self._directory / self._files[shard]
         try:
-            record = self._reader(shard).read([position])[0]
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise UserError(f"{path} is damaged at record {position}: prepare the latents again") from error
-        try:
-            return decode_record(record, self.spec)
+            return decode_record(self._records[index], self.spec)
         except ValueError as error:
-            raise UserError(f"{path}: record {position} {error}: prepare the latents again") from None
-
-    def _reader(self, shard: int):
-        with self._lock:
-            if self._readers[shard] is None:
-                from array_record.python.array_record_module import ArrayRecordReader
-
-                path = str(self._directory / self._files[shard])
-                # Reading ahead only costs time when the next record is somewhere else.
-                reader = ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0")
-                if reader.num_records() != self._counts[shard]:
-                    raise UserError(
-                        f"{path} holds {reader.num_records()} records, the manifest says "
-                        f"{self._counts[shard]}: prepare the latents again"
-                    )
-                self._readers[shard] = reader
-            return self._readers[shard]
+            raise UserError(f"{self._records.where(index)} {error}: prepare the latents again") from None
 
 
 def decode_record(record: bytes, spec: LatentSpec) -> tuple[np.ndarray, np.ndarray, int]:
@@ -335,8 +272,9 @@ def read_manifest(directory: str) -> dict:
         manifest["latent"] = LatentSpec(**manifest["latent"])
         records = sum(shard["records"] for shard in manifest["shards"] if shard["file"])
         consistent = (
-            records == manifest["records"] == sum(manifest["class_counts"])
-            and len(manifest["class_counts"]) == manifest["num_classes"] >= 1
+            records == manifest["records"]
+            and len(manifest["class_counts"]) == manifest["num_classes"]
+            and (not manifest["num_classes"] or sum(manifest["class_counts"]) == records)
         )
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error!r}): prepare the latents again") from error

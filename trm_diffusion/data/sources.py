@@ -6,6 +6,7 @@ from trm_diffusion.data.base import DataConfig, Element, Source, check_matches_c
 from trm_diffusion.errors import UserError
 
 __all__ = [
+    "CAPTIONED_FILES",
     "CAPTIONED_SOURCES",
     "IMAGE_SOURCES",
     "SOURCES",
@@ -16,15 +17,16 @@ __all__ = [
     "make_source",
 ]
 
-CAPTIONED_SOURCES = ("scenes", "emoji", "caption_folder", "tfds_captions")
-IMAGE_SOURCES = ("image_folder", "image_tars", "tfds")  # labelled images from disk, which --mode=prepare can encode
+CAPTIONED_FILES = ("caption_folder", "tfds_captions")  # images with captions from disk
+CAPTIONED_SOURCES = ("scenes", "emoji", *CAPTIONED_FILES)
+IMAGE_SOURCES = ("image_folder", "image_tars", "tfds")  # labelled images from disk
 SOURCES = ("digits", "synthetic", *IMAGE_SOURCES, "latents", *CAPTIONED_SOURCES)
 
 _SYNTHETIC_SEED = 20_231
 
 
 class SyntheticSource(Source):
-    """Standard normal noise that depends on the record's index alone; every class equally often.
+    """Standard normal noise that depends on the record's index alone; every class, if there are any, equally often.
 
     It isolates the loader and the model from storage. Its values are not bounded by [-1, 1].
     """
@@ -41,7 +43,7 @@ class SyntheticSource(Source):
         key = np.array([_SYNTHETIC_SEED, index], np.uint64)
         rng = np.random.Generator(np.random.Philox(key=key))
         image = rng.standard_normal(self.sample_shape, np.float32)
-        return make_element(image, index % self.num_classes, index)
+        return make_element(image, index % max(1, self.num_classes), index)
 
 
 def make_source(config: DataConfig) -> Source:
@@ -105,10 +107,10 @@ def _check_config(config: DataConfig) -> None:
     if config.source not in SOURCES:
         raise UserError(f"config.data.source={config.source!r} is none of {', '.join(SOURCES)}: choose one")
     for field in ("image_size", "channels", "num_classes", "synthetic_records"):
-        least = 0 if field == "num_classes" and config.source in CAPTIONED_SOURCES else 1
+        least = 0 if field == "num_classes" and config.source not in IMAGE_SOURCES else 1
         if getattr(config, field) < least:
             raise UserError(f"config.data.{field}={getattr(config, field)} must be at least {least}")
     if config.workers < 0:
         raise UserError(f"config.data.workers={config.workers} must be 0 (no worker processes) or more")
-    if config.source in (*IMAGE_SOURCES, "caption_folder", "tfds_captions") and config.channels not in (1, 3):
+    if config.source in (*IMAGE_SOURCES, *CAPTIONED_FILES) and config.channels not in (1, 3):
         raise UserError(f"config.data.channels={config.channels}: images have 1 (grey) or 3 (RGB) channels")

@@ -2,7 +2,10 @@
 
 import numpy as np
 
-from trm_diffusion.data.base import Element, Source
+from trm_diffusion.data.base import Element, Source, names_sha256
+from trm_diffusion.data.encodings import Encodings
+from trm_diffusion.data.latents import LatentSource
+from trm_diffusion.errors import UserError
 from trm_diffusion.models.tokenizer import Tokenizer
 
 _SYNTHETIC_TEXT_SEED = 20_232
@@ -13,10 +16,10 @@ class _WithText(Source):
 
     def __init__(self, source: Source):
         self._source = source
-        self.sample_shape, self.num_classes = source.sample_shape, source.num_classes
+        self.sample_shape, self.num_classes, self.spec = source.sample_shape, source.num_classes, source.spec
         self.stochastic, self.in_memory = source.stochastic, source.in_memory
 
-    def text(self, element: Element) -> Element:
+    def text(self, element: Element, rng: np.random.Generator | None = None) -> Element:
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -26,10 +29,10 @@ class _WithText(Source):
         return self._exchanged(self._source[index])
 
     def sample(self, index: int, rng: np.random.Generator) -> Element:
-        return self._exchanged(self._source.sample(index, rng))
+        return self._exchanged(self._source.sample(index, rng), rng)
 
-    def _exchanged(self, element: Element) -> Element:
-        return {name: element[name] for name in ("image", "index")} | self.text(element)
+    def _exchanged(self, element: Element, rng: np.random.Generator | None = None) -> Element:
+        return {name: element[name] for name in ("image", "index")} | self.text(element, rng)
 
 
 class TokenizedSource(_WithText):
@@ -39,7 +42,7 @@ class TokenizedSource(_WithText):
         super().__init__(source)
         self._tokenizer = tokenizer
 
-    def text(self, element: Element) -> Element:
+    def text(self, element: Element, rng: np.random.Generator | None = None) -> Element:
         return {"tokens": self._tokenizer.encode(str(element["caption"]))}
 
 
@@ -53,11 +56,47 @@ class SyntheticTextSource(_WithText):
         super().__init__(source)
         self._states, self._pooled = (length, features), (pooled_features,)
 
-    def text(self, element: Element) -> Element:
+    def text(self, element: Element, rng: np.random.Generator | None = None) -> Element:
         key = np.array([_SYNTHETIC_TEXT_SEED, int(element["index"])], np.uint64)
-        rng = np.random.Generator(np.random.Philox(key=key))
+        noise = np.random.Generator(np.random.Philox(key=key))
         return {
-            "states": rng.standard_normal(self._states, np.float32),
+            "states": noise.standard_normal(self._states, np.float32),
             "mask": np.ones(self._states[:1], bool),
-            "pooled": rng.standard_normal(self._pooled, np.float32),
+            "pooled": noise.standard_normal(self._pooled, np.float32),
         }
+
+
+class EncodedTextSource(_WithText):
+    """Captions as pretrained encoders see them: "states" float32 [L, C], "mask" bool [L], "pooled" float32 [P].
+
+    Training draws one of an image's captions anew each time, plain reading takes the first. Raises UserError where the
+    encodings are of other images than the source's.
+    """
+
+    def __init__(self, source: Source, encodings: Encodings):
+        super().__init__(source)
+        self.stochastic, self.in_memory = True, False
+        self.encodings = encodings
+        self._items = _items_of(source, encodings)
+
+    def text(self, element: Element, rng: np.random.Generator | None = None) -> Element:
+        records = self.encodings.records_of(self._items[element["index"]])
+        return self.encodings[records[rng.integers(len(records)) if rng else 0]]._asdict()
+
+
+def _items_of(source: Source, encodings: Encodings) -> np.ndarray:
+    """The item of the encodings that holds the captions of each record, int [N]."""
+    if isinstance(source, LatentSource):
+        preparation, bad = source.preparation or {}, set(source.bad_images)
+        names = preparation.get("names_sha256")
+        items = [item for item, name in enumerate(encodings.names) if name not in bad]
+        items = np.repeat(items, 2 if preparation.get("flip") else 1)
+    else:
+        names = names_sha256(source.name(index) for index in range(len(source)))
+        items = np.arange(len(source))
+    if names != encodings.preparation["names_sha256"] or len(items) != len(source):
+        raise UserError(
+            "config.data.text holds the texts of other images than config.data.path: give --mode=encode the data that "
+            "--mode=prepare was given"
+        )
+    return items

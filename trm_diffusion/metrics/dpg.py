@@ -23,6 +23,7 @@ import dataclasses
 import io
 import json
 import pathlib
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -76,14 +77,27 @@ def read_questions(path: str | pathlib.Path) -> dict[str, list[Question]]:
 
 
 def read_prompts(path: str | pathlib.Path) -> dict[str, str]:
-    """Reads {item_id: prompt} from a folder of <item_id>.txt, or from JSON lines {"item_id", "prompt"}."""
+    """Reads {item_id: prompt} from a folder of <item_id>.txt, or from JSON lines {"item_id", "prompt"}.
+
+    Raises:
+      UserError: nothing to read, a prompt that is no text, or item ids that are no names of files.
+    """
     path = pathlib.Path(path)
     if path.is_dir():
-        prompts = {file.stem: read_text(file).strip() for file in sorted(path.glob("*.txt"))}
-        if not prompts:
+        pairs = [(file.stem, read_text(file).strip()) for file in sorted(path.glob("*.txt"))]
+        if not pairs:
             raise UserError(f"{path} holds no <item_id>.txt")
-        return prompts
-    return {str(record["item_id"]): record["prompt"] for record in read_json_lines(path, ("item_id", "prompt"))}
+    else:
+        pairs = [(str(record["item_id"]), record["prompt"]) for record in read_json_lines(path, ("item_id", "prompt"))]
+    for number, (item_id, prompt) in enumerate(pairs):
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise UserError(f"{path}, prompt {number}: prompt {prompt!r} of item {item_id} is no text")
+        if not re.fullmatch(r"\w[\w.-]*", item_id):
+            raise UserError(f"{path}, prompt {number}: item_id {item_id!r} cannot name a file")
+    prompts = dict(pairs)
+    if len(prompts) < len(pairs):
+        raise UserError(f"{path}: {len(pairs) - len(prompts)} of its item ids are there twice")
+    return prompts
 
 
 def make_grid(images: np.ndarray) -> np.ndarray:

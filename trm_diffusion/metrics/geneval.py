@@ -1,5 +1,7 @@
 """GenEval (Ghosh et al., 2023), images out and results in; its detector runs elsewhere, in its own environment.
 
+`--mode=sample --export=geneval` draws the images.
+
     python -m trm_diffusion.metrics.geneval --prompts evaluation_metadata.jsonl --images DIR    # is the export whole?
     python -m trm_diffusion.metrics.geneval --results results.jsonl                             # the official figures
 
@@ -32,10 +34,12 @@ def read_prompts(path: str | pathlib.Path) -> list[dict]:
     """Reads the user's copy of `evaluation_metadata.jsonl`: {"tag", "include", "prompt", perhaps "exclude"} each.
 
     Raises:
-      UserError: an unreadable file, a line without one of these keys, or an unknown tag.
+      UserError: an unreadable file, a line without one of these keys, an unknown tag, or a prompt that is no text.
     """
     prompts = read_json_lines(path, ("tag", "include", "prompt"))
     for number, prompt in enumerate(prompts):
+        if not isinstance(prompt["prompt"], str) or not prompt["prompt"].strip():
+            raise UserError(f"{path}, prompt {number}: prompt {prompt['prompt']!r} is no text")
         if prompt["tag"] not in TASKS:
             raise UserError(f"{path}, prompt {number}: tag {prompt['tag']!r} is none of {', '.join(TASKS)}")
     return prompts
@@ -46,11 +50,15 @@ def image_path(directory: str | pathlib.Path, prompt: int, image: int) -> pathli
     return pathlib.Path(directory) / f"{prompt:05d}" / "samples" / f"{image:04d}.png"
 
 
+def metadata_path(directory: str | pathlib.Path, prompt: int) -> pathlib.Path:
+    """Where the line of the prompt file belongs."""
+    return pathlib.Path(directory) / f"{prompt:05d}" / "metadata.jsonl"
+
+
 def write_image(directory: str | pathlib.Path, prompts: Sequence[dict], prompt: int, image: int, pixels: np.ndarray):
     """Writes one image, uint8 [H, W, 3], and its prompt's metadata; each file appears whole or not at all."""
-    path = image_path(directory, prompt, image)
+    path, metadata = image_path(directory, prompt, image), metadata_path(directory, prompt)
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = path.parent.parent / "metadata.jsonl"
     if not metadata.exists():
         temporary = metadata.with_name(f".{metadata.name}.partial-{os.getpid()}")
         temporary.write_text(json.dumps(prompts[prompt]) + "\n", "utf-8")

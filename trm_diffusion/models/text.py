@@ -13,6 +13,8 @@ from trm_diffusion.models.layers import Mlp, layer_norm
 from trm_diffusion.models.tokenizer import PAD
 
 ENCODERS = ("learned", "encoded")
+RECIPES = ("single", "sd3")
+CLIP_LENGTH = 77  # tokens of a text in recipe sd3's two CLIP encoders
 UNIT_NORMAL = nnx.initializers.normal(1.0)
 
 
@@ -26,13 +28,17 @@ class Text(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    encoder: str = "learned"  # learned (from words, with the model), or encoded (the data hold encoded text)
+    encoder: str = "learned"  # learned (from words, with the model), or encoded (before, by pretrained encoders)
     length: int = 32  # L, tokens of a text; longer ones are cut
     features: int = 128  # C, of a token's state
     pooled_features: int = 128  # P, of a whole text; learned: equal to features
     depth: int = 2  # learned: transformer blocks
     heads: int = 4  # learned: attention heads
     vocabulary: int = 256  # learned: rows of the word table, at least the data's words and 3 special ones
+    recipe: str = "single"  # encoded: by one pretrained encoder, or sd3 (CLIP, CLIP and T5, put together as in SD3)
+    pretrained: str = ""  # encoded: the encoders, a local path or hub id of the transformers library; sd3: a pipeline's
+    revision: str = ""  # encoded: of the hub id, a branch, tag or commit; "" is its default
+    pretrained_dtype: str = "float32"  # encoded: what the encoders compute in: float32, float16 or bfloat16
 
 
 class TextBlock(nnx.Module):

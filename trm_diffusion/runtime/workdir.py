@@ -2,6 +2,7 @@
 
 config.json        the resolved config, with format and library versions
 latent.json        what the latents are, of a model of latents
+text.json          what encoded the texts, of a model whose texts are encoded before
 words.json         the vocabulary of a model that reads words, and the captions of its grids
 checkpoints/       Orbax checkpoints, by update number
 metrics.jsonl      one line of metrics every `log.every` updates
@@ -34,10 +35,14 @@ STRUCTURE = (
     "optim.ema_decays",
 )
 
-# Except these, which decide how the model is computed, or when its tokens stop, and not what it was trained to be.
+# Except these, which decide how the model is computed, when its tokens stop, or where its text encoders are (text.json
+# says which these must be), and not what it was trained to be.
 FREE = (
     "model.remat",
     "model.attention",
+    "model.text.pretrained",
+    "model.text.revision",
+    "model.text.pretrained_dtype",
     "model.recursion.remat",
     "model.recursion.dispatch",
     "model.recursion.halting_epsilon",

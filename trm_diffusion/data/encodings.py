@@ -1,0 +1,191 @@
+"""Encoded text: what pretrained encoders say of each caption, computed once and read many times.
+
+A directory holds shards (data/shards.py) and `manifest.json`, written last. Its items are first the empty text, which
+stands for none in classifier-free guidance, then the images of a source with their captions, or prompts. One record is
+one caption: token states (float16 [L, C]), mask (uint8 [L]) and pooled (float32 [P]), little-endian. The captions
+themselves are in the files about the shards.
+"""
+
+import functools
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from trm_diffusion.data.shards import MANIFEST_NAME, ShardFile, ShardReader, read_about, write_json
+from trm_diffusion.errors import UserError
+from trm_diffusion.models.text import Text, TextConfig
+
+FORMAT_VERSION = 1
+SHARD_FIELDS = {"file", "records", "sha256", "items", "encoding", "preparation"}
+SIZES = ("length", "features", "pooled_features")  # L, C, P
+
+_REMEDY = "encode the texts again by --mode=encode"
+
+
+class Item(NamedTuple):
+    """An image, or a prompt: what it is found by, and its captions."""
+
+    name: str
+    captions: list[str]
+
+
+NONE = Item("", [""])  # the first item of every directory
+
+
+class EncodingWriter:
+    """Writes one shard; a context manager. After an error nothing of it is left.
+
+    encoding and preparation, the same for all shards: what decides an encoding, and of which texts these are; JSON.
+    """
+
+    def __init__(self, directory: pathlib.Path, index: int, encoding: dict, preparation: dict):
+        self._encoding, self._preparation = encoding, preparation
+        self._file = ShardFile(directory / shard_name(index))
+
+    def write(self, states_lc: np.ndarray, mask_l: np.ndarray, pooled_p: np.ndarray) -> None:
+        """Appends one record. Raises UserError for values that float16 cannot hold."""
+        with np.errstate(over="ignore"):
+            half = states_lc.astype("<f2")
+        if not (np.isfinite(half).all() and np.isfinite(pooled_p).all()):
+            raise UserError(
+                f"{self._file.path}, record {self._file.records}: not finite in float16; "
+                "try config.model.text.pretrained_dtype=float32"
+            )
+        self._file.append(half.tobytes() + mask_l.astype("u1").tobytes() + pooled_p.astype("<f4").tobytes())
+
+    def finish(self, items: Sequence[Item]) -> None:
+        """Names the shard, which is whole with the captions of these items."""
+        self._file.finish({"items": items, "encoding": self._encoding, "preparation": self._preparation})
+
+    def __enter__(self) -> "EncodingWriter":
+        return self
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        if error_type is not None:
+            self._file.discard()
+
+
+def shard_name(index: int) -> str:
+    return f"texts-{index:05d}.array_record"
+
+
+def read_shard_record(directory: pathlib.Path, index: int) -> dict | None:
+    """What `EncodingWriter` says of a shard, or None where that shard or the file about it is not whole."""
+    return read_about(directory / shard_name(index), SHARD_FIELDS)
+
+
+def write_manifest(directory: pathlib.Path, shards: list[dict], written_by: dict) -> dict:
+    """Writes and returns the manifest of a directory whose shards are all there."""
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "records": sum(shard["records"] for shard in shards),
+        "items": sum(len(shard["items"]) for shard in shards),
+        "encoding": shards[0]["encoding"],
+        "preparation": shards[0]["preparation"],
+        "shards": [{name: shard[name] for name in ("file", "records", "sha256")} for shard in shards],
+        "written_by": written_by,
+    }
+    write_json(directory / MANIFEST_NAME, manifest)
+    return manifest
+
+
+class Encodings:
+    """Reads a directory of encoded texts. Picklable, and safe from several threads.
+
+    Attributes:
+      encoding: what decides the encodings; see `PretrainedEncoder`.
+      preparation: which texts these are, and where the encoders came from.
+      names: of the items, without the first, which is the empty text.
+
+    Raises:
+      UserError: no directory, no manifest, another format version, a missing or damaged shard.
+    """
+
+    def __init__(self, directory: str):
+        path = pathlib.Path(directory) / MANIFEST_NAME
+        if not path.is_file():
+            raise UserError(f"config.data.text={directory!r} has no {MANIFEST_NAME}: {_REMEDY}")
+        try:
+            manifest = json.loads(path.read_text())
+            version, shards = manifest["format_version"], manifest["shards"]
+            self.encoding: dict = manifest["encoding"]
+            self.preparation: dict = manifest["preparation"]
+            sizes = [self.encoding[name] for name in SIZES]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} cannot be read ({error!r}): {_REMEDY}") from error
+        if version != FORMAT_VERSION:
+            raise UserError(f"{path} has format version {version}, this code reads {FORMAT_VERSION}: {_REMEDY}")
+        self._length, self._features, self._pooled = sizes
+        self._records = ShardReader(directory, shards, _REMEDY)
+        items = [Item(*item) for index in range(len(shards)) for item in _items(path.parent, index)]
+        self.names = [item.name for item in items[1:]]
+        self._captions = [caption for item in items for caption in item.captions]  # of each record
+        self._firsts = np.cumsum([0, *(len(item.captions) for item in items)])  # record of each item's first caption
+        if len(self._captions) != len(self._records) or self._captions[0] != "":
+            raise UserError(f"{path} counts {len(self._records)} records of {len(self._captions)} captions: {_REMEDY}")
+
+    def __len__(self) -> int:
+        """The number of items but the first."""
+        return len(self.names)
+
+    def records_of(self, index: int) -> range:
+        """The records of the captions of item `index`; the empty text is not counted."""
+        return range(self._firsts[index + 1], self._firsts[index + 2])
+
+    def caption(self, record: int) -> str:
+        return self._captions[record]
+
+    def find(self, text: str) -> int | None:
+        """A record of this text."""
+        return self._by_caption.get(text)
+
+    @functools.cached_property
+    def _by_caption(self) -> dict[str, int]:
+        return {caption: record for record, caption in enumerate(self._captions)}
+
+    @functools.cached_property
+    def null(self) -> Text:
+        """The empty text."""
+        return self[0]
+
+    def __getitem__(self, record: int) -> Text:
+        """Of one caption: states float32 [L, C], mask bool [L], pooled float32 [P]."""
+        data = self._records[record]
+        states, mask = 2 * self._length * self._features, self._length
+        if len(data) != states + mask + 4 * self._pooled:
+            raise UserError(
+                f"{self._records.where(record)} is {len(data)} bytes long, not as the manifest says: {_REMEDY}"
+            )
+        return Text(
+            np.frombuffer(data[:states], "<f2").reshape(self._length, self._features).astype(np.float32),
+            np.frombuffer(data[states : states + mask], "u1").astype(bool),
+            np.frombuffer(data[states + mask :], "<f4").astype(np.float32),
+        )
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_by_caption", "null")}
+
+
+def _items(directory: pathlib.Path, index: int) -> list:
+    about = read_shard_record(directory, index)
+    if about is None:
+        raise UserError(f"{directory / shard_name(index)}, or the file about it, is missing or damaged: {_REMEDY}")
+    return about["items"]
+
+
+def open_encodings(directory: str, config: TextConfig) -> Encodings:
+    """The encodings in a directory. Raises UserError where they are not those of the config."""
+    encodings = Encodings(directory)
+    found = encodings.encoding | encodings.preparation
+    asked = {name: getattr(config, name) for name in ("recipe", *SIZES)}
+    asked |= {name: value for name in ("pretrained", "revision") if (value := getattr(config, name))}
+    for name, value in asked.items():
+        if found[name] != value and not (name == "revision" and found["commit"] == value):
+            raise UserError(
+                f"config.data.text={directory} holds text encoded with {name} {found[name]!r}, not "
+                f"config.model.text.{name} {value!r}: {_REMEDY}, or change the config"
+            )
+    return encodings
