@@ -2,12 +2,14 @@
 
 0   done
 2   the user's mistake, told in one line
-75  asked to stop (SIGTERM or Ctrl-C): everything is saved, start the same command again
+75  asked to stop (SIGTERM or Ctrl-C) and everything is saved, or other processes of the run did not come:
+    start the same command again
 """
 
 import functools
 import re
 import sys
+import traceback
 
 from absl import flags, logging
 from etils import epath
@@ -16,6 +18,7 @@ from ml_collections import config_flags
 from trm_diffusion.errors import EXIT_RESUMABLE, EXIT_USER_ERROR, Interrupted, UserError
 
 MODES = ("train", "sample", "evaluate", "analyze", "prepare", "verify", "reference", "compare", "convert", "doctor")
+ONE_PROCESS = ("verify", "compare", "convert")  # process 0 alone does these
 PLATFORMS = ("", "cpu", "cuda", "tpu")
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -52,8 +55,15 @@ OUT = flags.DEFINE_string(
     "out", None, "What to write: samples (folder or .npz), evaluation, reference or comparison; the latents of prepare"
 )
 IMAGES_PER_SHARD = flags.DEFINE_integer("images_per_shard", 5000, "prepare: images in a shard of latents")
-PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "prepare: which of the processes that share it this is")
-PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "prepare: how many processes share it; JAX's by default")
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "HOST:PORT of process 0, for several processes as one run; found by itself on TPU pods and SLURM"
+)
+PROCESS_INDEX = flags.DEFINE_integer(
+    "process_index", None, "Which of the run's processes this is; without a coordinator, of those that share a prepare"
+)
+PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "How many processes they are")
+CLUSTER = flags.DEFINE_enum("cluster", "auto", ("auto", "none"), "none: do not look for other processes in a cluster")
+START_TIMEOUT = flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for all processes of the run to come")
 PLATFORM = flags.DEFINE_enum("platform", "", PLATFORMS, "Refuse to run on anything else; any device by default")
 
 
@@ -64,10 +74,19 @@ def main(argv: list[str]) -> int:
         return run(MODE.value, PLATFORM.value)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return after_error(EXIT_USER_ERROR)
     except Interrupted as error:
         print(f"{error}; start the same command again to go on", file=sys.stderr)
         return EXIT_RESUMABLE
+    except Exception:  # noqa: BLE001  as Python itself would, but for other processes that may wait for this one
+        traceback.print_exc()
+        return after_error(1)
+
+
+def after_error(code: int) -> int:
+    from trm_diffusion.runtime.processes import end_after_error
+
+    return end_after_error(code)
 
 
 def parse_flags(argv: list[str]) -> None:
@@ -104,7 +123,14 @@ def _explained(error: Exception, argv: list[str]) -> UserError:
 def run(mode: str, platform: str) -> int:
     """Runs one job of the parsed flags."""
     from trm_diffusion.runtime.devices import require_platform, use_compilation_cache
+    from trm_diffusion.runtime.processes import is_first, join, several
 
+    index, count = PROCESS_INDEX.value, PROCESS_COUNT.value
+    join(COORDINATOR.value, count, index, detect=CLUSTER.value == "auto", timeout=START_TIMEOUT.value)
+    if not several() and mode != "prepare" and (index is not None or count not in (None, 1)):
+        raise UserError("--process_index and --process_count need --coordinator=HOST:PORT, the same for all processes")
+    if mode in ONE_PROCESS and not is_first():
+        return 0
     require_platform(platform)
     if mode == "doctor":
         from trm_diffusion.runtime.doctor import doctor
@@ -157,7 +183,7 @@ def run_on_latents(mode: str) -> int:
         return 0 if verify(OUT.value or "", config) else EXIT_USER_ERROR
     if config is None:
         raise UserError("--mode=prepare needs --config, whose config.data and config.data.vae it reads")
-    with StopRequest() as stop:
+    with StopRequest(together=False) as stop:
         prepare(
             config,
             OUT.value or "",

@@ -48,6 +48,28 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def own_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
+    """Rows of a global batch that this process's devices hold, rising; processes may share rows."""
+    slices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return np.concatenate([np.arange(*rows) for rows in sorted({part.indices(batch_size) for (part,) in slices})])
+
+
+def own_shards(array: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """(rows [R], their values [R, ...]) of a global batch that fall to this process; each row falls to one alone."""
+    shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+    if not shards:
+        return np.arange(0), np.zeros((0, *array.shape[1:]), array.dtype)
+    rows = [np.arange(*shard.index[0].indices(array.shape[0])) for shard in shards]
+    return np.concatenate(rows), np.concatenate([np.asarray(shard.data) for shard in shards])
+
+
+def distribute(values, sharding: NamedSharding):
+    """A tree of arrays that every process holds whole, as global arrays."""
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index]), values
+    )
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
