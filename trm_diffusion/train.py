@@ -33,7 +33,7 @@ from trm_diffusion.runtime.logging import RunLogger, say
 from trm_diffusion.runtime.optimizer import ema_decay, learning_rate, update_ema
 from trm_diffusion.runtime.parameters import Parameters, count, is_balance_bias, memory
 from trm_diffusion.runtime.random import Purpose, key_for
-from trm_diffusion.runtime.sharding import batch_sharding, own_rows, replicated
+from trm_diffusion.runtime.sharding import batch_sharding, global_batch, own_rows, replicated
 from trm_diffusion.runtime.signals import StopRequest
 from trm_diffusion.runtime.state import TrainState
 from trm_diffusion.runtime.window import Window, routing_metrics
@@ -253,9 +253,7 @@ def _loop(experiment, workdir, stop, checkpoints, iterator, state, loop) -> None
             batch = next(iterator)
             window.data_wait_seconds += time.perf_counter() - waited
             batch = {
-                name: jax.make_array_from_process_local_data(
-                    sharding, value, (config.train.batch_size, *value.shape[1:])
-                )
+                name: global_batch(sharding, value, config.train.batch_size)
                 for name, value in batch.items()
                 if name != "index"
             }

@@ -105,8 +105,8 @@ class _LocalBatches:
 class BatchIterator(grain.DatasetIterator):
     """A grain iterator whose state fits any batch size, process count and worker count.
 
-    `get_state` is the same in every process, {"position": records read by all processes together, "records": N, "seed": seed}, plain
-    integers for JSON. `set_state` goes on exactly there: the next batch is the one that an uninterrupted run
+    `get_state` is {"position": records read by all processes together, "records": N, "seed": seed}, plain
+    integers for JSON, the same in every process. `set_state` goes on exactly there: the next batch is the one that an uninterrupted run
     would have read. Call `close` at the end to stop threads and worker processes.
     """
 

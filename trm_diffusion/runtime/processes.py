@@ -1,6 +1,6 @@
 """Several processes as one run: how they find each other, who is missing, and how they end.
 
-JAX gives up on processes that do not come with an abort that names none of them. So a run begins with a roll call at the
+JAX waits for processes that do not come until it aborts, naming none of them. So a run begins with a roll call at the
 coordinator's address, and JAX takes the same port over once all are there.
 """
 
@@ -92,11 +92,9 @@ def _call_roll(port: int, count: int, deadline: float) -> list[int]:
     or {"error": text} where the processes contradict each other.
     """
     came: dict[socket.socket, int] = {}
-    with (
-        _listener(port, deadline) as listener,
-        contextlib.ExitStack() as stack,
-        selectors.DefaultSelector() as selector,
-    ):
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(_listener(port, deadline))
+        selector = stack.enter_context(selectors.DefaultSelector())
         selector.register(listener, selectors.EVENT_READ)
         while True:
             missing = sorted(set(range(1, count)) - set(came.values()))

@@ -54,6 +54,11 @@ def own_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
     return np.concatenate([np.arange(*rows) for rows in sorted({part.indices(batch_size) for (part,) in slices})])
 
 
+def global_batch(sharding: NamedSharding, values: np.ndarray, batch_size: int) -> jax.Array:
+    """The batch of which each process gives its `own_rows`."""
+    return jax.make_array_from_process_local_data(sharding, values, (batch_size, *values.shape[1:]))
+
+
 def own_shards(array: jax.Array) -> tuple[np.ndarray, np.ndarray]:
     """(rows [R], their values [R, ...]) of a global batch that fall to this process; each row falls to one alone."""
     shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]

@@ -1,8 +1,8 @@
 """Asked to stop: a first SIGTERM or SIGINT lets the job save and leave; a second one ends it at once.
 
-Several processes of one run stop at the same place, whichever of them was asked; JAX's preemption service settles where,
-within about two seconds. It listens to SIGTERM itself from the start of the run to its end, so that a second SIGTERM
-does no more.
+Several processes of one run stop at the same place, whichever of them was asked; JAX's preemption service settles
+where, within about two seconds. It listens to SIGTERM itself from the start of the run to its end, so that a second
+SIGTERM does no more.
 """
 
 import signal
