@@ -106,8 +106,8 @@ class BatchIterator(grain.DatasetIterator):
     """A grain iterator whose state fits any batch size, process count and worker count.
 
     `get_state` is {"position": records read by all processes together, "records": N, "seed": seed}, plain
-    integers for JSON, the same in every process. `set_state` goes on exactly there: the next batch is the one that an uninterrupted run
-    would have read. Call `close` at the end to stop threads and worker processes.
+    integers for JSON and the same in every process. `set_state` goes on exactly there: the next batch is the
+    one that an uninterrupted run would have read. Call `close` at the end to stop threads and worker processes.
     """
 
     def __init__(self, batches: _LocalBatches, *, records: int, seed: int, batch_size: int, open_stream):

@@ -1,6 +1,7 @@
 """The device mesh, and the one table that lays the models' logical axes over it."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -33,10 +34,10 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh over all devices, with axes `MESH_AXES`."""
-    shape = mesh_shape(config, jax.device_count())
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over these devices, all of them by default, with axes `MESH_AXES`."""
+    shape = mesh_shape(config, len(devices or jax.devices()))
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 
 def batch_shards(mesh: Mesh) -> int:
