@@ -44,17 +44,15 @@ MESHES = {  # name: devices, axes
 HEIRS = {"one": (1, {}), "two": (2, {"mesh__expert": 2}), "four": (4, {"mesh__fsdp": 2, "mesh__tensor": 2})}
 COMMON = dict(
     data__source="synthetic", data__channels=4, data__num_classes=10, train__batch_size=16, sample__batch_size=16,
-    model__depth=2, model__width=WIDTH, model__heads=8, model__patch=2, model__recursion__experts=EXPERTS,
+    model__depth=1, model__recursion__blocks="all", model__recursion__remat="none", sample__guidance=1.5,
+    model__width=WIDTH, model__heads=8, model__patch=2, model__recursion__experts=EXPERTS,
     model__recursion__experts_per_token=2, optim__b1=0.0, optim__lr=1e-3, optim__warmup_steps=0, optim__clip_norm=0.0,
 )  # fmt: skip
 MODELS = {
-    "dit": dict(
-        model__recursion__blocks="all", model__recursion__switch_loss_weight=0.1,
-        model__recursion__balance_bias_rate=0.01,
-    ),
+    "dit": dict(model__recursion__switch_loss_weight=0.1, model__recursion__balance_bias_rate=0.01),
     "mmdit": dict(
         model__architecture="mmdit", model__text__encoder="encoded", model__text__length=5, model__text__features=16,
-        model__text__pooled_features=8, model__recursion__blocks="all",
+        model__text__pooled_features=8,
     ),
 }  # fmt: skip
 

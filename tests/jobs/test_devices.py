@@ -32,9 +32,10 @@ def found(runs, name: str) -> dict:
 def assert_same(one: dict, other: dict) -> None:
     """Equal to 1e-5 of the largest entry, which for sums over many terms is what rounding leaves."""
     assert one.keys() == other.keys()
-    for name, expected in one.items():
+    for name in one:
+        expected, actual = one[name].astype(np.float64), other[name].astype(np.float64)
         np.testing.assert_allclose(
-            other[name], expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max(initial=0.0), err_msg=name
+            actual, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max(initial=0.0), err_msg=name
         )
 
 
