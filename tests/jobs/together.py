@@ -26,7 +26,7 @@ from trm_diffusion.sample import sample
 from trm_diffusion.train import train
 
 EXPORTED, RECORDS = 11, 32
-MESHES = {"tensor": {"mesh__tensor": 2}, "fsdp": {"mesh__fsdp": 2}}
+MESHES = {"fsdp": {"mesh__fsdp": 2}, "tensor": {"mesh__tensor": 2}}
 
 
 def main(directory: Path, inputs: Path, index: int, count: int, port: int) -> None:
@@ -39,7 +39,9 @@ def main(directory: Path, inputs: Path, index: int, count: int, port: int) -> No
         images_per_shard=6,
     )
     for name, mesh in MESHES.items():
-        config = latent_config(inputs, data__path=str(directory / "latents"), log__every=1, **mesh)
+        start = str(directory / "fsdp") if name == "tensor" else ""
+        fields = dict(data__path=str(directory / "latents"), log__every=1, init__workdir=start)
+        config = latent_config(inputs, **fields | mesh)
         train(config, directory / name, stop)
         export(config, directory / name, stop, EXPORTED, str(directory / f"{name}_images.npz"))
     digits = tiny_config(evaluate__kind="digits", evaluate__num_samples=20, train__updates=3, log__every=1)

@@ -70,12 +70,13 @@ def features_of(weights: Weights, images: ImageSet, batch_size: int, title: str)
             yield _forward(weights, jax.device_put(padded, split))
 
     batches = started()
-    ahead = next(batches)  # the devices work on one batch while the next is read
+    ahead, done = next(batches), 0  # the devices work on one batch while the next is read
     with tqdm.tqdm(total=len(images), desc=title, unit="image", mininterval=1) as bar:
         while ahead:
             features, ahead = ahead, next(batches, None)
-            count = min(processes * size, len(images) - bar.n)
+            count = min(processes * size, len(images) - done)
             yield Features(*(part[:count] for part in multihost_utils.process_allgather(features, tiled=True)))
+            done += count
             bar.update(count)
 
 
