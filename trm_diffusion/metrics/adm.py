@@ -61,7 +61,6 @@ def features_of(weights: Weights, images: ImageSet, batch_size: int, title: str)
     split, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("image",), ()))
     weights = jax.device_put(weights, everywhere)
     size = -(-min(batch_size, len(images)) // len(devices)) * len(devices)
-
     processes = jax.process_count()
 
     def started() -> Iterator[Features]:

@@ -26,7 +26,8 @@ E = M:
     weights to the tokens                              6 M r (E - 1) / E                 2 MB      27 MB
 
 Weights are the least to move from 1.2 M r / k tokens a device on: 307 for M = 2, ten images for M = 16. XLA gathers
-them by itself for `dense` and `one_hot`; for `capacity` it may move indices and sum tokens, so it is told (tests/jobs/test_devices.py).
+them by itself for `dense` and `one_hot`; for `capacity` it may move indices and sum tokens, so it is told; as
+tests/jobs/test_devices.py sees in the compiled programs.
 """
 
 import functools
