@@ -18,8 +18,8 @@ from trm_diffusion import analyze, compare, convert, encode, evaluate, evaluate_
 from trm_diffusion import prepare, sample, train, verify
 from trm_diffusion.runtime import doctor
 JOBS = (
-    train, sample, evaluate, analyze, export, export_prompts, compare, convert, evaluate_images, prepare, encode, verify,
-    doctor,
+    train, sample, evaluate, analyze, export, export_prompts, compare, convert, evaluate_images, prepare, encode,
+    verify, doctor,
 )
 
 def leave_out_jobs():

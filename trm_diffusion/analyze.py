@@ -65,16 +65,16 @@ def analyze(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
 def _condition_of_batch(experiment: Experiment, request: Request):
     """The condition of the run's grids, cut or repeated to `sample.batch_size` images."""
     size = experiment.config.sample.batch_size
-    return jax.tree.map(lambda leaf: jnp.asarray(np.resize(leaf, (size, *leaf.shape[1:]))), request.condition)
+    return jax.tree.map(lambda leaf: np.resize(leaf, (size, *leaf.shape[1:])), request.condition)
 
 
 def _batch_drawer(experiment: Experiment, parameters: Parameters, condition, stop, *, with_reports: bool = False):
     """A function that draws the batch."""
     draw = drawer(experiment, with_reports=with_reports)
-    indices = jnp.arange(experiment.config.sample.batch_size)
+    indices = np.arange(experiment.config.sample.batch_size)
 
     def once():
-        if stop.requested:
+        if stop.reached():
             raise Interrupted("stopped before the analysis was complete; nothing of it is written")
         return draw(parameters, condition, indices)
 

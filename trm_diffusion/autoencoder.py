@@ -20,7 +20,7 @@ from trm_diffusion.data.base import Source
 from trm_diffusion.errors import UserError
 from trm_diffusion.models.latent import LatentSpec
 from trm_diffusion.models.vae import VAE, decode_tiled
-from trm_diffusion.runtime.sharding import BATCH_AXES, batch_shards
+from trm_diffusion.runtime.sharding import BATCH_AXES, batch_shards, distribute
 from trm_diffusion.runtime.workdir import write_json
 from trm_diffusion.weights.store import holds_weights, load_vae, load_weights
 
@@ -38,14 +38,14 @@ def sharded_over_batch(vae: VAE, mesh: Mesh, axes, call: Callable[[VAE, jax.Arra
     """`call` of the autoencoder and a batch, jitted, the batch divided over mesh axes; products in full float32."""
     whole, batch = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(axes))
     graphdef, state = nnx.split(vae)
-    state = jax.tree.map(lambda leaf: jax.make_array_from_callback(leaf.shape, whole, leaf.__getitem__), state)
+    state = distribute(state, whole)
 
     def run(state, x):
         with jax.default_matmul_precision("highest"):
             return call(nnx.merge(graphdef, state), x)
 
     jitted = jax.jit(run, in_shardings=(whole, batch), out_shardings=whole)
-    return lambda x: jitted(state, x)
+    return lambda x: jitted(state, distribute(x, batch))
 
 
 class Decoder:
@@ -74,8 +74,8 @@ class Decoder:
         return {"id": self.spec.vae_id, "scale": self.spec.scale, "shift": self.spec.shift}
 
 
-def load_decoder(experiment: Experiment, workdir: epath.Path) -> Decoder | None:
-    """The decoder that `data.vae` names, None where it names none.
+def load_decoder(experiment: Experiment, workdir: epath.Path, mesh: Mesh | None = None) -> Decoder | None:
+    """The decoder that `data.vae` names, on the experiment's mesh or another, None where it names none.
 
     Raises UserError where its latents are not what the run in `workdir`, or the one it starts from, was trained on.
     """
@@ -90,7 +90,7 @@ def load_decoder(experiment: Experiment, workdir: epath.Path) -> Decoder | None:
                 f"config.data.vae {config.data.vae} has latents of {difference(spec, kept)} of the run in {run}; "
                 "give the autoencoder that it was trained with"
             )
-    return Decoder(vae, spec, experiment.mesh)
+    return Decoder(vae, spec, mesh or experiment.mesh)
 
 
 def config_vae(config: Config) -> tuple[VAE, LatentSpec]:

@@ -1,6 +1,7 @@
 """What every job builds from its config: the mesh, the objective, the model and its optimiser."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -53,9 +54,12 @@ class Experiment:
         return _initial_state(self.config, self.model, self.optimizer)
 
 
-def build(config: Config) -> Experiment:
-    """Builds without touching a file or making an array. Raises UserError where the config does not fit the devices."""
-    mesh = make_mesh(config.mesh)
+def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Experiment:
+    """Builds without touching a file or making an array. Raises UserError where the config does not fit the devices.
+
+    devices: those to use, all by default.
+    """
+    mesh = make_mesh(config.mesh, devices)
     check_batch(config, batch_shards(mesh))
     objective = make_objective(config.diffusion)
     model = make_model(config, objective)

@@ -9,4 +9,4 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """The job was asked to stop, has saved what it had, and goes on when started again."""
+    """The job was asked to stop and has saved what it had, or lacks other processes; it goes on when started again."""

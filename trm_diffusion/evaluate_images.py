@@ -22,6 +22,7 @@ from trm_diffusion.metrics.adm import (
 from trm_diffusion.metrics.image_sets import ImageSet, open_images
 from trm_diffusion.metrics.precision_recall import NEIGHBOURS
 from trm_diffusion.runtime.logging import say
+from trm_diffusion.runtime.processes import is_first
 from trm_diffusion.runtime.workdir import write_json
 from trm_diffusion.weights.inception import load_inception
 
@@ -96,9 +97,10 @@ def evaluate_images(
             "device": jax.devices()[0].device_kind,
         },
     }
-    write_json(path, report)
-    say(f"wrote {path}")
-    print(json.dumps(report), flush=True)
+    if is_first():
+        write_json(path, report)
+        say(f"wrote {path}")
+        print(json.dumps(report), flush=True)
     return report
 
 
@@ -112,6 +114,8 @@ def make_reference(images: str, inception: str, out: str, image_size: int = 0) -
         raise UserError(f"--images={images} holds one image; a reference needs a whole data set")
     weights, _ = load_inception(inception)
     arrays = reference_arrays(weights, source, BATCH_SIZE)
+    if not is_first():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as file:

@@ -2,6 +2,7 @@
 
 An image depends on its index, its label and `sample.seed` alone. Every file appears whole or not at all, and a job that
 is started again draws the batches of which a file is missing, so a set that was interrupted ends with the same bytes.
+Of several processes, each decodes and writes the images that its own devices draw.
 
 NUMBER.png       the images, by index
 labels.npy       [N] int32, the classes that were asked for
@@ -13,13 +14,12 @@ import dataclasses
 import io
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 from etils import epath
+from jax.experimental import multihost_utils
 
 from trm_diffusion.analysis.grids import image_grid, save_png
 from trm_diffusion.autoencoder import load_decoder
@@ -27,10 +27,13 @@ from trm_diffusion.config import Config
 from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.evaluate import evaluation_labels, protocol
 from trm_diffusion.metrics.image_sets import FolderImages
+from trm_diffusion.runs import load_run, sampling_parameters
 from trm_diffusion.runtime.logging import say
+from trm_diffusion.runtime.processes import is_first, wait_for_all
+from trm_diffusion.runtime.sharding import own_shards
 from trm_diffusion.runtime.signals import StopRequest
 from trm_diffusion.runtime.workdir import write_json
-from trm_diffusion.sample import image_drawer, load_run, sampling_parameters
+from trm_diffusion.sample import drawer
 
 PLACE = ("version", "git_commit", "jax", "device")  # of the record: where it ran, which may change between two starts
 
@@ -56,22 +59,25 @@ def export(config: Config, workdir: epath.Path, stop: StopRequest, count: int, o
     folder = target.with_suffix("") if target.suffix == ".npz" else target
     labels = evaluation_labels(config)
     batches = unfinished_batches(folder, count, config.sample.batch_size)
-    decoder = load_decoder(experiment, workdir)
+    decoder = load_decoder(experiment, workdir, experiment.mesh.local_mesh)
     start(folder, labels, protocol(config, update, decoder))
 
-    draw, parameters = image_drawer(experiment, decoder), sampling_parameters(experiment, state)
+    draw, parameters = drawer(experiment, gathered=False), sampling_parameters(experiment, state)
     missing = sum(len(indices) for indices in batches)
     with tqdm.tqdm(total=count, initial=count - missing, unit="image", mininterval=1) as bar:
         for indices in batches:
-            if stop.requested:
+            if stop.reached():
                 raise Interrupted(f"stopped after {bar.n} of {count} images")
             padded = np.resize(indices, config.sample.batch_size)  # one shape, one compilation
-            images = np.asarray(draw(parameters, jnp.asarray(labels[padded]), jnp.asarray(padded)))
-            if jax.process_index() == 0:
-                for index, image in zip(indices, images, strict=False):
-                    save_png(image_path(folder, index), image_grid(image[None], columns=1, padding=0))
+            rows, images = own_shards(draw(parameters, labels[padded], padded))
+            if decoder is not None and len(rows):
+                images = decoder(images)
+            for row, image in zip(rows, images, strict=True):
+                if row < len(indices):
+                    save_png(image_path(folder, indices[row]), image_grid(image[None], columns=1, padding=0))
             bar.update(len(indices))
-    if target.suffix == ".npz" and jax.process_index() == 0:
+    wait_for_all("all images are written")
+    if target.suffix == ".npz" and is_first():
         pack(folder, target, labels)
     say(f"drew {count} images with {config.sample.parameters} parameters: {target}")
 
@@ -90,27 +96,24 @@ def image_path(folder: epath.Path, index: int) -> epath.Path:
 
 
 def unfinished_batches(folder: epath.Path, count: int, size: int) -> list[np.ndarray]:
-    """Indices of each batch of which an image is not there yet; the same on all hosts, as none has begun to write."""
+    """Indices of each batch of which an image is not there yet, as process 0 sees it."""
     there = {file.name for file in folder.iterdir()} if folder.exists() else set()
     batches = [np.arange(first, min(first + size, count)) for first in range(0, count, size)]
-    unfinished = [batch for batch in batches if any(image_path(folder, index).name not in there for index in batch)]
-    let_all_hosts_look()
-    return unfinished
+    lacking = as_first_sees([any(image_path(folder, index).name not in there for index in batch) for batch in batches])
+    return [batch for batch, lacks in zip(batches, lacking, strict=True) if lacks]
 
 
-def let_all_hosts_look() -> None:
-    """Waits until every host knows what is missing, before any begins to write."""
-    if jax.process_count() > 1:
-        from jax.experimental.multihost_utils import sync_global_devices
-
-        sync_global_devices("export: every host knows what is missing")
+def as_first_sees(flags: Sequence[bool]) -> np.ndarray:
+    """What process 0 says, in all of them; so none of them writes before it has looked."""
+    return np.asarray(multihost_utils.broadcast_one_to_all(np.array(flags, np.int32))).astype(bool)
 
 
 def start(folder: epath.Path, labels: np.ndarray, record: dict) -> None:
     """Writes labels and record. Raises UserError where the folder's own record tells of other images."""
-    if keep_record(folder / "sampling.json", folder, record) and jax.process_index() == 0:
+    if keep_record(folder / "sampling.json", folder, record) and is_first():
         with (folder / "labels.npy").open("wb") as file:
             np.save(file, labels)
+    wait_for_all("the folder is there")
 
 
 def keep_record(path: epath.Path, folder: epath.Path, record: dict) -> bool:
@@ -128,7 +131,7 @@ def keep_record(path: epath.Path, folder: epath.Path, record: dict) -> bool:
                 "remove it, or give another --out"
             )
         return False
-    if jax.process_index() == 0:
+    if is_first():
         write_json(path, record)
     return True
 

@@ -25,11 +25,12 @@ from trm_diffusion.autoencoder import load_decoder
 from trm_diffusion.config import Config
 from trm_diffusion.errors import UserError
 from trm_diffusion.evaluate import protocol
-from trm_diffusion.export import keep_record, let_all_hosts_look, require_images
+from trm_diffusion.export import as_first_sees, keep_record, require_images
 from trm_diffusion.metrics import dpg, geneval
 from trm_diffusion.prompts import text_reader
 from trm_diffusion.runs import load_run, sampling_parameters
 from trm_diffusion.runtime.logging import say
+from trm_diffusion.runtime.processes import is_first
 from trm_diffusion.runtime.signals import StopRequest
 from trm_diffusion.sample import draw_all, image_drawer
 
@@ -110,18 +111,18 @@ def export_prompts(
     size, count = max(1, config.sample.batch_size // IMAGES), len(suite.texts)
     groups = [range(first, min(first + size, count)) for first in range(0, count, size)]
     unfinished = suite.unfinished(folder)
-    let_all_hosts_look()
-    groups = [group for group in groups if not unfinished.isdisjoint(group)]
+    lacking = as_first_sees([not unfinished.isdisjoint(group) for group in groups])
+    groups = [group for group, lacks in zip(groups, lacking, strict=True) if lacks]
     for group in tqdm.tqdm(groups, unit="group", mininterval=1, disable=None):
         condition = reader([suite.texts[prompt] for prompt in group])
         condition = jax.tree.map(lambda leaf: np.repeat(leaf, IMAGES, axis=0), condition)
         drawn = draw_all(draw, config, parameters, condition, stop, first_index=IMAGES * group.start)
         images = np.concatenate(list(drawn))
-        if jax.process_index() == 0:
+        if is_first():
             for prompt, four in zip(group, images.reshape(len(group), IMAGES, *images.shape[1:]), strict=True):
                 pixels = [image_grid(image[None], columns=1, padding=0) for image in four]
                 suite.write(folder, prompt, np.stack(pixels))
-    if jax.process_index() == 0:
+    if is_first():
         suite.check(folder)
     say(f"drew {IMAGES} images of each of {count} prompts with {config.sample.parameters} parameters: {folder}")
 
@@ -137,6 +138,6 @@ def start(folder: pathlib.Path, benchmark: str, texts: list[str], record: dict) 
     del record["label_rule"]
     prompts_sha256 = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     keep_record(path, folder, {**record, "samples": IMAGES * len(texts), benchmark: prompts_sha256})
-    if jax.process_index() == 0:
+    if is_first():
         for partial in folder.rglob(".*.partial-*"):
             partial.unlink()

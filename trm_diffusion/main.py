@@ -2,12 +2,14 @@
 
 0   done
 2   the user's mistake, told in one line
-75  asked to stop (SIGTERM or Ctrl-C): everything is saved, start the same command again
+75  asked to stop (SIGTERM or Ctrl-C) and everything is saved, or other processes of the run did not come:
+    start the same command again
 """
 
 import functools
 import re
 import sys
+import traceback
 
 from absl import flags, logging
 from etils import epath
@@ -18,6 +20,7 @@ from trm_diffusion.errors import EXIT_RESUMABLE, EXIT_USER_ERROR, Interrupted, U
 MODES = (
     "train", "sample", "evaluate", "analyze", "prepare", "encode", "verify", "reference", "compare", "convert", "doctor"
 )  # fmt: skip
+ONE_PROCESS = ("verify", "compare", "convert")  # process 0 alone does these
 PLATFORMS = ("", "cpu", "cuda", "tpu")
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -63,8 +66,17 @@ OUT = flags.DEFINE_string(
 IMAGES_PER_SHARD = flags.DEFINE_integer(
     "images_per_shard", None, "Images in a shard: prepare 5,000; encode 100, whose captions take megabytes each"
 )
-PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "prepare, encode: which of the processes that share it")
-PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "prepare, encode: how many share it; JAX's by default")
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "HOST:PORT of process 0, for several processes as one run; found by itself on TPU pods and SLURM"
+)
+PROCESS_INDEX = flags.DEFINE_integer(
+    "process_index",
+    None,
+    "Which of the run's processes this is; or, without a coordinator, of those that share a prepare or encode",
+)
+PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "How many processes they are")
+CLUSTER = flags.DEFINE_enum("cluster", "auto", ("auto", "none"), "none: do not look for other processes in a cluster")
+START_TIMEOUT = flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for all processes of the run to come")
 PLATFORM = flags.DEFINE_enum("platform", "", PLATFORMS, "Refuse to run on anything else; any device by default")
 
 
@@ -75,10 +87,19 @@ def main(argv: list[str]) -> int:
         return run(MODE.value, PLATFORM.value)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return after_error(EXIT_USER_ERROR)
     except Interrupted as error:
         print(f"{error}; start the same command again to go on", file=sys.stderr)
         return EXIT_RESUMABLE
+    except Exception:  # noqa: BLE001  as Python itself would, but for other processes that may wait for this one
+        traceback.print_exc()
+        return after_error(1)
+
+
+def after_error(code: int) -> int:
+    from trm_diffusion.runtime.processes import end_after_error
+
+    return end_after_error(code)
 
 
 def parse_flags(argv: list[str]) -> None:
@@ -115,7 +136,14 @@ def _explained(error: Exception, argv: list[str]) -> UserError:
 def run(mode: str, platform: str) -> int:
     """Runs one job of the parsed flags."""
     from trm_diffusion.runtime.devices import require_platform, use_compilation_cache
+    from trm_diffusion.runtime.processes import is_first, join, several
 
+    index, count = PROCESS_INDEX.value, PROCESS_COUNT.value
+    join(COORDINATOR.value, count, index, detect=CLUSTER.value == "auto", timeout=START_TIMEOUT.value)
+    if not several() and mode not in ("prepare", "encode") and (index is not None or count not in (None, 1)):
+        raise UserError("--process_index and --process_count need --coordinator=HOST:PORT, the same for all processes")
+    if mode in ONE_PROCESS and not is_first():
+        return 0
     require_platform(platform)
     if mode == "doctor":
         from trm_diffusion.runtime.doctor import doctor
@@ -176,7 +204,7 @@ def run_on_latents(mode: str) -> int:
         raise UserError(f"--mode={mode} needs --config, whose config.data it reads")
     share = dict(process_index=PROCESS_INDEX.value, process_count=PROCESS_COUNT.value)
     size, out = IMAGES_PER_SHARD.value, OUT.value or ""
-    with StopRequest() as stop:
+    with StopRequest(together=False) as stop:
         if mode == "prepare":
             prepare(config, out, stop, images_per_shard=5000 if size is None else size, **share)
         else:

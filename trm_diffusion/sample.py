@@ -23,7 +23,7 @@ from trm_diffusion.runs import load_run, sampling_parameters
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.parameters import Parameters
 from trm_diffusion.runtime.random import Purpose, key_for
-from trm_diffusion.runtime.sharding import batch_sharding, replicated
+from trm_diffusion.runtime.sharding import batch_sharding, distribute, replicated
 from trm_diffusion.runtime.signals import StopRequest
 from trm_diffusion.runtime.state import TrainState
 
@@ -37,8 +37,10 @@ def image_drawer(experiment: Experiment, decoder: Decoder | None) -> Callable:
     return draw if decoder is None else lambda *arguments: decoder(draw(*arguments))
 
 
-def drawer(experiment: Experiment, *, with_reports: bool = False) -> Callable:
+def drawer(experiment: Experiment, *, with_reports: bool = False, gathered: bool = True) -> Callable:
     """draw(parameters, condition [B, ...], indices [B]) -> images or latents [B, H, W, C] float32, over the mesh.
+
+    The result is on every device, or divided over them like the batch if not `gathered`. `draw.lower` is the program's.
 
     An image depends on its condition (see `Experiment.condition_of`), its index and `sample.seed` alone, not on its
     batch or the number of devices. With `with_reports` it also returns the gates' `RoutingReport` of every diffusion
@@ -47,7 +49,7 @@ def drawer(experiment: Experiment, *, with_reports: bool = False) -> Callable:
     sample, data, objective = experiment.config.sample, experiment.config.data, experiment.objective
     shape = (data.image_size, data.image_size, data.channels)
 
-    def draw(parameters: Parameters, condition: Any, indices: jax.Array) -> jax.Array:
+    def program(parameters: Parameters, condition: Any, indices: jax.Array) -> jax.Array:
         model = experiment.model.bind(parameters)
         keys = jax.vmap(lambda index: key_for(sample.seed, Purpose.SAMPLING, index))(indices)
         network = guide(
@@ -71,7 +73,14 @@ def drawer(experiment: Experiment, *, with_reports: bool = False) -> Callable:
         return (images, reports) if with_reports else images
 
     batch = batch_sharding(experiment.mesh)
-    return jax.jit(draw, in_shardings=(None, batch, batch), out_shardings=replicated(experiment.mesh))
+    out = replicated(experiment.mesh) if gathered else batch
+    jitted = jax.jit(program, in_shardings=(None, batch, batch), out_shardings=out)
+
+    def draw(parameters: Parameters, condition: Any, indices: np.ndarray):
+        return jitted(parameters, *distribute((condition, indices), batch))
+
+    draw.lower = jitted.lower
+    return draw
 
 
 def draw_all(
@@ -88,13 +97,13 @@ def draw_all(
     """
     size, count = config.sample.batch_size, len(jax.tree.leaves(condition)[0])
     for first in range(0, count, size):
-        if stop is not None and stop.requested:
+        if stop is not None and stop.reached():
             raise Interrupted(f"stopped after {first} of {count} images; they are drawn again next time")
         rows = np.arange(first, min(first + size, count))
         padded = np.resize(rows, size)  # one shape, one compilation
-        part = jax.tree.map(lambda leaf, rows=padded: jnp.asarray(leaf[rows]), condition)
-        images = draw(parameters, part, first_index + jnp.arange(first, first + size))
-        yield np.asarray(images[: len(rows)])
+        part = jax.tree.map(lambda leaf, rows=padded: leaf[rows], condition)
+        images = draw(parameters, part, first_index + np.arange(first, first + size))
+        yield np.asarray(images)[: len(rows)]
 
 
 def save_grid(

@@ -33,7 +33,7 @@ from trm_diffusion.runtime.logging import RunLogger, say
 from trm_diffusion.runtime.optimizer import ema_decay, learning_rate, update_ema
 from trm_diffusion.runtime.parameters import Parameters, count, is_balance_bias, memory
 from trm_diffusion.runtime.random import Purpose, key_for
-from trm_diffusion.runtime.sharding import batch_sharding, replicated
+from trm_diffusion.runtime.sharding import batch_sharding, global_batch, own_rows, replicated
 from trm_diffusion.runtime.signals import StopRequest
 from trm_diffusion.runtime.state import TrainState
 from trm_diffusion.runtime.window import Window, routing_metrics
@@ -176,8 +176,7 @@ def train(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
         config.data,
         seed=config.seed,
         batch_size=config.train.batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=own_rows(batch_sharding(experiment.mesh), config.train.batch_size),
     )
     with Checkpoints(workdir / "checkpoints", config.checkpoint) as checkpoints:
         state, loop = starting_state(experiment, workdir, checkpoints, iterator)
@@ -258,7 +257,7 @@ def _loop(experiment, workdir, stop, checkpoints, iterator, state, loop) -> None
             batch = next(iterator)
             window.data_wait_seconds += time.perf_counter() - waited
             batch = {
-                name: jax.make_array_from_process_local_data(sharding, value)
+                name: global_batch(sharding, value, config.train.batch_size)
                 for name, value in batch.items()
                 if name != "index"
             }
@@ -267,7 +266,8 @@ def _loop(experiment, workdir, stop, checkpoints, iterator, state, loop) -> None
                 record(*unread)
             unread = (step, metrics)
             sampling = config.log.samples_every and step % config.log.samples_every == 0
-            saving = step % config.checkpoint.every == 0 or step == total or stop.requested
+            stopping = stop.reached()
+            saving = step % config.checkpoint.every == 0 or step == total or stopping
             if sampling or saving:
                 record(*unread)
                 unread = None
@@ -277,7 +277,7 @@ def _loop(experiment, workdir, stop, checkpoints, iterator, state, loop) -> None
                     logger.image(step, "samples", image)
             if saving:
                 checkpoints.save(step, state, iterator, window.record())
-            if stop.requested:
+            if stopping:
                 checkpoints.close()
                 raise Interrupted(f"stopped at update {step} of {total}, saved in {workdir}")
     finally:

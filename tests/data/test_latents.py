@@ -73,9 +73,8 @@ def test_noise_is_new_in_each_epoch_and_the_same_in_each_run(prepared):
 
     def epochs(process_count=1):
         parts = []
-        for index in range(process_count):
-            share = {"process_index": index, "process_count": process_count}
-            iterator = make_iterator(make_source(config), config, seed=3, batch_size=14, **share)
+        for rows in np.split(np.arange(14), process_count):
+            iterator = make_iterator(make_source(config), config, seed=3, batch_size=14, rows=rows)
             parts.append(next(iterator))
             iterator.close()
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -2,7 +2,7 @@
 
 Every record has a global position: 0, 1, 2, ... over all epochs and all processes. Position p is read in
 epoch p // N, at place p % N of that epoch's order. Global batch b is the positions b * B ... (b + 1) * B - 1,
-and process i of P reads the i-th of P equal runs of it. It follows that the rows of the global batch do not
+and a process reads those of its rows that its devices hold. It follows that the rows of the global batch do not
 depend on the number of processes or workers, that every epoch reads every record exactly once, and that one
 number, the next position, is all there is to save.
 
@@ -12,6 +12,7 @@ more than a small model's training step; this way it is about 1 ms.
 """
 
 import functools
+import json
 import multiprocessing
 import os
 import threading
@@ -20,6 +21,7 @@ import weakref
 import grain
 import numpy as np
 from absl import flags
+from etils import epath
 
 from trm_diffusion.data.base import DataConfig, Source
 from trm_diffusion.errors import UserError
@@ -70,23 +72,21 @@ class _LocalBatches:
         seed: int,
         flip: bool,
         batch_size: int,
-        process_index: int,
-        process_count: int,
+        rows: np.ndarray,
     ):
         self._source = source
         self._seed = seed
         self._flip = flip
         self._batch_size = batch_size
-        self._local_batch_size = batch_size // process_count
-        self._offset = process_index * self._local_batch_size
+        self._rows = rows.tolist()
         self.start = 0
 
     def __len__(self) -> int:
         return _ENDLESS
 
     def __getitem__(self, batch_index: int) -> Batch:
-        first = self.start + batch_index * self._batch_size + self._offset
-        elements = [self._read(position) for position in range(first, first + self._local_batch_size)]
+        first = self.start + batch_index * self._batch_size
+        elements = [self._read(first + row) for row in self._rows]
         return {name: np.stack([element[name] for element in elements]) for name in elements[0]}
 
     def _read(self, position: int) -> dict[str, np.ndarray]:
@@ -106,8 +106,8 @@ class BatchIterator(grain.DatasetIterator):
     """A grain iterator whose state fits any batch size, process count and worker count.
 
     `get_state` is {"position": records read by all processes together, "records": N, "seed": seed}, plain
-    integers for JSON. `set_state` goes on exactly there: the next batch is the one that an uninterrupted run
-    would have read. Call `close` at the end to stop threads and worker processes.
+    integers for JSON and the same in every process. `set_state` goes on exactly there: the next batch is the
+    one that an uninterrupted run would have read. Call `close` at the end to stop threads and worker processes.
     """
 
     def __init__(self, batches: _LocalBatches, *, records: int, seed: int, batch_size: int, open_stream):
@@ -158,6 +158,14 @@ class BatchIterator(grain.DatasetIterator):
         self._stream = None
         self._state["position"] = int(state["position"])
 
+    async def load(self, directory: epath.Path):
+        """Moves to the position in a checkpoint; any process's file tells it, whatever number of them wrote one."""
+
+        async def move() -> None:
+            self.set_state(json.loads(min(directory.glob("process_*.json")).read_text()))
+
+        return move()
+
     def close(self) -> None:
         self._ended = True
         self._stop_stream()
@@ -175,8 +183,7 @@ def make_iterator(
     *,
     seed: int,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> BatchIterator:
     """Builds the endless, shuffled, resumable stream of one process's batches.
 
@@ -186,33 +193,26 @@ def make_iterator(
         `if __name__ == "__main__":` guard, for the workers are spawned.
       seed: 0 or more; it sets the order, the flips and the latent noise.
       batch_size: records in the global batch; it may exceed the epoch.
-      process_index, process_count: which share of the global batch to read.
+      rows: which rows of the global batch to read, int [R]; None is all of them.
 
     Returns:
-      A grain iterator over NumPy batches {"image": float32 [batch_size / process_count, H, W, C],
-      "label": int32 [batch_size / process_count], "index": int32 [batch_size / process_count]}.
+      A grain iterator over NumPy batches {"image": float32 [R, H, W, C], "label": int32 [R], "index": int32 [R]}.
 
     Raises:
-      UserError: a batch that the processes cannot share equally, a negative seed, or no records.
+      UserError: an empty batch, a negative seed, or no records.
     """
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(
-            f"batch_size={batch_size} cannot be shared equally by {process_count} processes: "
-            f"choose a positive multiple of {process_count}"
-        )
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size} must be at least 1")
     if seed < 0:
         raise UserError(f"seed={seed} must be 0 or more")
     if len(source) == 0:
         raise UserError("the data source holds no records: check its path and split in config.data")
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index={process_index} of process_count={process_count}")
     batches = _LocalBatches(
         source,
         seed=seed,
         flip=config.flip,
         batch_size=batch_size,
-        process_index=process_index,
-        process_count=process_count,
+        rows=np.arange(batch_size) if rows is None else rows,
     )
     return BatchIterator(
         batches,

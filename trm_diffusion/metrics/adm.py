@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import tqdm
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from trm_diffusion.errors import UserError
@@ -51,24 +52,30 @@ class Reference(NamedTuple):
 
 
 def features_of(weights: Weights, images: ImageSet, batch_size: int, title: str) -> Iterator[Features]:
-    """Features of all images in order, batch by batch, as NumPy arrays; computed on all devices of this process."""
+    """Features of all images in order, some at a time, as NumPy arrays.
+
+    Each process reads a share of the batches and computes it on its own devices; all get the features of all.
+    """
     devices = jax.local_devices()
     mesh = jax.sharding.Mesh(np.array(devices), ("image",))
     split, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("image",), ()))
     weights = jax.device_put(weights, everywhere)
     size = -(-min(batch_size, len(images)) // len(devices)) * len(devices)
+    processes = jax.process_count()
 
-    def started() -> Iterator[tuple[Features, int]]:
-        for batch in images.batches(size):
+    def started() -> Iterator[Features]:
+        for batch in images.batches(size, share=(jax.process_index(), processes)):
             padded = np.concatenate([batch, np.zeros((size - len(batch), *batch.shape[1:]), batch.dtype)])
-            yield _forward(weights, jax.device_put(padded, split)), len(batch)
+            yield _forward(weights, jax.device_put(padded, split))
 
     batches = started()
-    ahead = next(batches)  # the devices work on one batch while the next is read
+    ahead, done = next(batches), 0  # the devices work on one batch while the next is read
     with tqdm.tqdm(total=len(images), desc=title, unit="image", mininterval=1) as bar:
         while ahead:
-            (features, count), ahead = ahead, next(batches, None)
-            yield Features(*(np.asarray(part)[:count] for part in features))
+            features, ahead = ahead, next(batches, None)
+            count = min(processes * size, len(images) - done)
+            yield Features(*(part[:count] for part in multihost_utils.process_allgather(features, tiled=True)))
+            done += count
             bar.update(count)
 
 

@@ -27,9 +27,17 @@ class ImageSet:
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def batches(self, size: int) -> Iterator[np.ndarray]:
-        """All images in order, `size` at a time, the last batch whatever is left."""
+    def batches(self, size: int, share: tuple[int, int] = (0, 1)) -> Iterator[np.ndarray]:
+        """All images in order, `size` at a time, the last batch whatever is left.
+
+        share: (i, n) gives the i-th of every n batches alone, and the last one in the place of any after it.
+        """
         raise NotImplementedError
+
+    def _first_images(self, size: int, share: tuple[int, int]) -> list[int]:
+        """Number of the first image of each batch."""
+        last, (index, count) = (len(self) - 1) // size, share
+        return [size * min(turn + index, last) for turn in range(0, last + 1, count)]
 
     def take(self, indices: np.ndarray) -> np.ndarray:
         """The images of the given indices, which rise."""
@@ -84,9 +92,9 @@ class FolderImages(ImageSet):
     def __len__(self) -> int:
         return len(self._files)
 
-    def batches(self, size: int) -> Iterator[np.ndarray]:
+    def batches(self, size: int, share: tuple[int, int] = (0, 1)) -> Iterator[np.ndarray]:
         with ThreadPoolExecutor(READERS) as readers:
-            for first in range(0, len(self), size):
+            for first in self._first_images(size, share):
                 yield self._stacked(self._files[first : first + size], readers)
 
     def take(self, indices: np.ndarray) -> np.ndarray:
@@ -137,10 +145,12 @@ class NpzImages(ImageSet):
     def __len__(self) -> int:
         return self._shape[0]
 
-    def batches(self, size: int) -> Iterator[np.ndarray]:
+    def batches(self, size: int, share: tuple[int, int] = (0, 1)) -> Iterator[np.ndarray]:
         image_bytes = int(np.prod(self._shape[1:]))
         with _array_stream(self.path) as (stream, _, _):
-            for first in range(0, len(self), size):
+            start = stream.tell()
+            for first in self._first_images(size, share):
+                stream.seek(start + first * image_bytes)
                 count = min(size, len(self) - first)
                 flat = np.frombuffer(stream.read(count * image_bytes), np.uint8)
                 if len(flat) != count * image_bytes:

@@ -90,7 +90,7 @@ class Gate(nnx.Module):
         noise = 0.0 if key is None else jax.random.gumbel(key, logits.shape, jnp.float32)
         z = (logits + noise) / self.temperature
         scores = jax.lax.stop_gradient(z if self.balance_bias is None else z + self.balance_bias[...][None, None])
-        _, experts = jax.lax.top_k(scores, self.experts_per_token)  # [B, N, P, k]
+        experts = _best(scores, self.experts_per_token)  # [B, N, P, k]
         probabilities = jax.nn.softmax(z, axis=-1)
         # One-hot, since the transpose of a gather is a scatter, and for few experts the gather is the dearer too.
         chosen = jax.nn.one_hot(experts, probabilities.shape[-1], dtype=jnp.float32)  # [B, N, P, k, M]
@@ -100,3 +100,16 @@ class Gate(nnx.Module):
             # In this order the forward value is the renormalised weight to the last bit.
             weights = jax.lax.stop_gradient(renormalized) + (weights - jax.lax.stop_gradient(weights))
         return Routing(experts, weights, probabilities, logits)
+
+
+def _best(scores: jax.Array, count: int) -> jax.Array:
+    """Indices int32 [..., count] of the largest scores [..., M], best first, ties to the earlier.
+
+    As `jax.lax.top_k`, which the compiler does not divide: it would gather the scores of all devices on each.
+    """
+    best = []
+    for _ in range(count):
+        index = jnp.argmax(scores, axis=-1)
+        scores = jnp.where(jax.nn.one_hot(index, scores.shape[-1], dtype=bool), -jnp.inf, scores)
+        best.append(index.astype(jnp.int32))
+    return jnp.stack(best, axis=-1)

@@ -1,6 +1,7 @@
 """The device mesh, and the one table that lays the models' logical axes over it."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -33,10 +34,10 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh over all devices, with axes `MESH_AXES`."""
-    shape = mesh_shape(config, jax.device_count())
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over these devices, all of them by default, with axes `MESH_AXES`."""
+    shape = mesh_shape(config, len(devices or jax.devices()))
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -46,6 +47,33 @@ def batch_shards(mesh: Mesh) -> int:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def own_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
+    """Rows of a global batch that this process's devices hold, rising; processes may share rows."""
+    slices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return np.concatenate([np.arange(*rows) for rows in sorted({part.indices(batch_size) for (part,) in slices})])
+
+
+def global_batch(sharding: NamedSharding, values: np.ndarray, batch_size: int) -> jax.Array:
+    """The batch of which each process gives its `own_rows`."""
+    return jax.make_array_from_process_local_data(sharding, values, (batch_size, *values.shape[1:]))
+
+
+def own_shards(array: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """(rows [R], their values [R, ...]) of a global batch that fall to this process; each row falls to one alone."""
+    shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+    if not shards:
+        return np.arange(0), np.zeros((0, *array.shape[1:]), array.dtype)
+    rows = [np.arange(*shard.index[0].indices(array.shape[0])) for shard in shards]
+    return np.concatenate(rows), np.concatenate([np.asarray(shard.data) for shard in shards])
+
+
+def distribute(values, sharding: NamedSharding):
+    """A tree of arrays that every process holds whole, as global arrays."""
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index]), values
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
