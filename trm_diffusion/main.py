@@ -1,6 +1,7 @@
 """The command line: flags in, one job run, an exit code out.
 
 0   done
+1   what was checked is not so: --mode=doctor, and --mode=compile of a program that does not fit
 2   the user's mistake, told in one line
 75  asked to stop (SIGTERM or Ctrl-C): everything is saved, start the same command again
 """
@@ -15,7 +16,19 @@ from ml_collections import config_flags
 
 from trm_diffusion.errors import EXIT_RESUMABLE, EXIT_USER_ERROR, Interrupted, UserError
 
-MODES = ("train", "sample", "evaluate", "analyze", "prepare", "verify", "reference", "compare", "convert", "doctor")
+MODES = (
+    "train",
+    "sample",
+    "evaluate",
+    "analyze",
+    "prepare",
+    "verify",
+    "reference",
+    "compare",
+    "convert",
+    "compile",
+    "doctor",
+)
 PLATFORMS = ("", "cpu", "cuda", "tpu")
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -54,6 +67,9 @@ OUT = flags.DEFINE_string(
 IMAGES_PER_SHARD = flags.DEFINE_integer("images_per_shard", 5000, "prepare: images in a shard of latents")
 PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "prepare: which of the processes that share it this is")
 PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "prepare: how many processes share it; JAX's by default")
+TOPOLOGY = flags.DEFINE_string("topology", "", "compile: the TPU pod to compile for, such as v5p:4x4x4")
+SLICES = flags.DEFINE_integer("slices", 1, "compile: so many slices of that pod, with copies of the model over them")
+JOB = flags.DEFINE_enum("job", "train", ("train", "sample"), "compile: the step of this job")
 PLATFORM = flags.DEFINE_enum("platform", "", PLATFORMS, "Refuse to run on anything else; any device by default")
 
 
@@ -116,6 +132,7 @@ def run(mode: str, platform: str) -> int:
         return run_on_latents(mode)
 
     from trm_diffusion.analyze import analyze
+    from trm_diffusion.compile_ahead import compile_ahead
     from trm_diffusion.config import resolve
     from trm_diffusion.evaluate import evaluate
     from trm_diffusion.export import export
@@ -127,6 +144,8 @@ def run(mode: str, platform: str) -> int:
     if CONFIG.value is None:
         raise UserError("no experiment given; add --config=configs/digits.py, or another file of configs/")
     config = resolve(CONFIG.value)
+    if mode == "compile":
+        return 0 if compile_ahead(config, TOPOLOGY.value, SLICES.value, JOB.value) else 1
     prompts = PROMPT.value + (read_prompts(PROMPTS.value) if PROMPTS.value else [])
     if prompts:
         if mode != "sample":

@@ -62,7 +62,7 @@ def loss_and_metrics(
         experiment.null_condition,
         condition,
     )
-    model = experiment.model.bind(parameters)
+    model = experiment.network(parameters)
 
     def losses_at(latent_steps):
         output, reports = model(
