@@ -15,6 +15,7 @@ module run as a program; the last line of output is one JSON object.
 
 import dataclasses
 import json
+import re
 import sys
 import time
 
@@ -41,22 +42,33 @@ COMFORT = 0.9  # of the memory that advice aims at
 
 
 def compile_ahead(config: Config, topology: str, slices: int = 1, job: str = "train") -> bool:
-    """Compiles and reports, and prints the JSON line; True if it fits. Raises UserError for a topology that is none, or no compiler."""
-    pod = parse_topology(topology, slices)
-    of_slices = f" in {slices} slices" if slices > 1 else ""
-    say(f"compiling the {job} step for {pod.chips} {pod.generation} chips{of_slices}; this may take minutes")
-    request = {"config": to_dict(config), "topology": topology, "slices": slices, "job": job}
-    report = run_with_libtpu(["-m", __spec__.name], request, install=True)
+    """Compiles, prints the report as one line of JSON, and says whether the step fits.
+
+    job: one of JOBS. Raises UserError for a topology that does not exist, or where there is no compiler.
+    """
+    report = compiler_report(config, topology, slices, job, install=True)
     for line in _told(report):
         say(line)
     print(json.dumps(report), flush=True)
     return report["fits"]
 
 
+def compiler_report(config: Config, topology: str, slices: int, job: str, *, install: bool) -> dict:
+    """The report of one step. Raises UserError as `compile_ahead`; install: libtpu, where it is not there yet."""
+    pod = parse_topology(topology, slices)
+    of_slices = f" in {slices} slices" if slices > 1 else ""
+    say(f"compiling the {job} step for {pod.chips} {pod.generation} chips{of_slices}; this may take minutes")
+    request = {"config": to_dict(config), "topology": topology, "slices": slices, "job": job}
+    return run_with_libtpu(["-m", __spec__.name], request, install=install)
+
+
 def _told(report: dict) -> list[str]:
     memory = report["memory_gib_per_device"]
     verdict = "fits" if report["fits"] else "does NOT fit"
-    lines = [f"{verdict}: {memory['total'] or 'more'} of {memory['capacity']} GiB on each device"]
+    needs = "" if memory["total"] is None else f"{memory['total']} of "
+    lines = [f"{verdict}: {needs}{memory['capacity']} GiB on each of {report['devices']} devices"]
+    if report["compiler_says"]:
+        lines.append(f"the compiler says: {report['compiler_says']}")
     if report["fits"]:
         seconds = report["seconds"]
         lines.append(
@@ -80,11 +92,14 @@ def report_on(config: Config, topology: Topology, job: str) -> dict:
     seconds = time.perf_counter() - start
     memory = memory_report(experiment, topology, job, compiled)
     fits = compiled is not None and memory["total"] <= memory["capacity"]
+    state = sum(size for name, size in memory.items() if name.startswith("state_"))
+    temporaries = memory.get("temporaries") or gib_in(failure or "")
     report = {
         "job": job,
         "topology": topology.name,
         "slices": topology.slices,
         "chips": topology.chips,
+        "devices": experiment.mesh.size,
         "mesh": dict(experiment.mesh.shape),
         "batch_size": (config.train if job == "train" else config.sample).batch_size,
         "fits": fits,
@@ -92,7 +107,7 @@ def report_on(config: Config, topology: Topology, job: str) -> dict:
         "largest_of_state": largest_of_state(experiment, job),
         "compile_seconds": seconds,
         "compiler_says": failure,
-        "advice": [] if fits else advice(experiment, topology, memory, job),
+        "advice": [] if fits else advice(experiment, topology, job, state, temporaries),
     }
     if compiled is None:
         return report
@@ -187,50 +202,53 @@ def model_flops(experiment: Experiment, job: str) -> float:
     return forward_flops(drawer(plain), plain.abstract_state.parameters, plain.condition_of(batch), indices)
 
 
-def advice(experiment: Experiment, topology: Topology, memory: dict, job: str) -> list[dict]:
-    """Flags that would make it smaller, most useful first: those that cost little before those that change the run."""
-    config, mesh = experiment.config, experiment.mesh.shape
-    state = sum(size for name, size in memory.items() if name.startswith("state_") and size)
-    room = COMFORT * memory["capacity"] - state
-    found = []
+def advice(experiment: Experiment, topology: Topology, job: str, state: float, temporaries: float) -> list[dict]:
+    """Flags that would make a step smaller, most useful first; what changes the run comes last.
 
-    def advise(flag: str, why: str) -> None:
-        found.append({"flag": flag, "why": why})
-
-    copies = mesh["data"] // topology.slices
-    if copies > 1 and config.mesh.fsdp != -1:
-        advise(
-            "--config.mesh.data=-1 --config.mesh.fsdp=-1",
-            f"each device holds {state:.3g} GiB of state, of which more shards would leave it less",
-        )
-    if job == "sample":
-        per_device = config.sample.batch_size // batch_shards(experiment.mesh)
-        if per_device > 1:
-            advise(f"--config.sample.batch_size={config.sample.batch_size // per_device}", "one image to a device")
-        return found
-    per_device = config.train.batch_size // batch_shards(experiment.mesh)
-    if config.model.attention == "xla":
-        advise("--config.model.attention=fused", "attention that does not write its logits to memory, where it fits")
-    if config.model.remat != "full":
-        advise("--config.model.remat=full", "keeps the inputs of each block alone; a third more arithmetic")
+    state, temporaries: GiB on each device; those of a program that was refused are what the compiler says it needs.
+    """
+    config, shards = experiment.config, batch_shards(experiment.mesh)
+    per_device = (config.train if job == "train" else config.sample).batch_size // shards
+    room = COMFORT * topology.chip.memory_bytes / GIB - state
+    smaller_state = [("--topology", f"more chips: {state:.3g} GiB of state on each of these")] if room <= 0 else []
+    if experiment.mesh.shape["data"] > topology.slices and config.mesh.fsdp != -1:
+        smaller_state.append(("--config.mesh.data=-1 --config.mesh.fsdp=-1", "as many shards of the state as can be"))
     if config.train.trainable != "all" and config.train.frozen_dtype == "float32":
-        advise("--config.train.frozen_dtype=bfloat16", "halves the parameters that are not trained")
-    parts = config.train.accumulate
-    group = config.model.recursion.routing_group if config.model.recursion.blocks != "none" else 1
-    halves = [
-        n
-        for n in (2 * parts, 4 * parts, per_device)
-        if n > parts and per_device % n == 0 and per_device // n % group == 0
-    ]
-    for more in sorted(set(halves)):
-        advise(f"--config.train.accumulate={more}", f"{per_device // more} images on a device at a time")
-    if room <= 0 and len(config.optim.ema_decays):
-        advise("--config.optim.ema_decays=0.9999", "one moving average, or none, of the parameters")
-    if room <= 0 or not found:
-        advise("--topology", "more chips: the state alone, or one image, is too large for these")
+        smaller_state.append(("--config.train.frozen_dtype=bfloat16", "halves the parameters that are not trained"))
+    if job == "train" and len(config.optim.ema_decays) > 1:
+        smaller_state.append((f"--config.optim.ema_decays={config.optim.ema_decays[0]},", "one moving average"))
+
+    smaller_step = []
+    if config.model.attention == "xla":
+        smaller_step.append(
+            ("--config.model.attention=fused", "attention that writes no logits, where the kernel fits")
+        )
+    if job == "train":
+        if config.model.remat != "full":
+            smaller_step.append(("--config.model.remat=full", "keeps each block's inputs alone; a third more FLOPs"))
+        if parts := more_parts(config, per_device, temporaries / max(room, 1e-3)):
+            smaller_step.append((f"--config.train.accumulate={parts}", f"{per_device // parts} images at a time"))
     if per_device > 1:
-        advise(f"--config.train.batch_size={config.train.batch_size // 2}", "changes the run, unlike all of the above")
-    return found
+        field = "train" if job == "train" else "sample"
+        size = config.train.batch_size if job == "train" else config.sample.batch_size
+        changes = "; unlike the others, it changes the run" if job == "train" else ""
+        smaller_step.append((f"--config.{field}.batch_size={size // 2}", f"half the images{changes}"))
+    found = smaller_state + smaller_step if state > temporaries else smaller_step + smaller_state
+    return [{"flag": flag, "why": why} for flag, why in found]
+
+
+def more_parts(config: Config, per_device: int, times: float) -> int | None:
+    """Of how many parts an update must be for `times` less memory, at least; None where it cannot be more."""
+    recursion, parts = config.model.recursion, config.train.accumulate
+    group = 1 if recursion.blocks == "none" else recursion.routing_group
+    able = [n for n in range(parts + 1, per_device + 1) if per_device % n == 0 and per_device // n % group == 0]
+    return next((n for n in able if n >= times * parts), able[-1]) if able else None
+
+
+def gib_in(text: str) -> float:
+    """The first amount of memory that the compiler names, "(55.78G)", in GiB; 0 where there is none."""
+    found = re.search(r"([\d.]+)([KMGT])", text)
+    return float(found[1]) * 2.0 ** {"K": -20, "M": -10, "G": 0, "T": 10}[found[2]] if found else 0.0
 
 
 def main() -> None:

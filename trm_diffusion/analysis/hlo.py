@@ -217,7 +217,7 @@ class _Counter:
         return cost
 
     def _turns(self, where: Computation, loop: Instruction) -> int | None:
-        """How often a loop runs: as the compiler knows it, or from `counter < constant` and where the counter starts."""
+        """How often a loop runs: as the compiler says, or from `counter < constant` and where the counter starts."""
         known = loop.attribute(r'known_trip_count":\{"n":"(\d+)"')
         if known:
             return int(known)
