@@ -29,16 +29,13 @@ def hours(recursion: str, job: str) -> dict:
     config = resolve(c)
     found = compiler_report(config, TOPOLOGY, 1, job, install=False)
     steps = config.train.updates if job == "train" else math.ceil(SAMPLES / SAMPLES_AT_A_TIME)
+    flops = steps * found["model_flops_per_device"] * found["devices"]
     result = {
         "v5p_32_chips_hours": steps * found["seconds"]["step"] / 3600,
-        "8_h100_hours": steps
-        * found["model_flops_per_device"]
-        * found["devices"]
-        / (GPUS * GPU_FLOPS * GPU_MFU)
-        / 3600,
-        "seconds": found["seconds"],
+        "8_h100_hours": flops / (GPUS * GPU_FLOPS * GPU_MFU) / 3600,
+        "seconds_of_one": found["seconds"],
         "v5p_predicted_mfu": found["mfu"],
-        "model_flops": steps * found["model_flops_per_device"] * found["devices"],
+        "model_flops": flops,
     }
     progress(f"recursion {recursion}, {job}: {result}")
     return result
@@ -48,9 +45,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", default="", help="also write the result to this file")
     arguments = parser.parse_args()
-    rows = {
-        f"{job}_{recursion}": hours(recursion, job) for job in ("train", "sample") for recursion in ("off", "middle")
-    }
+    asked = [(recursion, job) for job in ("train", "sample") for recursion in ("off", "middle")]
+    rows = {f"{job}_{recursion}": hours(recursion, job) for recursion, job in asked}
     print(f"{'':16} {'v5p, 32 chips':>14} {'8 x H100':>10}   hours")
     for name, row in rows.items():
         print(f"{name:16} {row['v5p_32_chips_hours']:14.1f} {row['8_h100_hours']:10.1f}")

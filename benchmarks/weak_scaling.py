@@ -2,10 +2,10 @@
 
 DiT-XL/2 without recursion, its blocks under one loop, 16 images to a chip, fsdp 8 and copies of that over the rest.
 
-Each of n devices of a copy holds 1/n of the P bytes of parameters (bfloat16, as they are computed with). It is sent, and
-sends on, the others' part before the forward and before the backward pass, and the gradients' parts are summed into
-shards: 3 P (n - 1) / n. Copies then sum their shards, at most in float32: with d of them, 2 (2 P / n) (d - 1) / d. That
-is less than 4 P / n for any number of chips; so what a device sends stays bounded.
+Each of n devices of a copy holds 1/n of the P bytes of parameters (bfloat16, as they are computed with). It sends its
+part round to the others before the forward and before the backward pass, and gradients are summed into shards:
+3 P (n - 1) / n. Copies then sum their shards, at most in float32: with d of them, 2 (2 P / n) (d - 1) / d, less than
+4 P / n for any number of chips. So what a device sends is bounded.
 
 Targets: memory and FLOPs of a device constant within 5%; it sends at most 1.05 times what it sends on 8 chips and what
 the copies add.
@@ -23,16 +23,7 @@ from trm_diffusion.config import Config, resolve
 from trm_diffusion.diffusion.objective import make_objective
 from trm_diffusion.runtime.parameters import count
 
-TOPOLOGIES = {
-    8: "2x2x2",
-    16: "2x2x4",
-    32: "2x4x4",
-    64: "4x4x4",
-    128: "4x4x8",
-    256: "4x8x8",
-    512: "8x8x8",
-    1024: "8x8x16",
-}
+TOPOLOGIES = {8: "2x2x2", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8", 1024: "8x8x16"}
 IMAGES_PER_CHIP, FSDP = 16, 8
 MOST_CHANGE, MOST_OVER_ALGEBRA = 0.05, 1.05
 
@@ -84,7 +75,7 @@ def main() -> None:
             and entry["sent_over_algebra_ratio"] <= MOST_OVER_ALGEBRA
         )
     result = {
-        "setting": f"DiT-XL/2, {parameters} parameters, {IMAGES_PER_CHIP} images a chip, v5p, fsdp {FSDP}, data the rest",
+        "setting": f"DiT-XL/2, {parameters} parameters, {IMAGES_PER_CHIP} images a chip, v5p, fsdp {FSDP}",
         "fsdp_algebra_bytes": 3 * 2 * parameters * (FSDP - 1) / FSDP,
         "by_chips": {str(chips): entry for chips, entry in rows.items()},
         "pass": all(entry["pass"] for entry in rows.values()),

@@ -31,7 +31,7 @@ TINY = (
 )
 MESHES = {  # name: devices, flags
     "one": (1, ()),
-    "data": (8, ()),
+    "data": (8, ("--config.mesh.fsdp=1",)),
     "data_fsdp_tensor": (8, ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")),
 }
 
