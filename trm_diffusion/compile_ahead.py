@@ -11,6 +11,7 @@ module run as a program; the last line of output is one JSON object.
     seconds       arithmetic: the compiler's own cycles, custom kernels as they declare themselves; collectives: bytes
                   over the published bandwidth of the links. step: their sum, as if nothing overlapped
     mfu           model_flops over what the chip could have done in `step` seconds
+    compiler_analysis   the compiler's own figures, in which the body of a loop counts once
 """
 
 import dataclasses
@@ -36,7 +37,6 @@ from trm_diffusion.runtime.topology import GIB, Topology, described_devices, par
 from trm_diffusion.sample import drawer
 from trm_diffusion.train import make_train_step
 
-JOBS = ("train", "sample")
 LARGEST = 6  # arrays that are named
 COMFORT = 0.9  # of the memory that advice aims at
 
@@ -44,7 +44,7 @@ COMFORT = 0.9  # of the memory that advice aims at
 def compile_ahead(config: Config, topology: str, slices: int = 1, job: str = "train") -> bool:
     """Compiles, prints the report as one line of JSON, and says whether the step fits.
 
-    job: one of JOBS. Raises UserError for a topology that does not exist, or where there is no compiler.
+    job: train or sample. Raises UserError for a topology that does not exist, or where there is no compiler.
     """
     report = compiler_report(config, topology, slices, job, install=True)
     for line in _told(report):
@@ -72,8 +72,8 @@ def _told(report: dict) -> list[str]:
     if report["fits"]:
         seconds = report["seconds"]
         lines.append(
-            f"about {seconds['step']:.4g} s, of which {seconds['collectives']:.4g} s are collectives; "
-            f"predicted MFU {report['mfu']:.1%}"
+            f"about {seconds['step']:.4g} s, of which {seconds['collectives']:.4g} s are collectives"
+            + (f"; predicted MFU {report['mfu']:.1%}" if report["mfu"] else "")
         )
     return lines + [f"try {entry['flag']}: {entry['why']}" for entry in report["advice"]]
 
@@ -113,9 +113,15 @@ def report_on(config: Config, topology: Topology, job: str) -> dict:
         return report
     text = compiled.as_text()
     cost = program_cost(text, topology.devices_per_slice if topology.slices > 1 else None)
-    return (
-        report | {"largest_temporaries": largest_arrays(text, LARGEST)} | cost_report(experiment, topology, job, cost)
-    )
+    report |= {"largest_temporaries": largest_arrays(text, LARGEST), "compiler_analysis": own_analysis(compiled)}
+    return report | cost_report(experiment, topology, job, cost)
+
+
+def own_analysis(compiled) -> dict:
+    """What the compiler itself says of a step, with the bodies of loops counted once; None where it does not know."""
+    found = compiled.cost_analysis()
+    names = {"flops": "flops", "bytes": "bytes accessed", "seconds": "optimal_seconds"}
+    return {name: found[key] if found.get(key, -1) > 0 else None for name, key in names.items()}
 
 
 def lowered_step(experiment: Experiment, job: str) -> jax.stages.Lowered:
@@ -174,7 +180,10 @@ def cost_report(experiment: Experiment, topology: Topology, job: str, cost: Cost
         part["bytes"] / (chip.slice_bandwidth if "between" in kind else chip.link_bandwidth)
         for kind, part in cost.collectives.items()
     )
-    wanted = model_flops(experiment, job) / experiment.mesh.size
+    try:
+        wanted = model_flops(experiment, job) / experiment.mesh.size
+    except ValueError:  # tokens may halt, and how many latent steps run is not known before
+        wanted = None
     step = arithmetic + collectives
     return {
         "flops_per_device": cost.flops,
@@ -183,7 +192,7 @@ def cost_report(experiment: Experiment, topology: Topology, job: str, cost: Cost
         "collectives_per_device": cost.collectives,
         "loops_counted_once": cost.unknown_loops,
         "seconds": {"arithmetic": arithmetic, "collectives": collectives, "step": step},
-        "mfu": wanted / step / chip.flops,
+        "mfu": wanted and step and wanted / step / chip.flops,
         "peak_flops_per_device": chip.flops,
     }
 
