@@ -1,20 +1,20 @@
 """What the benchmarks share: interleaved timing, the TPU compiler in a child process, and how results are given out."""
 
-import importlib.util
 import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 import jax
 
+from trm_diffusion.errors import UserError
+from trm_diffusion.runtime.libtpu import run_with_libtpu
 from trm_diffusion.runtime.timing import interleaved_seconds as interleaved_seconds
+from trm_diffusion.runtime.topology import described_devices, parse_topology
 
 TPU_TOPOLOGY = "v5p:2x2x1"  # the smallest; programs are compiled for its first chip
-LIBTPU = "TRM_LIBTPU"  # environment variable: a directory into which libtpu was installed with pip --target
 
 
 def median_ratio(seconds: list[float], reference: list[float]) -> float:
@@ -24,33 +24,15 @@ def median_ratio(seconds: list[float], reference: list[float]) -> float:
 
 def tpu_device() -> jax.Device:
     """A v5p chip to compile for, which is described, not there. Needs libtpu."""
-    from jax.experimental import topologies
-
-    return topologies.get_topology_desc(TPU_TOPOLOGY, platform="tpu").devices[0]
+    return described_devices(parse_topology(TPU_TOPOLOGY))[0]
 
 
 def measured_for_tpu(module: str) -> dict:
-    """What `python -m module --tpu` reports, run where libtpu can be imported; {"not_measured": why} where it cannot.
-
-    A process of its own, because libtpu is noisy and takes over the process that loads it.
-    """
-    environment = {**os.environ, "TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"}
-    directory = os.environ.get(LIBTPU, "")
-    if directory:
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [directory, os.environ.get("PYTHONPATH", "")]))
-        if not (Path(directory) / "libtpu").is_dir():
-            return {"not_measured": f"{LIBTPU} holds no libtpu"}
-    elif importlib.util.find_spec("libtpu") is None:
-        return {"not_measured": f"no libtpu; see requirements-tpu-compile.txt and set {LIBTPU}"}
-    child = subprocess.run(
-        [sys.executable, "-m", module, "--tpu"],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    if child.returncode:
-        raise RuntimeError(f"{module} --tpu failed:\n{child.stderr[-2000:]}")
-    return json.loads(child.stdout.splitlines()[-1])
+    """What `python -m module --tpu` reports, run where libtpu can be imported; {"not_measured": why} otherwise."""
+    try:
+        return run_with_libtpu(["-m", module, "--tpu"])
+    except UserError as error:
+        return {"not_measured": str(error)}
 
 
 def progress(line: str) -> None:

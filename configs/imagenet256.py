@@ -50,6 +50,8 @@ def get_config(argument: str = ""):
     c.sample.per_class = 4
     c.sample.batch_size = 64
 
+    c.mesh.fsdp = -1  # one device, or as many shards of the state as the devices of a pod allow
+
     c.log.every = 100
     c.log.samples_every = 10_000
     c.checkpoint.every = 5_000

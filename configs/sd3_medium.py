@@ -63,6 +63,8 @@ def get_config(argument: str = ""):
     c.sample.per_class = 1
     c.sample.batch_size = 16
 
+    c.mesh.fsdp = -1  # one device, or as many shards of the state as the devices of a pod allow
+
     c.log.every = 20
     c.checkpoint.every = 500
     return c

@@ -14,12 +14,12 @@ _RUNNER = """
 import json, os, runpy, sys, traceback
 import jax
 from jax._src import xla_bridge
-from trm_diffusion import analyze, compare, convert, encode, evaluate, evaluate_images, export, export_prompts
-from trm_diffusion import prepare, sample, train, verify
+from trm_diffusion import analyze, compare, compile_ahead, convert, encode, evaluate, evaluate_images, export
+from trm_diffusion import export_prompts, prepare, sample, train, verify
 from trm_diffusion.runtime import doctor
 JOBS = (
     train, sample, evaluate, analyze, export, export_prompts, compare, convert, evaluate_images, prepare, encode,
-    verify, doctor,
+    verify, doctor, compile_ahead,
 )
 
 def leave_out_jobs():

@@ -1,10 +1,12 @@
 """What every job builds from its config: the mesh, the objective, the model and its optimiser."""
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -12,11 +14,12 @@ from jax.sharding import Mesh
 from trm_diffusion.config import Config
 from trm_diffusion.diffusion.objective import Objective, make_objective
 from trm_diffusion.models.architecture import make_network, null_condition
+from trm_diffusion.models.partition import placed
 from trm_diffusion.models.text import Text
 from trm_diffusion.runtime.optimizer import make_optimizer
-from trm_diffusion.runtime.parameters import PureModel
+from trm_diffusion.runtime.parameters import Parameters, PureModel
 from trm_diffusion.runtime.random import Purpose, key_for
-from trm_diffusion.runtime.sharding import batch_shards, make_mesh
+from trm_diffusion.runtime.sharding import LOGICAL_TO_MESH, batch_sharding, batch_shards, make_mesh
 from trm_diffusion.runtime.state import TrainState, initial_state, state_sharding
 from trm_diffusion.validation import check_batch
 
@@ -45,6 +48,30 @@ class Experiment:
             return batch["label"]
         return batch["tokens"] if model.reads_words else Text(*(batch[name] for name in Text._fields))
 
+    def abstract_batch(self, size: int) -> dict:
+        """The shapes of a batch of this many images, as `condition_of` reads it, divided over the mesh."""
+        data, model = self.config.data, self.config.model
+
+        def rows(shape, dtype):
+            return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=batch_sharding(self.mesh))
+
+        condition = jax.tree.map(lambda null: rows(null.shape, null.dtype), self.null_condition)
+        if isinstance(condition, Text):
+            condition = condition._asdict()
+        else:
+            condition = {"tokens" if model.reads_words else "label": condition}
+        return {"image": rows((data.image_size, data.image_size, data.channels), jnp.float32), **condition}
+
+    def network(self, parameters: Parameters) -> Callable:
+        """The model with these values, its activations laid over the mesh; called as models/architecture.py says."""
+        model = self.model.bind(parameters)
+
+        def call(*inputs, **options):
+            with placed(self.mesh, LOGICAL_TO_MESH):
+                return model(*inputs, **options)
+
+        return call
+
     def fresh_state(self) -> TrainState:
         """The state before the first update, made shard by shard on the devices that hold it."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
@@ -57,9 +84,9 @@ class Experiment:
 def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Experiment:
     """Builds without touching a file or making an array. Raises UserError where the config does not fit the devices.
 
-    devices: those to use, all by default.
+    devices: those to use, all by default; they may be described alone.
     """
-    mesh = make_mesh(config.mesh, devices)
+    mesh = make_mesh(config.mesh, divisor=_shared_width(config), devices=devices)
     check_batch(config, batch_shards(mesh))
     objective = make_objective(config.diffusion)
     model = make_model(config, objective)
@@ -71,6 +98,12 @@ def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Experi
         state_sharding(mesh, model, shapes),
     )
     return Experiment(config, mesh, objective, model, optimizer, abstract_state)
+
+
+def _shared_width(config: Config) -> int:
+    """What the number of parameters' shards must divide: every axis that is laid over them."""
+    model = config.model
+    return math.gcd(model.width, model.text.features) if model.reads_words else model.width
 
 
 def make_model(config: Config, objective: Objective) -> PureModel:

@@ -1,6 +1,7 @@
 """The command line: flags in, one job run, an exit code out.
 
 0   done
+1   what was checked is not so: --mode=doctor, and --mode=compile of a program that does not fit
 2   the user's mistake, told in one line
 75  asked to stop (SIGTERM or Ctrl-C) and everything is saved, or other processes of the run did not come:
     start the same command again
@@ -18,9 +19,10 @@ from ml_collections import config_flags
 from trm_diffusion.errors import EXIT_RESUMABLE, EXIT_USER_ERROR, Interrupted, UserError
 
 MODES = (
-    "train", "sample", "evaluate", "analyze", "prepare", "encode", "verify", "reference", "compare", "convert", "doctor"
+    "train", "sample", "evaluate", "analyze", "prepare", "encode", "verify", "reference", "compare", "convert",
+    "compile", "doctor",
 )  # fmt: skip
-ONE_PROCESS = ("verify", "compare", "convert")  # process 0 alone does these
+ONE_PROCESS = ("verify", "compare", "convert", "compile")  # process 0 alone does these
 PLATFORMS = ("", "cpu", "cuda", "tpu")
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -66,6 +68,9 @@ OUT = flags.DEFINE_string(
 IMAGES_PER_SHARD = flags.DEFINE_integer(
     "images_per_shard", None, "Images in a shard: prepare 5,000; encode 100, whose captions take megabytes each"
 )
+TOPOLOGY = flags.DEFINE_string("topology", "", "compile: the TPU pod to compile for, such as v5p:4x4x4")
+SLICES = flags.DEFINE_integer("slices", 1, "compile: so many slices of that pod, with copies of the model over them")
+JOB = flags.DEFINE_enum("job", "train", ("train", "sample"), "compile: the step of this job")
 COORDINATOR = flags.DEFINE_string(
     "coordinator", "", "HOST:PORT of process 0, for several processes as one run; found by itself on TPU pods and SLURM"
 )
@@ -155,6 +160,7 @@ def run(mode: str, platform: str) -> int:
         return run_on_latents(mode)
 
     from trm_diffusion.analyze import analyze
+    from trm_diffusion.compile_ahead import compile_ahead
     from trm_diffusion.config import resolve
     from trm_diffusion.evaluate import evaluate
     from trm_diffusion.export import export
@@ -167,6 +173,8 @@ def run(mode: str, platform: str) -> int:
     if CONFIG.value is None:
         raise UserError("no experiment given; add --config=configs/digits.py, or another file of configs/")
     config = resolve(CONFIG.value)
+    if mode == "compile":
+        return 0 if compile_ahead(config, TOPOLOGY.value, SLICES.value, JOB.value) else 1
     if EXPORT.value and (mode != "sample" or not PROMPTS.value or PROMPT.value or NUM.value):
         raise UserError(f"--export={EXPORT.value} goes with --mode=sample and --prompts, the benchmark's own, alone")
     prompts = PROMPT.value + (read_prompts(PROMPTS.value) if PROMPTS.value and not EXPORT.value else [])

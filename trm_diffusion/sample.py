@@ -50,7 +50,7 @@ def drawer(experiment: Experiment, *, with_reports: bool = False, gathered: bool
     shape = (data.image_size, data.image_size, data.channels)
 
     def program(parameters: Parameters, condition: Any, indices: jax.Array) -> jax.Array:
-        model = experiment.model.bind(parameters)
+        model = experiment.network(parameters)
         keys = jax.vmap(lambda index: key_for(sample.seed, Purpose.SAMPLING, index))(indices)
         network = guide(
             lambda noisy, times, condition: model(noisy, times, condition, latent_steps=sample.latent_steps),

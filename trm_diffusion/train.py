@@ -31,7 +31,7 @@ from trm_diffusion.runs import started_state
 from trm_diffusion.runtime.checkpoints import Checkpoints
 from trm_diffusion.runtime.logging import RunLogger, say
 from trm_diffusion.runtime.optimizer import ema_decay, learning_rate, update_ema
-from trm_diffusion.runtime.parameters import Parameters, count, is_balance_bias, memory
+from trm_diffusion.runtime.parameters import Parameters, count, device_bytes, is_balance_bias
 from trm_diffusion.runtime.random import Purpose, key_for
 from trm_diffusion.runtime.sharding import batch_sharding, global_batch, own_rows, replicated
 from trm_diffusion.runtime.signals import StopRequest
@@ -62,7 +62,7 @@ def loss_and_metrics(
         experiment.null_condition,
         condition,
     )
-    model = experiment.model.bind(parameters)
+    model = experiment.network(parameters)
 
     def losses_at(latent_steps):
         output, reports = model(
@@ -217,8 +217,11 @@ def _describe(experiment: Experiment, state: TrainState) -> None:
         f"on {devices.size} {devices.flat[0].device_kind} device{'s' if devices.size > 1 else ''}"
     )
     parts = {"parameters": state.parameters, "gradients": state.trainable, "optimiser": state.optimizer}
-    megabytes = {name: memory(part) / 1e6 for name, part in (parts | {"averages": state.ema}).items()}
-    say("memory: " + ", ".join(f"{name} {size:,.1f} MB" for name, size in megabytes.items()))
+    megabytes = {name: device_bytes(part) / 1e6 for name, part in (parts | {"averages": state.ema}).items()}
+    capacity = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    of_all = f" of {capacity / 1e6:,.0f} MB" if capacity else ""
+    listed = ", ".join(f"{name} {size:,.1f} MB" for name, size in megabytes.items())
+    say(f"memory of each device{of_all}, activations apart: {listed}")
 
 
 def _loop(experiment, workdir, stop, checkpoints, iterator, state, loop) -> None:

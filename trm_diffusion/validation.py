@@ -107,7 +107,6 @@ AT_LEAST = {  # field: its smallest value
     "sample.batch_size": 1,
     "sample.seed": 0,
     "evaluate.num_samples": 2,
-    "mesh.fsdp": 1,
     "mesh.tensor": 1,
     "mesh.expert": 1,
 }
@@ -142,7 +141,7 @@ def _check_model(config: "Config") -> None:
         ("model.width is not a multiple of config.model.heads", model.width, model.heads),
         ("model.width is not a multiple of 4 (sine-cosine positions)", model.width, 4),
         ("data.image_size is not a multiple of config.model.patch", config.data.image_size, model.patch),
-        ("model.width is not a multiple of config.mesh.fsdp", model.width, mesh.fsdp),
+        ("model.width is not a multiple of config.mesh.fsdp", model.width, max(1, mesh.fsdp)),
         ("model.heads is not a multiple of config.mesh.tensor", model.heads, mesh.tensor),
         ("model.recursion.experts is not a multiple of config.mesh.expert", recursion.experts, mesh.expert),
     ):
@@ -197,7 +196,7 @@ def _check_condition(config: "Config") -> None:
             f"{text.heads}",
         )
         for fields, value, divisor in (
-            ("features is not a multiple of config.mesh.fsdp", text.features, config.mesh.fsdp),
+            ("features is not a multiple of config.mesh.fsdp", text.features, max(1, config.mesh.fsdp)),
             ("heads is not a multiple of config.mesh.tensor", text.heads, config.mesh.tensor),
         ):
             _require(value % divisor == 0, f"config.model.text.{fields}: {value} and {divisor}")
@@ -252,8 +251,10 @@ def _check_training(config: "Config") -> None:
         f"config.optim.ema_decays is {optim.ema_decays}; each must be in [0, 1)",
     )
     mesh = config.mesh
-    _require(mesh.data == -1 or mesh.data >= 1, f"config.mesh.data is {mesh.data}; it must be -1 or at least 1")
-    check_batch(config, max(1, mesh.data) * mesh.fsdp * mesh.expert)
+    for axis in ("data", "fsdp"):
+        size = getattr(mesh, axis)
+        _require(size == -1 or size >= 1, f"config.mesh.{axis} is {size}; it must be -1 or at least 1")
+    check_batch(config, max(1, mesh.data) * max(1, mesh.fsdp) * mesh.expert)
 
 
 def _check_sampling(config: "Config") -> None:

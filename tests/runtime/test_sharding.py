@@ -34,6 +34,23 @@ def test_mesh_shape(config, devices, shape):
     assert mesh_shape(config, devices) == shape
 
 
+@pytest.mark.parametrize(("config", "devices", "slices", "divisor", "shape"), [
+    (MeshConfig(fsdp=-1), 1, 1, 64, (1, 1, 1, 1)),
+    (MeshConfig(fsdp=-1), 8, 1, 64, (1, 8, 1, 1)),
+    (MeshConfig(fsdp=-1), 8, 1, 12, (2, 4, 1, 1)),  # as many as divide the width
+    (MeshConfig(fsdp=-1, tensor=2), 8, 1, 64, (1, 4, 2, 1)),
+    (MeshConfig(fsdp=-1), 16, 2, 64, (2, 8, 1, 1)),  # a copy of the model in each slice
+    (MeshConfig(data=4, fsdp=-1), 16, 2, 64, (4, 4, 1, 1)),
+])  # fmt: skip
+def test_as_many_shards_as_can_be(config, devices, slices, divisor, shape):
+    assert mesh_shape(config, devices, slices=slices, divisor=divisor) == shape
+
+
+def test_the_model_is_not_divided_over_slices():
+    with pytest.raises(UserError, match="data=1 does not divide over 2 slices"):
+        mesh_shape(MeshConfig(data=1, fsdp=8), 8, slices=2)
+
+
 @pytest.mark.parametrize(
     ("config", "devices"), [(MeshConfig(data=2), 8), (MeshConfig(fsdp=3), 8), (MeshConfig(data=16), 8)]
 )

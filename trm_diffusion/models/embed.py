@@ -6,6 +6,7 @@ import numpy as np
 from flax import nnx
 
 from trm_diffusion.models.layers import NORMAL_002, linear
+from trm_diffusion.models.partition import lay
 
 TIMESTEP_FREQUENCIES = 256  # width of the sinusoidal timestep embedding (DiT)
 
@@ -74,7 +75,7 @@ class VectorEmbedder(nnx.Module):
         self.second = linear(width, width, axes=("embed", None), init=NORMAL_002, dtype=dtype, rngs=rngs)
 
     def __call__(self, vectors_bf: jax.Array) -> jax.Array:
-        return self.second(jax.nn.silu(self.first(vectors_bf.astype(self.dtype))))
+        return lay(self.second(jax.nn.silu(self.first(vectors_bf.astype(self.dtype)))), "batch")
 
 
 class TimestepEmbedder(VectorEmbedder):
@@ -103,4 +104,4 @@ class LabelEmbedder(nnx.Module):
         )
 
     def __call__(self, labels_b: jax.Array) -> jax.Array:
-        return self.table(labels_b)
+        return lay(self.table(labels_b), "batch")

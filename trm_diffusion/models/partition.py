@@ -1,28 +1,54 @@
 """Where activations lie on the devices: a model names their axes, and the job that traces it says what the names mean.
 
-Without a word from the job, as on one device or for a debugger, nothing is laid anywhere.
+The compiler divides a program over devices by itself, but it may divide activations badly, and it cannot look inside a
+kernel: so a model lays its activations where it matters, and runs its kernels on each device's share. Outside of
+`placed`, as on one device or in a debugger, neither does anything.
 """
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-_LAYOUT: contextvars.ContextVar[Callable | None] = contextvars.ContextVar("layout", default=None)
+_PLACEMENT = contextvars.ContextVar("placement", default=None)  # (mesh, logical axis -> mesh axes) or None
 
 
 @contextlib.contextmanager
-def laid_out_by(layout: Callable[[jax.Array, tuple], jax.Array]) -> Iterator[None]:
-    """Models traced in here have their activations laid by `layout(x, logical axes) -> x`."""
-    token = _LAYOUT.set(layout)
+def placed(mesh: Mesh, axes: Mapping[str, str | Sequence[str] | None]) -> Iterator[None]:
+    """Models traced inside run over `mesh`, their logical axes divided over the mesh axes that `axes` gives each."""
+    token = _PLACEMENT.set((mesh, axes))
     try:
         yield
     finally:
-        _LAYOUT.reset(token)
+        _PLACEMENT.reset(token)
 
 
-def lay(x: jax.Array, *axes: str | None) -> jax.Array:
-    """x, whose leading axes have these logical names (None: divided over nothing), where the job wants it."""
-    layout = _LAYOUT.get()
-    return x if layout is None else layout(x, axes)
+def lay(x: jax.Array, *names: str | None) -> jax.Array:
+    """x, whose leading axes have these logical names (None: divided over nothing)."""
+    if _PLACEMENT.get() is None:
+        return x
+    mesh, axes = _PLACEMENT.get()
+    spec = PartitionSpec(*(None if name is None else axes[name] for name in names))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def on_each_device(function: Callable, *operands: tuple[jax.Array, tuple[str | None, ...]]) -> jax.Array:
+    """function(*arrays) on each device's share of the arrays; the result is divided as the first of them.
+
+    operands: (array, its logical axes) each. What is named None, or does not divide evenly, every device gets whole.
+    """
+    arrays = [array for array, _ in operands]
+    if _PLACEMENT.get() is None or _PLACEMENT.get()[0].size == 1:
+        return function(*arrays)
+    mesh, axes = _PLACEMENT.get()
+
+    def share(size: int, name: str | None) -> str | tuple[str, ...] | None:
+        over = axes.get(name) or ()
+        shards = math.prod(mesh.shape[axis] for axis in ([over] if isinstance(over, str) else over))
+        return over if shards > 1 and size % shards == 0 else None
+
+    specs = tuple(PartitionSpec(*map(share, array.shape, names)) for array, names in operands)
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from trm_diffusion.models.partition import lay
 from trm_diffusion.models.remat import rematerialized
 
 _SEGMENT = re.compile(r"(.*stack)/segments/(\d+)/blocks/(.*)")
@@ -70,6 +71,7 @@ class BlockStack(nnx.Module):
             def body(x, layer, graphdef=graphdef):
                 parameters, index = layer
                 block_key = None if key is None else jax.random.fold_in(key, index)
+                x = jax.tree.map(lambda tokens: lay(tokens, "batch"), x)
                 return nnx.merge(graphdef, parameters)(x, key=block_key, **inputs)
 
             body = rematerialized(body, self.remat, in_loop=segment.stacked)

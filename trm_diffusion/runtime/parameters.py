@@ -5,6 +5,7 @@ speak of parameters by these names, and the plain dictionary outlives changes of
 """
 
 import fnmatch
+import math
 from collections.abc import Callable
 
 import jax
@@ -74,8 +75,15 @@ def is_balance_bias(name: str) -> bool:
 
 
 def memory(arrays) -> int:
-    """Bytes of a tree of arrays or shapes."""
+    """Bytes of a tree of arrays or shapes, over all devices."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
+
+
+def device_bytes(arrays) -> int:
+    """Bytes that a tree of arrays, or of shapes that know their sharding, takes on each device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays)
+    )
 
 
 def count(parameters) -> int:

@@ -1,43 +1,82 @@
-"""The device mesh, and the one table that lays the models' logical axes over it."""
+"""The device mesh, and the one table that lays the models' logical axes over it: parameters, and activations too.
+
+With fsdp, parameters are stored in shards and gathered for each block as it runs, and their gradients are summed into
+shards: what is laid over "batch" stays there. Left to itself the compiler may divide activations like the parameters
+and keep the whole batch on every device, which costs many times the memory.
+"""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from trm_diffusion.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert")
 BATCH_AXES = ("data", "fsdp", "expert")  # the batch is divided over all of these
-LOGICAL_TO_MESH = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "expert": "expert", "rank": None}
+LOGICAL_TO_MESH = {
+    "batch": BATCH_AXES,
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "expert": "expert",
+    "rank": None,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    data: int = -1  # copies of the model; -1 takes the devices the other axes leave
-    fsdp: int = 1  # shards of parameters and optimiser state; the batch is divided over them too
+    data: int = -1  # copies of the model; -1 takes the devices the other axes leave. Slices of a pod divide it
+    fsdp: int = 1  # shards of parameters, optimiser state and batch; -1 as many as a slice and the width allow
     tensor: int = 1  # shards of heads and of the MLP's hidden width
     expert: int = 1  # shards of the experts
 
 
-def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, ...]:
-    """Sizes of `MESH_AXES` for this many devices. Raises UserError where they do not fit."""
-    sizes = [getattr(config, axis) for axis in MESH_AXES]
-    known = int(np.prod([size for size in sizes if size > 0]))
-    if sizes[0] == -1 and devices % known == 0:
-        sizes[0] = devices // known
-    if sizes[0] == -1 or int(np.prod(sizes)) != devices:
-        wanted = " x ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+def mesh_shape(config: MeshConfig, devices: int, *, slices: int = 1, divisor: int = 1) -> tuple[int, ...]:
+    """Sizes of `MESH_AXES` for this many devices in all. Raises UserError where they do not fit.
+
+    slices: parts of the devices that are linked to each other more loosely than within; only copies of the model
+    (`data`) lie across them. divisor: what fsdp = -1 must divide, the model's width.
+    """
+    sizes = dict(dataclasses.asdict(config))
+    if sizes["fsdp"] == -1:
+        others = sizes["tensor"] * sizes["expert"] * max(sizes["data"] // slices, 1)
+        sizes["fsdp"] = math.gcd(devices // slices // others, divisor)
+    known = math.prod(size for size in sizes.values() if size > 0)
+    if sizes["data"] == -1 and devices % known == 0:
+        sizes["data"] = devices // known
+    if sizes["data"] == -1 or math.prod(sizes.values()) != devices:
+        wanted = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
         raise UserError(f"mesh: {wanted} does not fit {devices} devices; set config.mesh so that the product does")
-    return tuple(sizes)
+    if sizes["data"] % slices:
+        raise UserError(f"mesh: data={sizes['data']} does not divide over {slices} slices; set config.mesh.data so")
+    return tuple(sizes[axis] for axis in MESH_AXES)
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over these devices, all of them by default, with axes `MESH_AXES`."""
-    shape = mesh_shape(config, len(devices or jax.devices()))
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+def make_mesh(config: MeshConfig, *, divisor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over all devices, or those given, with axes `MESH_AXES`; see `mesh_shape`.
+
+    Slices of TPU pods hold whole copies of the model each: neighbours along `data` are of one slice first.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    slices = len({slice_of(device) for device in devices})
+    shape = mesh_shape(config, len(devices), slices=slices, divisor=divisor)
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    if slices == 1:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+    within = (shape[0] // slices, *shape[1:])
+    over = (slices,) + (1,) * (len(shape) - 1)
+    array = mesh_utils.create_hybrid_device_mesh(within, over, devices, allow_split_physical_axes=True)
+    return Mesh(array, MESH_AXES, axis_types=types)
+
+
+def slice_of(device: jax.Device) -> int:
+    """The slice of a TPU pod that the device belongs to; 0 for all others."""
+    return (getattr(device, "slice_index", None) or 0) if device.platform == "tpu" else 0
 
 
 def batch_shards(mesh: Mesh) -> int:

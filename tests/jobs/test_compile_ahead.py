@@ -1,0 +1,141 @@
+"""What a step costs on every device, compiled ahead of time; for eight simulated devices where there is no libtpu."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.jobs.tiny import ROOT, command, finished, tiny_config
+from trm_diffusion.build import build
+from trm_diffusion.compile_ahead import advice, gib_in, more_parts
+from trm_diffusion.errors import UserError
+from trm_diffusion.runtime.libtpu import DIRECTORY, find_libtpu
+from trm_diffusion.runtime.parameters import memory
+from trm_diffusion.runtime.topology import parse_topology
+
+EIGHT_DEVICES = """
+import json
+import jax, jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec as P
+import trm_diffusion.compile_ahead as compile_ahead
+from tests.jobs.tiny import tiny_config
+from trm_diffusion.analysis.hlo import program_cost
+from trm_diffusion.runtime.topology import parse_topology
+
+def all_kinds(x):
+    def turn(x, _):
+        x = jax.lax.ppermute(x, "b", [(i, (i + 1) % 4) for i in range(4)])
+        x = jax.lax.psum_scatter(2 * jax.lax.all_gather(x, "b", tiled=True), "b", tiled=True)
+        x = jax.lax.all_to_all(x * x, "b", 1, 0, tiled=True).reshape(x.shape)
+        return 0.1 * jax.lax.psum(x, "a"), None
+    return jax.lax.scan(turn, x, None, length=3)[0]
+mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+sharded = jax.jit(jax.shard_map(all_kinds, mesh=mesh, in_specs=P("b"), out_specs=P("b"), check_vma=False))
+kinds = program_cost(sharded.lower(jnp.zeros((64, 8))).compile().as_text()).collectives
+
+config = dict(model__depth=3, model__width=64, model__recursion__blocks="none", train__batch_size=16, mesh__fsdp=-1)
+compile_ahead.described_devices = lambda topology: jax.devices()
+report = compile_ahead.report_on(tiny_config(**config), parse_topology("v5p:2x2x2"), "train")
+print(json.dumps({"kinds": kinds, "report": report}))
+"""
+
+
+@pytest.fixture(scope="module")
+def eight():
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    child = subprocess.run(
+        [sys.executable, "-c", EIGHT_DEVICES], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stderr[-3000:]
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def test_collectives_in_a_loop_by_kind_and_bytes(eight):
+    size = 4 * 64 * 8 / 4  # bytes on a device; groups are of 4 and, for the sum, of 2
+    sent = {"collective-permute": 1, "all-gather": 3, "reduce-scatter": 4 * 3 / 4, "all-to-all": 3 / 4, "all-reduce": 1}
+    assert eight["kinds"] == {kind: {"count": 3, "bytes": 3 * share * size} for kind, share in sent.items()}
+
+
+def test_a_training_step_over_eight_devices(eight):
+    report = eight["report"]
+    assert report["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1, "expert": 1}
+    assert report["fits"] and not report["advice"] and not report["loops_counted_once"]
+    # Every device computes an eighth of what one would: images are divided, and nothing is done twice.
+    assert report["flops_per_device"] == pytest.approx(report["model_flops_per_device"], rel=0.05)
+    # Parameters (float32 here) are gathered at most for the forward and the backward pass.
+    parameters = memory(
+        build(tiny_config(model__depth=3, model__width=64, model__recursion__blocks="none")).model.shapes
+    )
+    gathered = report["collectives_per_device"]["all-gather"]["bytes"]
+    assert 0.5 * parameters < gathered < 2.1 * parameters * 7 / 8
+    memory_gib = report["memory_gib_per_device"]
+    kinds = {"arguments", "outputs", "aliased", "temporaries", "code", "peak", "total", "capacity"}
+    assert memory_gib.keys() == kinds | {
+        f"state_{part}" for part in ("parameters", "gradients", "optimiser", "averages")
+    }
+    assert all(size >= 0 for size in memory_gib.values())
+    assert report["largest_of_state"][0]["name"].split("/")[0] in ("trainable", "optimizer", "ema")
+
+
+@pytest.mark.parametrize(("name", "slices", "what"), [
+    ("", 1, "no such TPU; there are v4:2x2x4, v5e:4x4"),
+    ("v5:4x4x4", 1, "no such TPU"),
+    ("v5p", 1, "no such TPU"),
+    ("v5p:4x4", 1, "v5p has 3 axes, as in v5p:4x4x4"),
+    ("v6e:8x8x8", 1, "v6e has 2 axes"),
+    ("v5p:3x4x4", 1, "1 or even"),
+    ("v6e:32x32", 1, "at most 256 chips"),
+    ("v5p:4x4x4", 0, "--slices=0"),
+])  # fmt: skip
+def test_a_topology_that_is_none_is_one_line(name, slices, what):
+    with pytest.raises(UserError, match=what) as error:
+        parse_topology(name, slices)
+    assert "\n" not in str(error.value)
+
+
+def test_chips_of_a_topology():
+    pod = parse_topology("tpu7x:2x2x4", 2)
+    assert (pod.chips, pod.devices_per_slice) == (32, 32)  # two devices to a chip
+
+
+def test_no_network_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.delenv(DIRECTORY, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(UserError, match=f"could not be installed .*set {DIRECTORY}") as error:
+        find_libtpu(install=True)
+    assert "\n" not in str(error.value) and not list((tmp_path / "trm_diffusion").iterdir())
+    with pytest.raises(UserError, match="--mode=compile installs it"):
+        find_libtpu(install=False)
+
+
+def test_advice_begins_with_what_is_too_large():
+    config = dict(train__batch_size=64, model__recursion__blocks="none", train__accumulate=2)
+    experiment, chip = build(tiny_config(**config)), parse_topology("v5e:2x2")
+    flags = [entry["flag"] for entry in advice(experiment, chip, "train", state=1.0, temporaries=55.8)]
+    assert flags[:2] == ["--config.model.attention=fused", "--config.model.remat=full"]
+    assert flags[2] == "--config.train.accumulate=16"  # the fewest parts that are small enough
+    assert advice(experiment, chip, "train", state=20.0, temporaries=1.0)[0]["flag"] == "--topology"
+    assert more_parts(experiment.config, per_device=2, times=4.0) is None
+    assert gib_in("required for HLO temporaries (55.78G) exceeds available HBM (15.75G)") == 55.78
+
+
+@pytest.mark.skipif(DIRECTORY not in os.environ, reason="needs libtpu, in the directory that TRM_LIBTPU names")
+def test_two_slices_of_a_real_topology():
+    arguments = (
+        "--mode=compile",
+        "--topology=v5p:2x2x1",
+        "--slices=2",
+        "--config=configs/imagenet256.py:model=S/8,recursion=off",
+        "--config.model.depth=2",
+        "--config.train.batch_size=16",
+    )
+    out, _ = finished(command(*arguments))
+    report = json.loads(out.splitlines()[-1])
+    assert report["fits"] and report["mesh"]["data"] == 2 and report["mesh"]["fsdp"] == 4
+    assert report["collectives_per_device"]["all-reduce between slices"]["bytes"] > 0
+    assert report["flops_per_device"] == pytest.approx(report["model_flops_per_device"], rel=0.05)
+    assert 0 < report["seconds"]["arithmetic"] < 1 and 0 < report["mfu"] < 1
