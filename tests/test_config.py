@@ -105,7 +105,7 @@ OTHER_COMMANDS = [
     ("--config=configs/scenes32.py --config.model.text.heads=3", "config.model.text.heads 3"),
     ("--config=configs/scenes32.py --config.model.text.pooled_features=2", "config.model.text.pooled_features 2"),
     ("--config=configs/scenes64.py --config.model.recursion.blocks=12", "names block"),
-    ("--config=configs/sd3_medium.py --config.model.text.length=77", "config.model.text.length is 77"),
+    ("--config=configs/sd3_medium.py --config.model.text.length=77 --config.data.text=texts", "text.length is 77"),
     ("--config=configs/sd3_medium.py --config.data.source=digits", "images without captions"),
     ("--config=configs/scenes32.py --config.model.text.encoder=encoded", "config.evaluate.kind scenes"),
     ("--mode=encode --prompts=a", "--mode=encode needs --config"),

@@ -213,7 +213,7 @@ def _check_condition(config: "Config") -> None:
             f"config.data.source one of {', '.join(sources)}, not {source}",
         )
         _require(
-            text.recipe != "sd3" or text.length > CLIP_LENGTH,
+            text.recipe != "sd3" or text.length > CLIP_LENGTH or not (text.pretrained or config.data.text),
             f"config.model.text.length is {text.length}; with config.model.text.recipe sd3, {CLIP_LENGTH} tokens are "
             "of the CLIP encoders, and the others T5's",
         )
