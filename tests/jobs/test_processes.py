@@ -156,9 +156,8 @@ def test_a_mistake_that_all_make_ends_all_with_its_line(pair):
 @pytest.mark.parametrize(("index", "absent"), [(0, 1), (1, 0)])
 def test_one_of_two_alone_ends_in_one_line_that_names_the_other(pair, index, absent):
     arguments = (f"--process_index={index}", "--process_count=2", "--start_timeout=2")
-    before, address = time.monotonic(), f"localhost:{free_port()}"
+    address = f"localhost:{free_port()}"
     process = command("--config=configs/digits.py", f"--coordinator={address}", *arguments)
     out, err = finished(process, code=75)
     (line,) = err.strip().splitlines()
     assert line.startswith(f"process {absent} of 0 to 1 did not come to {address} within 2 s") and not out
-    assert time.monotonic() - before < 60
