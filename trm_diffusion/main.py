@@ -54,6 +54,9 @@ OUT = flags.DEFINE_string(
 IMAGES_PER_SHARD = flags.DEFINE_integer("images_per_shard", 5000, "prepare: images in a shard of latents")
 PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "prepare: which of the processes that share it this is")
 PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "prepare: how many processes share it; JAX's by default")
+COMPILATION_CACHE = flags.DEFINE_string(
+    "compilation_cache", "", "Directory of compiled programs, or none; .compilation_cache beside the workdir by default"
+)
 PLATFORM = flags.DEFINE_enum("platform", "", PLATFORMS, "Refuse to run on anything else; any device by default")
 
 
@@ -133,7 +136,7 @@ def run(mode: str, platform: str) -> int:
             raise UserError("--prompt and --prompts are for --mode=sample")
         sample = functools.partial(sample, prompts=prompts)
     workdir = epath.Path(WORKDIR.value or f"runs/{config.name}")
-    use_compilation_cache(workdir.parent / ".compilation_cache")
+    use_compilation_cache(COMPILATION_CACHE.value, workdir)
     if NUM.value:
         if mode != "sample" or NUM.value < 0 or prompts:
             raise UserError(f"--num={NUM.value} counts images; it goes with --mode=sample, and not with prompts")
