@@ -2,8 +2,8 @@
 
     python -m benchmarks.checkpoint [--directory DIR] [--save docs/results/benchmark_checkpoint.json]
 
-The training job's own step and checkpoints: DiT-B/2 in float32, parameters, both moments and one average (2 GB), 8 images
-a step, on the devices that JAX finds. The reference is a step while nothing is written. Two figures for each save:
+The training job's own step and checkpoints: DiT-B/2 in float32, parameters, both moments and one average (2 GB), 8
+images a step, on the devices that JAX finds. The reference is a step while nothing is written. Two figures of each save:
 
 blocked   the time until `save` returns and the next step can be sent; the target is for this one. The save before has
           been written by then, as it has where saves are further apart than they take.
@@ -13,7 +13,6 @@ slowed    what the steps then take longer while the save is written in the backg
 
 import argparse
 import dataclasses
-import json
 import statistics
 import tempfile
 import time
@@ -68,7 +67,7 @@ def measure(directory: str, sizes: Sizes) -> dict:
         progress(f"a step: {alone:.2f} s")
         for _ in range(sizes.saves):
             started = time.perf_counter()
-            checkpoints.save(int(state.step), state, iterator, {})
+            checkpoints.save(int(state.step), state, iterator, {"updates": 0})
             blocked.append(time.perf_counter() - started)
             beside = timed_steps(lambda seconds: not checkpoints.saving)
             slowed.append(sum(beside) - len(beside) * alone)
@@ -96,7 +95,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
         result = measure(directory, Sizes())
-    report("checkpoint", rounded(json.loads(json.dumps(result))), arguments.save)
+    report("checkpoint", rounded(result), arguments.save)
 
 
 if __name__ == "__main__":

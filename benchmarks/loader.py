@@ -4,12 +4,12 @@
 
 Random moments of 32x32x4 latents are written as `--mode=prepare` writes them and read as training reads them, in random
 order and drawn from their posteriors, in batches of 256. The process is bound to one core where the system can do so.
-The files have just been written, so they are read from memory: the figure is that of the code, not of a disk. Target: at
-least 3,000 images a second.
+The files have just been written, so they are read from memory: the figure is that of the code, not of a disk. Target:
+at least 3,000 images a second.
 
-Then the demo trains (configs/digits.py, without its pictures and its evaluation) on all cores, and the figure is the share
-of the time in which the loop waited for a batch, as metrics.jsonl has it, over all lines but the first, in which the step
-is compiled. Target: less than 5%.
+Then the demo trains (configs/digits.py, without its pictures and its evaluation) on all cores, and the figure is the
+share of the time in which the loop waited for a batch, as metrics.jsonl has it, over all lines but the first, in which
+the step is compiled. Target: less than 5%.
 """
 
 import argparse

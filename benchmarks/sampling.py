@@ -3,13 +3,14 @@
     python -m benchmarks.sampling [--save docs/results/benchmark_sampling.json]
 
 The sampling job's own program, DiT-S/2 in float32 with 8 images, on the devices that JAX finds; noise and all diffusion
-steps are in it, files are not. The reference of each row is one forward pass of as many images as the network sees in a
-diffusion step: twice as many under guidance. Programs take turns, and ratios are medians over the turns. Target: what the
-sampler adds to the network is at most 10%.
+steps are in it, files are not. The reference of each row is one forward pass of as many images as the network sees at a
+time: twice as many under guidance. Programs take turns, and ratios are medians over the turns. Target: what the sampler
+adds to the network is at most 10%.
 """
 
 import argparse
 import dataclasses
+import functools
 import statistics
 
 import jax
@@ -46,7 +47,7 @@ ROWS = {  # name: objective, sampler, guidance
 
 def measure(sizes: Sizes, rows: dict = ROWS) -> dict:
     base = experiment("S/2", "none", 1, sizes.images, dtype="float32", depth=sizes.depth).config
-    programs, built = {}, None
+    programs, labels = {}, jnp.arange(sizes.images)
     for name, (objective, sampler, guidance) in rows.items():
         diffusion = dataclasses.replace(base.diffusion, objective=objective, learned_sigma=objective == "ddpm")
         sample = dataclasses.replace(
@@ -54,9 +55,7 @@ def measure(sizes: Sizes, rows: dict = ROWS) -> dict:
         )
         built = build(dataclasses.replace(base, diffusion=diffusion, sample=sample))
         state = built.fresh_state()
-        labels, indices = jnp.arange(sizes.images), jnp.arange(sizes.images)
-        draw = drawer(built)
-        programs[name] = lambda draw=draw, p=state.parameters: draw(p, labels, indices)
+        programs[name] = functools.partial(drawer(built), state.parameters, labels, jnp.arange(sizes.images))
         forward_name = f"forward_{objective}_{_network_images(sizes, guidance)}"
         if forward_name not in programs:
             programs[forward_name] = _forward(built, state.parameters, _network_images(sizes, guidance))
@@ -93,7 +92,7 @@ def _forward(built, parameters, images: int):
     noisy = jax.random.normal(jax.random.key(0), (images, data.image_size, data.image_size, data.channels))
     times, labels = jnp.full(images, 500.0), jnp.arange(images)
     forward = jax.jit(lambda parameters, *inputs: built.model.bind(parameters)(*inputs)[0])
-    return lambda: forward(parameters, noisy, times, labels)
+    return functools.partial(forward, parameters, noisy, times, labels)
 
 
 def main() -> None:

@@ -75,7 +75,7 @@ def measure(turns: int, depth: int) -> dict:
         f"first_update_takes_at_most_{MOST_WARM_SHARE}": share <= MOST_WARM_SHARE,
     }
     return {
-        "setting": f"configs/imagenet256.py:{CONFIG}, {depth} blocks, float32, 8 images; medians of {turns} warm starts",
+        "setting": f"configs/imagenet256.py:{CONFIG}, {depth} blocks, float32, 8 images; medians of {turns} starts",
         "seconds_with_an_empty_cache": {**cold["seconds"], "total": sum(cold["seconds"].values())},
         "seconds_with_the_cache": {**median, "total": sum(median.values())},
         "first_update_over_that_with_an_empty_cache": share,
