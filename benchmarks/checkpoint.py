@@ -3,7 +3,7 @@
     python -m benchmarks.checkpoint [--directory DIR] [--save docs/results/benchmark_checkpoint.json]
 
 The training job's own step and checkpoints: DiT-B/2 in float32, parameters, both moments and one average (2 GB), 8
-images a step, on the devices that JAX finds. The reference is a step while nothing is written. Two figures of each save:
+images a step, on the devices that JAX finds. The reference is a step while nothing is written. Two figures:
 
 blocked   the time until `save` returns and the next step can be sent; the target is for this one. The save before has
           been written by then, as it has where saves are further apart than they take.
