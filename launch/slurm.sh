@@ -10,6 +10,7 @@
 #
 #   --nodes=N               number of nodes
 #   --gpus-per-node=N       8 by default
+#   --cpus-per-task=N       8 by default: cores of each process, which read its data
 #   --time=TIME             24:00:00 by default, of one turn in the queue
 #   --name=NAME             trm_diffusion by default
 #   --sbatch-flags="..."    further flags of sbatch, such as --partition=gpu --account=me
@@ -24,7 +25,7 @@ submit() {
     read -ra extra <<<"$sbatch_flags"
     [ -n "$dry_run" ] || [ -x .venv/bin/python ] || fail "there is no .venv; run bash launch/install.sh cuda first"
     run sbatch "--job-name=$name" "--nodes=$nodes" "--ntasks-per-node=$gpus_per_node" "--gpus-per-node=$gpus_per_node" \
-        "--time=$time" --requeue --signal=TERM@300 --open-mode=append --output=slurm-%j.log \
+        "--cpus-per-task=$cpus_per_task" "--time=$time" --requeue --signal=TERM@300 --open-mode=append --output=slurm-%j.log \
         ${extra[@]+"${extra[@]}"} launch/slurm.sh batch -- "${job_flags[@]}"
     [ -z "$dry_run" ] || batch
 }
@@ -32,7 +33,8 @@ submit() {
 batch() {
     local ended=0
     # Every task sees all GPUs of its node and takes the one of its number. One that is done waits for the others to save.
-    run srun --kill-on-bad-exit=0 --wait=600 bash launch/job.sh cuda "${job_flags[@]}" || ended=$?
+    run srun --kill-on-bad-exit=0 --wait=600 "--cpus-per-task=${SLURM_CPUS_PER_TASK:-$cpus_per_task}" \
+        bash launch/job.sh cuda "${job_flags[@]}" || ended=$?
     if [ -n "$dry_run" ]; then
         echo "# where that ends with exit code 75:"
         ended=75
@@ -43,10 +45,10 @@ batch() {
 
 command=${1:-help}
 [ $# -eq 0 ] || shift
-nodes='' gpus_per_node=8 time=24:00:00 name=trm_diffusion sbatch_flags=''
+nodes='' gpus_per_node=8 cpus_per_task=8 time=24:00:00 name=trm_diffusion sbatch_flags=''
 case $command in
     submit)
-        parse_options "nodes gpus-per-node time name sbatch-flags" "dry-run" "$@"
+        parse_options "nodes gpus-per-node cpus-per-task time name sbatch-flags" "dry-run" "$@"
         need_option nodes
         need_tool sbatch "run this on a login node of a Slurm cluster"
         ;;

@@ -22,7 +22,7 @@ status() {
     fi
 }
 
-in_background() {
+run() {
     bash launch/job.sh "$@" >>$log 2>&1 &
     echo $! >$pid
     local ended=0
@@ -35,9 +35,11 @@ case ${1:-} in
         shift
         [ "$(status)" != running ] || exit 0
         rm -f $code $pid
-        in_background "$@" </dev/null >/dev/null 2>&1 3>&- &
-        disown -h $!
+        # In a session of its own, which the end of the connection does not reach.
+        setsid bash launch/worker.sh run "$@" </dev/null >/dev/null 2>&1 &
+        until [ -s $pid ]; do sleep 0.1; done
         ;;
+    run) run "${@:2}" ;;
     status) status ;;
     stop) [ "$(status)" != running ] || kill -TERM "$(cat $pid)" ;;
     *) fail "the command is '${1:-}'; bash launch/worker.sh start|status|stop" ;;

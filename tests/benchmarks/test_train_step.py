@@ -4,8 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import plain_dit, train_step
-from trm_diffusion.train import make_train_step
+from benchmarks import train_step
 
 
 @pytest.fixture(autouse=True)
@@ -15,24 +14,20 @@ def plain_jax_promotes_ranks():
 
 
 def test_the_plain_step_is_ours():
-    built, batch = train_step.tiny_dit(), train_step.tiny_batch()
-    state, ours, plain = built.fresh_state(), make_train_step(built), train_step.plain_step(built)
-    plain_state = plain_dit.initial_state(state.parameters)
+    programs = train_step.TinyPrograms()
     for _ in range(3):
-        state, metrics = ours(state, batch)
-        plain_state, loss = plain(plain_state, batch["image"], batch["label"])
-        np.testing.assert_allclose(loss, metrics["loss"], rtol=1e-5)
+        np.testing.assert_allclose(programs.plain(1), programs.ours(1), rtol=1e-5)
+    state, plain_state = programs.state, programs.plain_state
     (average,) = state.ema.values()
-    for theirs, own in ((plain_state.parameters, state.parameters), (plain_state.average, average)):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), theirs, own)
+    for theirs, ours in ((plain_state.parameters, state.parameters), (plain_state.average, average)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), theirs, ours)
+    found = train_step.dispatch(programs, train_step.Sizes(repeats=1, calls=2))
+    assert found["ours_over_plain_jax"] > 0 and found["pass"] is (found["ours_over_plain_jax"] <= 1.5)
 
 
 def test_figures_of_this_machine():
-    sizes = train_step.Sizes(depth=1, images=2, repeats=1, calls=2)
-    found = train_step.here(sizes)
-    assert found["train_step_over_forward"] > 1 and found["images_per_second"] > 0
-    found = train_step.dispatch(sizes)
-    assert found["ours_over_plain_jax"] > 0 and found["pass"] is (found["ours_over_plain_jax"] <= 1.5)
+    found = train_step.here(train_step.Sizes(depth=1, images=2, repeats=1))
+    assert found["train_step_over_forward"] > 0 and found["images_per_second"] > 0
 
 
 def test_every_target_for_the_tpu_must_be_met():
