@@ -224,6 +224,7 @@ def main() -> None:
         return
     sizes = Sizes()
     if arguments.vs_torch:
+        jax.config.update("jax_platforms", "cpu")
         result = {"command": "python -m benchmarks.train_step --vs-torch", **vs_torch(sizes)}
     else:
         result = {"here": here(sizes), "dispatch": dispatch(TinyPrograms(), sizes)}
