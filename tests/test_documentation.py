@@ -1,6 +1,8 @@
 """README and docs are true: every command is one that works, and every file they name is there."""
 
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -8,9 +10,12 @@ import pytest
 from tests.commands import parsed
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "launch").glob("*.md"))]
 COMMAND = re.compile(r"^ {4}python -m trm_diffusion\.main (.*?)(?: {2,}#.*)?$", re.MULTILINE)
 COMMANDS = [(page.name, command) for page in PAGES for command in COMMAND.findall(page.read_text())]
+LAUNCH = re.compile(r"^ {4}bash (launch/(?:tpu_vm|xpk|slurm|geneval)\.sh .*?)(?: {2,}#.*)?$", re.MULTILINE)
+LAUNCHES = [command for page in PAGES for command in LAUNCH.findall(page.read_text())]
+BENCHMARK = re.compile(r"benchmarks[./](\w+)")
 LINK = re.compile(r"\]\(([^):#]+)\)")
 STANDS_FOR = {"CONFIG": "configs/digits.py"}  # of the capitals that readers fill in, those that must exist
 
@@ -27,6 +32,21 @@ def outcomes():
 def test_a_command_reaches_its_job(outcomes, index):
     code, text = outcomes[index]
     assert code == 0 and "reached" in text, text
+
+
+@pytest.mark.parametrize("command", LAUNCHES)
+def test_a_launch_script_takes_its_flags(command):
+    script, name, *arguments = shlex.split(command)
+    result = subprocess.run(
+        ["bash", script, name, "--dry-run", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0 and result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_benchmarks_are_there(page):
+    for name in BENCHMARK.findall(page.read_text()):
+        assert name == "NAME" or (ROOT / f"benchmarks/{name}.py").exists(), f"{page.name} names benchmark {name}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -82,6 +82,9 @@ PROCESS_INDEX = flags.DEFINE_integer(
 PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "How many processes they are")
 CLUSTER = flags.DEFINE_enum("cluster", "auto", ("auto", "none"), "none: do not look for other processes in a cluster")
 START_TIMEOUT = flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for all processes of the run to come")
+COMPILATION_CACHE = flags.DEFINE_string(
+    "compilation_cache", "", "Directory of compiled programs, or none; .compilation_cache beside the workdir by default"
+)
 PLATFORM = flags.DEFINE_enum("platform", "", PLATFORMS, "Refuse to run on anything else; any device by default")
 
 
@@ -183,7 +186,7 @@ def run(mode: str, platform: str) -> int:
             raise UserError("--prompt and --prompts are for --mode=sample")
         sample = functools.partial(sample, prompts=prompts)
     workdir = epath.Path(WORKDIR.value or f"runs/{config.name}")
-    use_compilation_cache(workdir.parent / ".compilation_cache")
+    use_compilation_cache(COMPILATION_CACHE.value, workdir)
     if NUM.value:
         if mode != "sample" or NUM.value < 0 or prompts:
             raise UserError(f"--num={NUM.value} counts images; it goes with --mode=sample, and not with prompts")

@@ -5,6 +5,8 @@ from etils import epath
 
 from trm_diffusion.errors import UserError
 
+LEAST_COMPILE_SECONDS = 0.5  # what compiles in less is as quickly compiled as read, from a bucket above all
+
 
 def require_platform(platform: str) -> None:
     """Restricts JAX to cpu, cuda or tpu; "" allows any. Raises UserError where there is no such device."""
@@ -18,7 +20,15 @@ def require_platform(platform: str) -> None:
         raise UserError(f"--platform={platform}: no such device here ({reason}); see --mode=doctor") from None
 
 
-def use_compilation_cache(directory: epath.Path) -> None:
-    """Keeps compiled programs on disk, so that a resumed job and its neighbours start at once."""
+def use_compilation_cache(choice: str, workdir: epath.Path) -> None:
+    """Keeps compiled programs on disk, so that a resumed job and its neighbours start at once.
+
+    choice: a directory, or "none" for no cache; "" is what the environment says (JAX_COMPILATION_CACHE_DIR), or else
+    .compilation_cache beside the workdir, which the runs there share.
+    """
+    if choice == "none":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    directory = choice or jax.config.jax_compilation_cache_dir or workdir.parent / ".compilation_cache"
     jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_COMPILE_SECONDS)

@@ -1,0 +1,102 @@
+"""How long does training stand still for a checkpoint: at most a tenth of a step at DiT-B size on a local disk?
+
+    python -m benchmarks.checkpoint [--directory DIR] [--save docs/results/benchmark_checkpoint.json]
+
+The training job's own step and checkpoints: DiT-B/2 in float32, parameters, both moments and one average (2 GB), 8
+images a step, on the devices that JAX finds. The reference is a step while nothing is written. Two figures:
+
+blocked   the time until `save` returns and the next step can be sent; the target is for this one. The save before has
+          been written by then, as it has where saves are further apart than they take.
+slowed    what the steps then take longer while the save is written in the background. Where the CPU itself trains, as
+          here, the two share its cores; beside an accelerator they do not.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import tempfile
+import time
+
+import jax
+
+from benchmarks.measure import progress, report, rounded
+from benchmarks.recursion import experiment
+from trm_diffusion.data.pipeline import make_iterator
+from trm_diffusion.prompts import training_source
+from trm_diffusion.runtime.checkpoints import CheckpointConfig, Checkpoints
+from trm_diffusion.runtime.parameters import memory
+from trm_diffusion.train import make_train_step
+
+MOST_BLOCKED_SHARE = 0.10
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How much is timed; the tests take less."""
+
+    model: str = "B/2"
+    depth: int = 12
+    images: int = 8
+    steps: int = 3  # timed while nothing is written
+    saves: int = 3
+
+
+def measure(directory: str, sizes: Sizes) -> dict:
+    built = experiment(sizes.model, "none", 1, sizes.images, dtype="float32", depth=sizes.depth)
+    data = dataclasses.replace(built.config.data, source="synthetic", synthetic_records=64)
+    config = dataclasses.replace(built.config, data=data)
+    iterator = make_iterator(training_source(config), data, seed=0, batch_size=sizes.images)
+    batch = {name: value for name, value in next(iterator).items() if name != "index"}
+    step, state = make_train_step(built), built.fresh_state()
+
+    def timed_steps(enough) -> list[float]:
+        """Seconds of each step, one at least, until `enough()`."""
+        nonlocal state
+        seconds = []
+        while not seconds or not enough(seconds):
+            started = time.perf_counter()
+            state, metrics = step(state, batch)
+            jax.block_until_ready((state, metrics))
+            seconds.append(time.perf_counter() - started)
+        return seconds
+
+    blocked, slowed = [], []
+    with Checkpoints(directory, CheckpointConfig(keep=1)) as checkpoints:
+        timed_steps(lambda seconds: True)  # compiles
+        alone = statistics.median(timed_steps(lambda seconds: len(seconds) == sizes.steps))
+        progress(f"a step: {alone:.2f} s")
+        for _ in range(sizes.saves):
+            started = time.perf_counter()
+            checkpoints.save(int(state.step), state, iterator, {"updates": 0})
+            blocked.append(time.perf_counter() - started)
+            beside = timed_steps(lambda seconds: not checkpoints.saving)
+            slowed.append(sum(beside) - len(beside) * alone)
+            progress(f"blocked {blocked[-1]:.3f} s, then {len(beside)} steps slowed by {slowed[-1]:.2f} s")
+    share = statistics.median(blocked) / alone
+    return {
+        "device": jax.devices()[0].device_kind,
+        "setting": f"DiT-{sizes.model}, {sizes.depth} blocks, float32, {sizes.images} images a step",
+        "state_gigabytes": memory(state) / 1e9,
+        "step_seconds": alone,
+        "blocked_seconds": statistics.median(blocked),
+        "blocked_seconds_of_each_save": blocked,
+        "slowed_seconds": statistics.median(slowed),
+        "blocked_over_step": share,
+        "pass": share <= MOST_BLOCKED_SHARE,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--directory", help="where to write the checkpoints; the system's temporary directory by default"
+    )
+    parser.add_argument("--save", default="", help="also write the result to this file")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
+        result = measure(directory, Sizes())
+    report("checkpoint", rounded(result), arguments.save)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""The compilation cache: where it lies, and that a second start compiles nothing."""
+
+import collections
+
+import jax
+import pytest
+from etils import epath
+from jax._src import compilation_cache
+
+from tests.jobs.tiny import tiny_config
+from trm_diffusion.runtime import devices
+from trm_diffusion.runtime.signals import StopRequest
+from trm_diffusion.train import train
+
+FIELDS = (
+    "jax_enable_compilation_cache",
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+)
+
+
+@pytest.fixture(autouse=True)
+def settings_as_before():
+    before = {field: getattr(jax.config, field) for field in FIELDS}
+    yield
+    for field, value in before.items():
+        jax.config.update(field, value)
+    compilation_cache.reset_cache()
+
+
+def test_where_it_lies(tmp_path):
+    workdir = epath.Path(tmp_path / "runs/a")
+    devices.use_compilation_cache("", workdir)
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "runs/.compilation_cache")
+    devices.use_compilation_cache(str(tmp_path / "b"), workdir)
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "b")
+    devices.use_compilation_cache("", workdir)  # now as if the environment had said so
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "b")
+    assert jax.config.jax_enable_compilation_cache
+    devices.use_compilation_cache("none", workdir)
+    assert not jax.config.jax_enable_compilation_cache
+
+
+def test_a_second_start_compiles_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "LEAST_COMPILE_SECONDS", 0.0)  # tiny programs are to be kept too
+    events = collections.Counter()
+    jax.monitoring.register_event_listener(lambda event, **_: events.update([event.rpartition("/")[2]]))
+
+    def start(name: str) -> collections.Counter:
+        jax.clear_caches()
+        events.clear()
+        workdir = epath.Path(tmp_path / "runs" / name)
+        devices.use_compilation_cache("", workdir)
+        with StopRequest() as stop:
+            train(tiny_config(train__updates=2), workdir, stop)
+        return events.copy()
+
+    first, second = start("a"), start("b")
+    assert first["cache_misses"] > 2
+    assert second["cache_misses"] == 0
+    assert second["cache_hits"] == second["compile_requests_use_cache"] > 2
