@@ -29,8 +29,8 @@ def tpu_device() -> jax.Device:
     return topologies.get_topology_desc(TPU_TOPOLOGY, platform="tpu").devices[0]
 
 
-def measured_for_tpu(module: str) -> dict:
-    """What `python -m module --tpu` reports, run where libtpu can be imported; {"not_measured": why} where it cannot.
+def measured_for_tpu(module: str, *arguments: str) -> dict:
+    """What `python -m module --tpu arguments` reports, where libtpu can be imported; {"not_measured": why} elsewhere.
 
     A process of its own, because libtpu is noisy and takes over the process that loads it.
     """
@@ -43,7 +43,7 @@ def measured_for_tpu(module: str) -> dict:
     elif importlib.util.find_spec("libtpu") is None:
         return {"not_measured": f"no libtpu; see requirements-tpu-compile.txt and set {LIBTPU}"}
     child = subprocess.run(
-        [sys.executable, "-m", module, "--tpu"],
+        [sys.executable, "-m", module, "--tpu", *arguments],
         env=environment,
         capture_output=True,
         text=True,

@@ -195,7 +195,9 @@ class Recursion(nnx.Module):
                 t < steps - 1, run, lambda state, t: (state, _zeros_like_report(run, state, t)), state, t
             )
 
-        body, reports = rematerialized(body, config.remat, in_loop=config.scan_latent_steps), []
+        if most > 1:  # what one step keeps does not grow with T, and costs less than to run it again
+            body = rematerialized(body, config.remat, in_loop=config.scan_latent_steps)
+        reports = []
         if halting is not None and not training:
             if most:
                 state, report = self._until_all_stop(body, state, steps, most)
