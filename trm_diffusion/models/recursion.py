@@ -57,7 +57,7 @@ class RecursionConfig:
     routing_scope: str = "shared"  # one choice for q, k and v, or one per_projection
     base_every_step: bool = False  # also add the base projection of h_t in the intermediate latent steps
     dispatch: str = "auto"  # how tokens reach their experts: auto, dense, capacity or one_hot
-    remat: str = "full"  # what the backward pass of a latent step keeps: none, dots, full
+    remat: str = "full"  # what the backward pass keeps of several intermediate latent steps: none, dots, full
     scan_latent_steps: bool = True  # run the latent steps under one scan (compiles once); False unrolls them
     truncated_latent_steps: int = 0  # the first so many latent steps pass no gradient
     switch_loss_weight: float = 0.0  # weight of the Switch load-balance loss; the paper names none
@@ -195,7 +195,7 @@ class Recursion(nnx.Module):
                 t < steps - 1, run, lambda state, t: (state, _zeros_like_report(run, state, t)), state, t
             )
 
-        if most > 1:  # what one step keeps does not grow with T, and costs less than to run it again
+        if most > 1:  # T = 2 keeps its only one: that does not grow with T, and to run it again takes time
             body = rematerialized(body, config.remat, in_loop=config.scan_latent_steps)
         reports = []
         if halting is not None and not training:
