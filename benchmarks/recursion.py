@@ -17,9 +17,9 @@ and width D, two FLOPs to a product:
 
 The analytic extra is three times these (forward, and two products for each in the backward pass) over the FLOPs of the
 step without recursion, likewise three times those of its forward pass. Beside it stands the extra with recomputation:
-under the shipped policy (`remat` full) the backward pass of several intermediate latent steps first runs each again,
-but for the product with v, which no gradient needs; a single one, T = 2, is kept. Experts that compute tokens they do
-not take, empty places, padding and elementwise work are in neither.
+under the shipped policy (`remat` full) the backward pass first runs an intermediate latent step again, but for the
+product with v, which no gradient needs, and for what is kept where there is one such step alone, adapters and gate.
+Experts that compute tokens they do not take, empty places, padding and elementwise work are in neither.
 
 The estimate adds up, operation by operation, the longer of its products and its memory traffic. Copies between HBM and
 vector memory, which run beside other work, are added to it as well.
@@ -128,7 +128,7 @@ def extra_flops(built: Experiment) -> tuple[float, float]:
     choices = 3 if recursion.routing_scope == "per_projection" else 1
     routed = 12 * recursion.experts_per_token * recursion.rank * d + 2 * choices * recursion.experts * d
     attention, intermediate = 4 * n * d, recursion.latent_steps - 1
-    again = (routed + attention / 2) * (intermediate if intermediate > 1 else 0)
+    again = intermediate * (attention / 2 + (routed if intermediate > 1 else 0))
     tokens = built.config.train.batch_size * n * len(recursive_blocks(recursion.blocks, config.depth))
     useful = 3 * tokens * (routed * recursion.latent_steps + attention * intermediate)
     return useful, useful + tokens * again
