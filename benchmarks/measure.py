@@ -27,10 +27,10 @@ def tpu_device() -> jax.Device:
     return described_devices(parse_topology(TPU_TOPOLOGY))[0]
 
 
-def measured_for_tpu(module: str) -> dict:
-    """What `python -m module --tpu` reports, run where libtpu can be imported; {"not_measured": why} otherwise."""
+def measured_for_tpu(module: str, *arguments: str) -> dict:
+    """What `python -m module --tpu arguments` reports, where libtpu can be imported; {"not_measured": why} elsewhere."""
     try:
-        return run_with_libtpu(["-m", module, "--tpu"])
+        return run_with_libtpu(["-m", module, "--tpu", *arguments])
     except UserError as error:
         return {"not_measured": str(error)}
 

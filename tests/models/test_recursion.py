@@ -202,15 +202,16 @@ def test_one_program_serves_every_number_of_latent_steps(training):
     assert len(traces) == 1
 
 
-def test_remat_changes_neither_gradients_nor_counts():
+@pytest.mark.parametrize("latent_steps", [2, 3])
+def test_remat_changes_neither_gradients_nor_counts(latent_steps):
     data = inputs()
 
     def gradients(remat):
-        config = dataclasses.replace(SMALL, latent_steps=3, capacity_factor=0.7, remat=remat)
+        config = dataclasses.replace(SMALL, latent_steps=latent_steps, capacity_factor=0.7, remat=remat)
         graphdef, state = build(config)
 
         def loss(state):
-            qkv, report = run(graphdef, state, data, joint=True, steps=3, key=jax.random.key(2))
+            qkv, report = run(graphdef, state, data, joint=True, steps=latent_steps, key=jax.random.key(2))
             return jnp.sum(jnp.sin(qkv)), report
 
         return jax.jit(jax.grad(loss, has_aux=True))(state)

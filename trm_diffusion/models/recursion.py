@@ -57,7 +57,7 @@ class RecursionConfig:
     routing_scope: str = "shared"  # one choice for q, k and v, or one per_projection
     base_every_step: bool = False  # also add the base projection of h_t in the intermediate latent steps
     dispatch: str = "auto"  # how tokens reach their experts: auto, dense, capacity or one_hot
-    remat: str = "full"  # what the backward pass of a latent step keeps: none, dots, full
+    remat: str = "full"  # what the backward pass keeps: none, dots, full (T = 2 keeps its products even so)
     scan_latent_steps: bool = True  # run the latent steps under one scan (compiles once); False unrolls them
     truncated_latent_steps: int = 0  # the first so many latent steps pass no gradient
     switch_loss_weight: float = 0.0  # weight of the Switch load-balance loss; the paper names none
@@ -195,7 +195,10 @@ class Recursion(nnx.Module):
                 t < steps - 1, run, lambda state, t: (state, _zeros_like_report(run, state, t)), state, t
             )
 
-        body, reports = rematerialized(body, config.remat, in_loop=config.scan_latent_steps), []
+        policy, in_loop = config.remat, config.scan_latent_steps
+        if most == 1 and policy == "full":  # its products take memory that does not grow with T, and save time
+            policy, in_loop = "dots", True
+        body, reports = rematerialized(body, policy, in_loop=in_loop), []
         if halting is not None and not training:
             if most:
                 state, report = self._until_all_stop(body, state, steps, most)
