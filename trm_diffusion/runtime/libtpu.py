@@ -69,15 +69,15 @@ def _install(pinned: str, directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Waits for its turn."""
+def _alone() -> Iterator[int]:
+    """Waits for its turn. The turn lasts as long as any process has the file descriptor that it gives."""
     with LOCK.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             say("another process holds the TPU compiler; waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        yield file.fileno()
 
 
 def run_with_libtpu(arguments: Sequence[str], request: dict | None = None, *, install: bool = False) -> dict:
@@ -89,9 +89,14 @@ def run_with_libtpu(arguments: Sequence[str], request: dict | None = None, *, in
     path = os.pathsep.join(filter(None, [str(find_libtpu(install=install)), os.environ.get("PYTHONPATH", "")]))
     environment = {**os.environ, "PYTHONPATH": path, "TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"}
     environment.pop("XLA_FLAGS", None)  # of the machine that this runs on
-    with _alone():
+    with _alone() as turn:  # the child keeps it, should this process be killed
         child = subprocess.run(
-            [sys.executable, *arguments], input=json.dumps(request), env=environment, capture_output=True, text=True
+            [sys.executable, *arguments],
+            input=json.dumps(request),
+            env=environment,
+            pass_fds=(turn,),
+            capture_output=True,
+            text=True,
         )
     if child.returncode:
         raise RuntimeError(f"python {' '.join(arguments)} failed:\n{child.stderr[-2000:]}")
