@@ -28,7 +28,7 @@ def tpu_device() -> jax.Device:
 
 
 def measured_for_tpu(module: str, *arguments: str) -> dict:
-    """What `python -m module --tpu arguments` reports, where libtpu can be imported; {"not_measured": why} elsewhere."""
+    """What `python -m module --tpu arguments` reports with libtpu; {"not_measured": why} where there is none."""
     try:
         return run_with_libtpu(["-m", module, "--tpu", *arguments])
     except UserError as error:
