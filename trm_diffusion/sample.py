@@ -22,7 +22,7 @@ from trm_diffusion.runs import load_run, sampling_parameters
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.parameters import Parameters
 from trm_diffusion.runtime.random import Purpose, key_for
-from trm_diffusion.runtime.sharding import batch_sharding, replicated
+from trm_diffusion.runtime.sharding import batch_sharding, models_over, replicated
 from trm_diffusion.runtime.signals import StopRequest
 from trm_diffusion.runtime.state import TrainState
 
@@ -58,15 +58,16 @@ def drawer(experiment: Experiment, *, with_reports: bool = False) -> Callable:
             interval=sample.guidance_interval,
             channels=sample.guidance_channels,
         )
-        images, reports = run_sampler(
-            network,
-            objective,
-            draw_initial_noise(keys, shape),
-            keys,
-            sampler=sample.sampler,
-            diffusion_steps=sample.diffusion_steps,
-            eta=sample.eta,
-        )
+        with models_over(experiment.mesh):
+            images, reports = run_sampler(
+                network,
+                objective,
+                draw_initial_noise(keys, shape),
+                keys,
+                sampler=sample.sampler,
+                diffusion_steps=sample.diffusion_steps,
+                eta=sample.eta,
+            )
         return (images, reports) if with_reports else images
 
     batch = batch_sharding(experiment.mesh)

@@ -33,7 +33,7 @@ from trm_diffusion.runtime.logging import RunLogger, say
 from trm_diffusion.runtime.optimizer import ema_decay, learning_rate, update_ema
 from trm_diffusion.runtime.parameters import Parameters, count, is_balance_bias, memory
 from trm_diffusion.runtime.random import Purpose, key_for
-from trm_diffusion.runtime.sharding import batch_sharding, replicated
+from trm_diffusion.runtime.sharding import batch_sharding, models_over, replicated
 from trm_diffusion.runtime.signals import StopRequest
 from trm_diffusion.runtime.state import TrainState
 from trm_diffusion.runtime.window import Window, routing_metrics
@@ -65,9 +65,10 @@ def loss_and_metrics(
     model = experiment.model.bind(parameters)
 
     def losses_at(latent_steps):
-        output, reports = model(
-            noisy, objective.network_times(times), condition, latent_steps=latent_steps, key=gate_key
-        )
+        with models_over(experiment.mesh):
+            output, reports = model(
+                noisy, objective.network_times(times), condition, latent_steps=latent_steps, key=gate_key
+            )
         return objective.loss(output, images, noise, noisy, times), reports  # [B]
 
     latent_steps = draw_latent_steps(config.train.latent_steps, depth_key)

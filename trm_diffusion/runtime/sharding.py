@@ -7,10 +7,18 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from trm_diffusion.errors import UserError
+from trm_diffusion.models.placement import placed
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert")
 BATCH_AXES = ("data", "fsdp", "expert")  # the batch is divided over all of these
-LOGICAL_TO_MESH = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "expert": "expert", "rank": None}
+LOGICAL_TO_MESH = {
+    "batch": BATCH_AXES,  # of activations; the others are of parameters, and heads of both
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "expert": "expert",
+    "rank": None,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +58,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def models_over(mesh: Mesh):
+    """A context: the models traced in it run over the mesh."""
+    return placed(mesh, LOGICAL_TO_MESH)
 
 
 def parameter_sharding(mesh: Mesh, name: str, logical_axes: tuple[str | None, ...]) -> NamedSharding:
