@@ -34,32 +34,36 @@ def dot_product_attention(
         fused   on a TPU, sequences that fit its vector memory, up to 2,048 tokens or so (models/fused_attention.py)
         splash  on a TPU, sequences of any length (models/splash_attention.py)
         cudnn   on an NVIDIA GPU, bfloat16 and float16, head sizes that are multiples of 8 up to 128
-        auto    in bfloat16 and float16: on a TPU fused, or splash where that does not fit; on an NVIDIA GPU cudnn
+        auto    on a TPU, in bfloat16, fused, or splash where that does not fit; on an NVIDIA GPU cudnn
 
     One program text serves every platform. Both TPU kernels were compiled for TPUs and run in Pallas's interpreter, not
     yet on a TPU; cuDNN's was never run nor compiled, which takes a GPU.
     """
     operands = q_bnhd, k_bmhd, v_bmhd, mask_bm
-    kernels = {"tpu": _tpu_kernel(implementation, q_bnhd, k_bmhd), "cuda": _cuda_kernel(implementation, *operands)}
-    kernels = {platform: functools.partial(_divided, kernel) for platform, kernel in kernels.items() if kernel}
+    kernels = {}
+    if (chosen := chosen_for_tpu(implementation, q_bnhd, k_bmhd)) != "xla":
+        kernels["tpu"] = functools.partial(_divided, _TPU_KERNELS[chosen])
+    if implementation in ("auto", "cudnn") and _cudnn_applies(q_bnhd, k_bmhd, mask_bm):
+        kernels["cuda"] = functools.partial(_divided, functools.partial(reference_attention, implementation="cudnn"))
     return jax.lax.platform_dependent(*operands, **kernels, default=reference_attention)
 
 
-def _tpu_kernel(implementation: str, q_bnhd, k_bmhd) -> Callable | None:
-    if implementation == "auto" and q_bnhd.dtype in HALF:
-        implementation = "fused" if fits(q_bnhd, k_bmhd) else "splash"
-    if implementation == "fused" and fits(q_bnhd, k_bmhd):
-        return fused_attention
-    return splash_attention if implementation == "splash" else None
+_TPU_KERNELS = {"fused": fused_attention, "splash": splash_attention}
 
 
-def _cuda_kernel(implementation: str, q_bnhd, k_bmhd, v_bmhd, mask_bm) -> Callable | None:
-    """cuDNN's, which JAX traces in a process with such a GPU alone. It wants even lengths where it is given a mask."""
-    head_dim, even = q_bnhd.shape[-1], q_bnhd.shape[1] % 2 == k_bmhd.shape[1] % 2 == 0
-    applies = q_bnhd.dtype in HALF and head_dim % 8 == 0 and head_dim <= 128 and (mask_bm is None or even)
-    if implementation not in ("auto", "cudnn") or not applies or jax.default_backend() != "gpu":
-        return None
-    return functools.partial(reference_attention, implementation="cudnn")
+def chosen_for_tpu(implementation: str, q_bnhd: jax.Array, k_bmhd: jax.Array) -> str:
+    """What runs on a TPU: "xla", "fused" or "splash"."""
+    if implementation == "auto" and q_bnhd.dtype == jnp.bfloat16:
+        return "fused" if fits(q_bnhd, k_bmhd) else "splash"
+    applies = {"fused": fits(q_bnhd, k_bmhd), "splash": True}.get(implementation, False)
+    return implementation if applies else "xla"
+
+
+def _cudnn_applies(q_bnhd, k_bmhd, mask_bm) -> bool:
+    """JAX traces cuDNN's kernel in a process that has such a GPU alone; with a mask it wants even lengths."""
+    n, m, head_dim = q_bnhd.shape[1], k_bmhd.shape[1], q_bnhd.shape[-1]
+    shapes = head_dim % 8 == 0 and head_dim <= 128 and (mask_bm is None or n % 2 == m % 2 == 0)
+    return q_bnhd.dtype in HALF and shapes and jax.default_backend() == "gpu"
 
 
 def _divided(kernel: Callable, q_bnhd, k_bmhd, v_bmhd, mask_bm=None) -> jax.Array:
