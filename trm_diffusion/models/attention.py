@@ -36,8 +36,8 @@ def dot_product_attention(
         cudnn   on an NVIDIA GPU, bfloat16 and float16, head sizes that are multiples of 8 up to 128
         auto    on a TPU, in bfloat16, fused, or splash where that does not fit; on an NVIDIA GPU cudnn
 
-    One program text serves every platform. Both TPU kernels were compiled for TPUs and run in Pallas's interpreter, not
-    yet on a TPU; cuDNN's was never run nor compiled, which takes a GPU.
+    One program text serves every platform. Both TPU kernels were run in Pallas's interpreter, and fused was compiled
+    for one TPU chip; neither has run on a TPU yet. cuDNN's was never run nor compiled, which takes a GPU.
     """
     operands = q_bnhd, k_bmhd, v_bmhd, mask_bm
     kernels = {}
