@@ -27,6 +27,7 @@ def get_config(argument: str = ""):
     c.model.recursion.rank = 128  # paper
     c.model.recursion.temperature = 5.0  # paper
     c.model.dtype = "bfloat16"  # of the computation; parameters stay float32
+    c.model.remat = "selective"  # the policies are compared in trm_diffusion/models/remat.py
 
     c.data.source = "latents"  # prepared latents; synthetic runs anywhere
     c.data.image_size = 32  # latent cells a side

@@ -14,12 +14,11 @@ from jax.sharding import Mesh
 from trm_diffusion.config import Config
 from trm_diffusion.diffusion.objective import Objective, make_objective
 from trm_diffusion.models.architecture import make_network, null_condition
-from trm_diffusion.models.partition import placed
 from trm_diffusion.models.text import Text
 from trm_diffusion.runtime.optimizer import make_optimizer
 from trm_diffusion.runtime.parameters import Parameters, PureModel
 from trm_diffusion.runtime.random import Purpose, key_for
-from trm_diffusion.runtime.sharding import LOGICAL_TO_MESH, batch_sharding, batch_shards, make_mesh
+from trm_diffusion.runtime.sharding import batch_sharding, batch_shards, make_mesh, models_over
 from trm_diffusion.runtime.state import TrainState, initial_state, state_sharding
 from trm_diffusion.validation import check_batch
 
@@ -67,7 +66,7 @@ class Experiment:
         model = self.model.bind(parameters)
 
         def call(*inputs, **options):
-            with placed(self.mesh, LOGICAL_TO_MESH):
+            with models_over(self.mesh):
                 return model(*inputs, **options)
 
         return call

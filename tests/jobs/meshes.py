@@ -22,12 +22,11 @@ from trm_diffusion.build import build
 from trm_diffusion.data.pipeline import make_iterator
 from trm_diffusion.models.experts import IMPLEMENTATIONS, assign, expert_capacity
 from trm_diffusion.models.gate import Conditioning
-from trm_diffusion.models.partition import placed
 from trm_diffusion.models.recursion import Pool, RecursionConfig
 from trm_diffusion.prompts import training_source
 from trm_diffusion.runtime.checkpoints import Checkpoints
 from trm_diffusion.runtime.parameters import PureModel
-from trm_diffusion.runtime.sharding import LOGICAL_TO_MESH, MeshConfig, batch_sharding, make_mesh
+from trm_diffusion.runtime.sharding import MeshConfig, batch_sharding, make_mesh, models_over
 from trm_diffusion.sample import drawer
 from trm_diffusion.train import make_train_step
 
@@ -112,7 +111,7 @@ def dispatch_collectives(dispatch: str, owned: bool) -> list[tuple[str, str]]:
             assignment = assign(pool.gate(h, Conditioning(y, y), jax.random.key(0)), 2, capacity)
             return pool.experts(h, assignment, capacity)
 
-        with placed(mesh, LOGICAL_TO_MESH):
+        with models_over(mesh):
             out, transpose = jax.vjp(updates, h)
         return out, transpose(cotangent)
 

@@ -1,4 +1,4 @@
-"""The attention kernel against XLA's attention: values, gradients, what it admits, and on several devices."""
+"""The attention kernels against XLA's attention: values, gradients, where they run, and on several devices."""
 
 import os
 import subprocess
@@ -11,15 +11,18 @@ import pytest
 
 from trm_diffusion.models.attention import dot_product_attention, reference_attention
 from trm_diffusion.models.fused_attention import fits, fused_attention
+from trm_diffusion.models.splash_attention import splash_attention
 
 
-def operands(n, m, heads=2, d=8, *, masked=False, dtype="float32"):
+def operands(n, m, heads=2, d=8, *, images=2, masked=False, dtype="float32"):
     """q, k, v, the mask or None, and a cotangent of the result."""
     rng = np.random.default_rng(0)
-    q, k, v, cotangent = (jnp.asarray(rng.standard_normal((2, tokens, heads, d)), dtype) for tokens in (n, m, m, n))
+    q, k, v, cotangent = (
+        jnp.asarray(rng.standard_normal((images, tokens, heads, d)), dtype) for tokens in (n, m, m, n)
+    )
     mask = None
     if masked:
-        mask = rng.random((2, m)) > 0.3
+        mask = rng.random((images, m)) > 0.3
         mask[1] = np.arange(m) == m - 1  # an image with one visible key
     return q, k, v, None if mask is None else jnp.asarray(mask), cotangent
 
@@ -29,20 +32,26 @@ def value_and_gradients(function, q, k, v, mask, cotangent):
     return value, *pullback(cotangent)
 
 
-def kernel(q, k, v, mask):
+def fused(q, k, v, mask=None):
     return fused_attention(q, k, v, mask, True)
 
 
+def splash(q, k, v, mask=None):
+    return splash_attention(q, k, v, mask, True)
+
+
 @pytest.mark.parametrize(
-    "shape, tolerance",
+    "kernel, shape, tolerance",
     [
-        (dict(n=16, m=16), 1e-5),
-        (dict(n=21, m=35, heads=3, masked=True), 1e-5),
-        (dict(n=300, m=1100, heads=4, masked=True), 1e-5),  # queries in parts, heads in groups
-        (dict(n=64, m=64, d=72, dtype="bfloat16"), 0.03),
+        (fused, dict(n=16, m=16), 1e-5),
+        (fused, dict(n=21, m=35, heads=3, masked=True), 1e-5),
+        (fused, dict(n=300, m=1100, heads=4, masked=True), 1e-5),  # queries in parts, heads in groups
+        (fused, dict(n=64, m=64, d=72, dtype="bfloat16"), 0.03),
+        (splash, dict(n=40, m=40), 1e-5),  # less than a block
+        (splash, dict(n=512, m=600, d=64, masked=True), 1e-5),
     ],
 )
-def test_the_kernel_is_attention(shape, tolerance):
+def test_the_kernel_is_attention(kernel, shape, tolerance):
     arguments = operands(**shape)
     found, expected = (value_and_gradients(f, *arguments) for f in (kernel, reference_attention))
     for a, b in zip(found, expected, strict=True):
@@ -50,40 +59,65 @@ def test_the_kernel_is_attention(shape, tolerance):
         np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=tolerance, atol=tolerance)
 
 
-def test_the_kernel_runs_on_a_tpu_alone_and_where_it_fits():
-    def loss(q, k, v):
-        return dot_product_attention(q, k, v, implementation="fused").astype(jnp.float32).sum()
+def lowered(platform: str, n: int, d: int, dtype="bfloat16", implementation="auto", masked=False) -> str:
+    """The program of attention and its gradients for a platform that need not be here."""
 
-    def lowered(platform, n, d):
-        x = jax.ShapeDtypeStruct((2, n, 4, d), jnp.bfloat16)
-        return jax.jit(jax.value_and_grad(loss)).trace(x, x, x).lower(lowering_platforms=(platform,)).as_text()
+    def loss(q, k, v, mask):
+        return dot_product_attention(q, k, v, mask, implementation=implementation).astype(jnp.float32).sum()
 
+    x, mask = jax.ShapeDtypeStruct((2, n, 4, d), dtype), jax.ShapeDtypeStruct((2, n), bool) if masked else None
+    return jax.jit(jax.value_and_grad(loss)).trace(x, x, x, mask).lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_one_program_text_takes_each_platforms_kernel():
     assert fits(*[jax.ShapeDtypeStruct((2, 1178, 24, 64), jnp.bfloat16)] * 2)  # SD3 at 512 pixels, with its text
-    assert lowered("tpu", 256, 72).count("tpu_custom_call") == 2  # forward and backward
-    assert "tpu_custom_call" not in lowered("cpu", 256, 72)
-    assert "tpu_custom_call" not in lowered("tpu", 4096, 64)
+    call = "tpu_custom_call"
+    assert lowered("tpu", 256, 72).count(call) == 2  # fused: forward and backward
+    assert lowered("tpu", 4429, 64, masked=True).count(call) == 3  # splash: forward, dq, dk and dv
+    assert lowered("tpu", 256, 72, implementation="splash").count(call) == 3
+    for xla in (
+        lowered("cpu", 256, 72),
+        lowered("tpu", 256, 72, dtype="float32"),
+        lowered("tpu", 256, 72, implementation="xla"),
+        lowered("tpu", 4429, 64, implementation="fused"),
+        lowered("tpu", 256, 72, implementation="cudnn"),
+    ):
+        assert call not in xla
 
 
 SHARDED = """
-import jax, numpy as np
+import functools, jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-from tests.models.test_attention import kernel, operands, reference_attention, value_and_gradients
+from tests.models.test_attention import fused, operands, reference_attention, splash, value_and_gradients
+from trm_diffusion.models.attention import _divided
+from trm_diffusion.runtime.sharding import MESH_AXES, models_over
 
-mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-heads, images = NamedSharding(mesh, P("data", None, "tensor")), NamedSharding(mesh, P("data"))
-q, k, v, mask, cotangent = operands(16, 24, heads=4, masked=True)
-expected = value_and_gradients(reference_attention, q, k, v, mask, cotangent)
-q, k, v, cotangent = jax.device_put((q, k, v, cotangent), heads)
-step = jax.jit(lambda *x: value_and_gradients(kernel, *x)).lower(q, k, v, jax.device_put(mask, images), cotangent)
-step = step.compile()
-found = step(q, k, v, jax.device_put(mask, images), cotangent)
-for a, b in zip(found, expected, strict=True):
-    assert a.sharding.is_equivalent_to(heads, 4), a.sharding
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-assert "all-" not in step.as_text() and "collective" not in step.as_text()
+mesh = jax.make_mesh((1, 2, 2, 2), MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4)
+batch = ("data", "fsdp", "expert")
+heads, images = NamedSharding(mesh, P(batch, None, "tensor")), NamedSharding(mesh, P(batch))
+for kernel in (fused, splash):
+    q, k, v, mask, cotangent = operands(16, 24, heads=4, masked=True, images=4)
+    expected = value_and_gradients(reference_attention, q, k, v, mask, cotangent)
+    q, k, v, cotangent = jax.device_put((q, k, v, cotangent), heads)
+    mask = jax.device_put(mask, images)
+
+    def step(*operands):
+        with models_over(mesh):
+            return value_and_gradients(functools.partial(_divided, kernel), *operands)
+
+    step = jax.jit(step).lower(q, k, v, mask, cotangent).compile()
+    for a, b in zip(step(q, k, v, mask, cotangent), expected, strict=True):
+        assert a.sharding.is_equivalent_to(heads, 4), a.sharding
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert "all-" not in step.as_text() and "collective" not in step.as_text()
+
+q, k, v, mask, cotangent = operands(16, 24, heads=3, masked=True, images=3)  # neither divides: whole everywhere
+with models_over(mesh):
+    found = jax.jit(functools.partial(_divided, fused))(q, k, v, mask)
+np.testing.assert_allclose(found, reference_attention(q, k, v, mask), rtol=1e-5, atol=1e-5)
 """
 
 
 def test_each_device_runs_the_kernel_on_its_own_images_and_heads():
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     subprocess.run([sys.executable, "-c", SHARDED], env={**os.environ, "XLA_FLAGS": flags}, check=True)

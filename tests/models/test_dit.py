@@ -11,6 +11,7 @@ from flax import nnx
 
 from trm_diffusion.models.dit import DiT, DiTConfig, dit_size, stack_layout
 from trm_diffusion.models.recursion import RecursionConfig
+from trm_diffusion.models.remat import POLICIES
 from trm_diffusion.models.stack import from_per_layer, per_layer
 from trm_diffusion.runtime.parameters import PureModel, count
 
@@ -227,6 +228,20 @@ def test_every_gradient_is_finite_in_bfloat16(qk_norm):
         chex.assert_trees_all_equal_shapes_and_dtypes(found, fresh)
         chex.assert_tree_all_finite(found)
     assert all(np.any(np.asarray(leaf)) for leaf in gradients(randomized(model)).values())
+
+
+def test_remat_computes_again_what_it_says_and_changes_no_gradient():
+    """Of a block's products: modulation, q, k, v, logits, values, output, and the MLP's two."""
+    depth, again = 2, {"none": 0, "dots": 2, "selective": 5, "full": 9}
+    jaxprs, gradients = {}, {}
+    for remat in POLICIES:
+        model = pure(tiny(None, depth=depth, remat=remat, scan_blocks=False))
+        parameters = randomized(model)
+        loss = jax.grad(lambda p, model=model: jnp.mean(jnp.square(run(model, p)[0] - 1.0)))
+        jaxprs[remat] = str(jax.make_jaxpr(loss)(parameters)).count("dot_general")
+        gradients[remat] = jax.jit(loss)(parameters)
+        chex.assert_trees_all_close(gradients[remat], gradients["none"], rtol=1e-4, atol=1e-5)
+    assert {remat: (found - jaxprs["none"]) / depth for remat, found in jaxprs.items()} == again
 
 
 def test_times_and_labels_matter():

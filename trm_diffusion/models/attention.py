@@ -1,5 +1,7 @@
 """Attention: projection to heads, query-key normalisation, and the softmax attention itself."""
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -8,8 +10,12 @@ from flax import nnx
 
 from trm_diffusion.models.fused_attention import fits, fused_attention
 from trm_diffusion.models.layers import linear
+from trm_diffusion.models.partition import on_each_device
+from trm_diffusion.models.remat import kept
+from trm_diffusion.models.splash_attention import splash_attention
 
-IMPLEMENTATIONS = ("xla", "fused")
+IMPLEMENTATIONS = ("auto", "xla", "fused", "splash", "cudnn")
+HALF = (jnp.bfloat16, jnp.float16)
 
 
 def dot_product_attention(
@@ -18,25 +24,59 @@ def dot_product_attention(
     v_bmhd: jax.Array,
     mask_bm: jax.Array | None = None,
     *,
-    implementation: str = "xla",
+    implementation: str = "auto",
 ) -> jax.Array:
     """softmax(q k^T / sqrt(d)) v per head. Returns [B, N, H, d] in q's dtype; the softmax runs in float32.
 
-    mask_bm: bool, False for keys that nobody sees; None is all True. implementation: "xla" writes the logits to memory;
-    "fused" is a kernel that does not, in programs for a TPU and where it `fits`, and "xla" everywhere else. The kernel
-    has been compiled for one TPU chip and run in Pallas's interpreter, not yet on a TPU; and a program for several
-    chips cannot be compiled ahead of time with it.
+    mask_bm: bool, False for keys that nobody sees; None is all True. implementation: "xla" writes the logits to memory.
+    The others name a kernel that does not; where it does not apply, each is "xla":
+
+        fused   on a TPU, sequences that fit its vector memory, up to 2,048 tokens or so (models/fused_attention.py)
+        splash  on a TPU, sequences of any length (models/splash_attention.py)
+        cudnn   on an NVIDIA GPU, bfloat16 and float16, head sizes that are multiples of 8 up to 128
+        auto    on a TPU, in bfloat16, fused, or splash where that does not fit; on an NVIDIA GPU cudnn
+
+    One program text serves every platform. Both TPU kernels were run in Pallas's interpreter, and fused was compiled
+    for one TPU chip; neither has run on a TPU yet. cuDNN's was never run nor compiled, which takes a GPU.
     """
     operands = q_bnhd, k_bmhd, v_bmhd, mask_bm
-    if implementation == "xla" or not fits(q_bnhd, k_bmhd):
-        return reference_attention(*operands)
-    return jax.lax.platform_dependent(*operands, tpu=fused_attention, default=reference_attention)
+    kernels = {}
+    if (chosen := chosen_for_tpu(implementation, q_bnhd, k_bmhd)) != "xla":
+        kernels["tpu"] = functools.partial(_divided, _TPU_KERNELS[chosen])
+    if implementation in ("auto", "cudnn") and _cudnn_applies(q_bnhd, k_bmhd, mask_bm):
+        kernels["cuda"] = functools.partial(_divided, functools.partial(reference_attention, implementation="cudnn"))
+    return jax.lax.platform_dependent(*operands, **kernels, default=reference_attention)
 
 
-def reference_attention(q_bnhd, k_bmhd, v_bmhd, mask_bm=None) -> jax.Array:
-    """As `dot_product_attention`, by XLA."""
+_TPU_KERNELS = {"fused": fused_attention, "splash": splash_attention}
+
+
+def chosen_for_tpu(implementation: str, q_bnhd: jax.Array, k_bmhd: jax.Array) -> str:
+    """What runs on a TPU: "xla", "fused" or "splash"."""
+    if implementation == "auto" and q_bnhd.dtype == jnp.bfloat16:
+        return "fused" if fits(q_bnhd, k_bmhd) else "splash"
+    applies = {"fused": fits(q_bnhd, k_bmhd), "splash": True}.get(implementation, False)
+    return implementation if applies else "xla"
+
+
+def _cudnn_applies(q_bnhd, k_bmhd, mask_bm) -> bool:
+    """JAX traces cuDNN's kernel in a process that has such a GPU alone; with a mask it wants even lengths."""
+    n, m, head_dim = q_bnhd.shape[1], k_bmhd.shape[1], q_bnhd.shape[-1]
+    shapes = head_dim % 8 == 0 and head_dim <= 128 and (mask_bm is None or n % 2 == m % 2 == 0)
+    return q_bnhd.dtype in HALF and shapes and jax.default_backend() == "gpu"
+
+
+def _divided(kernel: Callable, q_bnhd, k_bmhd, v_bmhd, mask_bm=None) -> jax.Array:
+    """Each device runs the kernel on its own images and heads; sequences are gathered, if they are divided."""
+    heads = ("batch", None, "heads", None)
+    masks = [] if mask_bm is None else [(mask_bm, ("batch", None))]
+    return on_each_device(kernel, (q_bnhd, heads), (k_bmhd, heads), (v_bmhd, heads), *masks)
+
+
+def reference_attention(q_bnhd, k_bmhd, v_bmhd, mask_bm=None, *, implementation: str = "xla") -> jax.Array:
+    """As `dot_product_attention`, by JAX's own function of that name."""
     mask = None if mask_bm is None else mask_bm[:, None, None, :]
-    return jax.nn.dot_product_attention(q_bnhd, k_bmhd, v_bmhd, mask=mask)
+    return jax.nn.dot_product_attention(q_bnhd, k_bmhd, v_bmhd, mask=mask, implementation=implementation)
 
 
 class Context(NamedTuple):
@@ -61,7 +101,7 @@ class Attention(nnx.Module):
         *,
         qk_norm: bool,
         output: bool = True,
-        implementation: str = "xla",
+        implementation: str = "auto",
         dtype,
         rngs: nnx.Rngs,
     ):
@@ -82,8 +122,8 @@ class Attention(nnx.Module):
             (x_bnd, self.qkv.kernel[...], self.qkv.bias[...]), dtype=self.qkv.dtype
         )
         shape = (3, self.heads, self.head_dim)
-        kernel, bias = kernel.reshape(-1, *shape), bias.reshape(1, 1, *shape)
-        qkv = [jnp.einsum("bnd,dhe->bnhe", x, kernel[:, i]) + bias[:, :, i] for i in range(3)]
+        kernel, bias = kernel.reshape(-1, *shape), bias.reshape(*shape)
+        qkv = [kept(_biased(jnp.einsum("bnd,dhe->bnhe", x, kernel[:, i]), bias[i])) for i in range(3)]
         if update is not None:
             qkv = [one + more for one, more in zip(qkv, _unstacked(update), strict=True)]
         return jnp.stack(qkv, axis=2)
@@ -121,6 +161,15 @@ class Attention(nnx.Module):
             q = jnp.concatenate([q, queries], axis=1)
         attended = dot_product_attention(q, k, v, mask, implementation=self.implementation)
         return attended.reshape(*attended.shape[:2], self.heads * self.head_dim)
+
+
+def _biased(x_bnhd: jax.Array, bias_hd: jax.Array) -> jax.Array:
+    """x + bias, whose gradient is summed over the images before the tokens.
+
+    The attention leaves tokens along the last axis, inside a TPU's registers, where a sum of both at once is slow.
+    """
+    bias_nhd = jax.lax.optimization_barrier(jnp.broadcast_to(bias_hd, x_bnhd.shape[1:]).astype(jnp.float32))
+    return x_bnhd + jnp.broadcast_to(bias_nhd, x_bnhd.shape).astype(x_bnhd.dtype)
 
 
 def _unstacked(qkv: jax.Array) -> list[jax.Array]:

@@ -6,7 +6,7 @@ from flax import nnx
 
 from trm_diffusion.models.embed import LabelEmbedder, TimestepEmbedder, patchify, sincos_positions, unpatchify
 from trm_diffusion.models.gate import Conditioning
-from trm_diffusion.models.layers import layer_norm, linear, modulate
+from trm_diffusion.models.layers import linear, modulated_norm
 from trm_diffusion.models.recursion import Recursion, RoutingReport, recursive_blocks
 from trm_diffusion.models.stack import BlockStack, StackLayout, segment_lengths
 from trm_diffusion.models.transformer import FinalLayer, Stream, TransformerConfig, project
@@ -62,7 +62,7 @@ class DiTBlock(Stream):
         qkv, report = project(
             self.attention,
             self.recursion,
-            modulate(layer_norm(x_bnd), shift, scale),
+            modulated_norm(x_bnd, shift, scale),
             shift,
             scale,
             conditioning,

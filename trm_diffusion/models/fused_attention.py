@@ -18,9 +18,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import NamedSharding, PartitionSpec
 
 LANES, SUBLANES = 128, 8  # of a register
 VMEM_BYTES = 48 * 2**20  # of vector memory that a program may take; the smallest chip that this is for has 64 MiB
@@ -40,12 +38,8 @@ def fits(q_bnhd: jax.Array, k_bmhd: jax.Array) -> bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def fused_attention(q_bnhd, k_bmhd, v_bmhd, mask_bm=None, interpret: bool = False) -> jax.Array:
-    """As `dot_product_attention`, for shapes that `fits` admits, on a TPU; `interpret` runs the kernels elsewhere.
-
-    On several devices each runs the kernel on its own images and heads; sequences are gathered, if they are divided.
-    """
-    masks = () if mask_bm is None else (mask_bm,)
-    return _partitioned(_forward, bool(masks), interpret)(q_bnhd, k_bmhd, v_bmhd, *masks)
+    """As `dot_product_attention`, for shapes that `fits` admits, on one TPU; `interpret` runs the kernels elsewhere."""
+    return _forward(q_bnhd, k_bmhd, v_bmhd, mask_bm, interpret)
 
 
 def _saving(q, k, v, mask, interpret):
@@ -54,50 +48,23 @@ def _saving(q, k, v, mask, interpret):
 
 def _gradients(interpret, residuals, do):
     q, k, v, mask = residuals
-    masks = () if mask is None else (mask,)
-    return *_partitioned(_backward, bool(masks), interpret)(q, k, v, do, *masks), None
+    return *_backward(q, k, v, do, mask, interpret), None
 
 
 fused_attention.defvjp(_saving, _gradients)
 
 
-@functools.cache
-def _partitioned(call, masked: bool, interpret: bool):
-    """`call`, of q, k, v, ... [B, N or M, H, d] and perhaps a mask [B, M], on each device's share of B and H."""
-    backward = call is _backward
-
-    @custom_partitioning
-    def partitioned(*operands):
-        return call(*operands, interpret=interpret)
-
-    def partition(mesh, operands, results):
-        spec = (*operands[0].sharding.spec, None, None, None)
-        share = NamedSharding(mesh, PartitionSpec(spec[0], None, spec[2], None))
-        images = NamedSharding(mesh, PartitionSpec(spec[0]))
-        shares = tuple(share if len(x.shape) == 4 else images for x in operands)
-        return mesh, partitioned.fun, jax.tree.map(lambda _: share, results), shares
-
-    queries, keys = "b n h d", "b m h d"
-    operands = [queries, keys, keys] + [queries] * backward + ["b m"] * masked
-    results = [queries, keys, keys] if backward else [queries]
-    partitioned.def_partition(
-        partition=partition,
-        sharding_rule=f"{', '.join(operands)} -> {', '.join(results)}",
-        need_replication_factors=("n", "d", "m"),  # in the order in which they appear
-    )
-    return partitioned
+def _forward(q, k, v, mask, interpret: bool):
+    return _call(_forward_kernel, 2, (q, k, v), mask, (q,), interpret)[0]
 
 
-def _forward(q, k, v, *masks, interpret: bool):
-    return _call(_forward_kernel, 2, (q, k, v), masks, (q,), interpret)[0]
+def _backward(q, k, v, do, mask, interpret: bool):
+    return _call(_backward_kernel, 5, (q, k, v, do), mask, (q, k, v), interpret)
 
 
-def _backward(q, k, v, do, *masks, interpret: bool):
-    return tuple(_call(_backward_kernel, 5, (q, k, v, do), masks, (q, k, v), interpret))
-
-
-def _call(kernel, products: int, operands, masks, results, interpret: bool):
+def _call(kernel, products: int, operands, mask, results, interpret: bool):
     """Runs the kernel over images and groups of heads. products: of [N, d] by [d, M] for each head."""
+    masks = () if mask is None else (mask,)
     batch, n, heads, d = operands[0].shape
     m, group = operands[1].shape[1], _heads_at_a_time(*operands[:2])
 

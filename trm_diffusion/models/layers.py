@@ -4,6 +4,8 @@ Parameters are float32; `dtype` is the dtype of the computation. Each kernel car
 axes as metadata; which mesh axis each name is laid over is decided outside the models.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -50,6 +52,23 @@ def modulate(x_bnd: jax.Array, shift_bd: jax.Array, scale_bd: jax.Array) -> jax.
     return x_bnd * (1 + scale_bd[:, None, :]) + shift_bd[:, None, :]
 
 
+# Cheap to compute again, and dear to keep: a scanned stack would store every float32 intermediate for each layer. What
+# the backward pass needs of these two is their inputs. Where the compiler sees both passes it may still share values.
+_keeping_inputs = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+@_keeping_inputs
+def modulated_norm(x_bnd: jax.Array, shift_bd: jax.Array, scale_bd: jax.Array) -> jax.Array:
+    """Mod(LN(x)), [B, N, D]."""
+    return modulate(layer_norm(x_bnd), shift_bd, scale_bd)
+
+
+@_keeping_inputs
+def gelu(x: jax.Array) -> jax.Array:
+    """The tanh approximation."""
+    return jax.nn.gelu(x, approximate=True)
+
+
 class Mlp(nnx.Module):
     """Two linear maps with a tanh-approximated GELU between them, [..., D] -> [..., D]."""
 
@@ -58,4 +77,4 @@ class Mlp(nnx.Module):
         self.down = linear(hidden, width, axes=("mlp", "embed"), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+        return self.down(gelu(self.up(x)))

@@ -22,7 +22,7 @@ from trm_diffusion.models.embed import (
     unpatchify,
 )
 from trm_diffusion.models.gate import Conditioning
-from trm_diffusion.models.layers import layer_norm, linear, modulate
+from trm_diffusion.models.layers import linear, modulated_norm
 from trm_diffusion.models.recursion import Recursion, RoutingReport, recursive_blocks
 from trm_diffusion.models.stack import BlockStack, StackLayout, segment_lengths
 from trm_diffusion.models.text import Text
@@ -90,15 +90,14 @@ class MMDiTBlock(nnx.Module):
         shift, scale, *rest = self.visual.modulations(conditioning.vector)
         text_shift, text_scale, *text_rest = self.text.modulations(conditioning.vector)
 
-        text_qkv = self.text.attention.project(modulate(layer_norm(text_bld), text_shift, text_scale))
+        text_qkv = self.text.attention.project(modulated_norm(text_bld, text_shift, text_scale))
         text_queries, text_keys, text_values = self.text.attention.normalized_heads(text_qkv)
         context = Context(text_keys, text_values, text_mask)
-        normed = layer_norm(x_bnd)
         attention = self.visual.attention
         qkv, report = project(
             attention,
             self.recursion,
-            modulate(normed, shift, scale),
+            modulated_norm(x_bnd, shift, scale),
             shift,
             scale,
             conditioning,
@@ -110,7 +109,7 @@ class MMDiTBlock(nnx.Module):
         attended, text_attended = jnp.split(attended, [x_bnd.shape[1]], axis=1)
         if self.kind.dual:
             rest, (dual_shift, dual_scale, dual_gate) = rest[:4], rest[4:]
-            second = self.dual.attend(self.dual.project(modulate(normed, dual_shift, dual_scale)))
+            second = self.dual.attend(self.dual.project(modulated_norm(x_bnd, dual_shift, dual_scale)))
             x_bnd = x_bnd + dual_gate[:, None, :] * self.dual.out(second)
         x_bnd = self.visual.finish(x_bnd, attended, *rest)
         if not self.kind.last:

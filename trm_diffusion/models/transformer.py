@@ -8,8 +8,9 @@ from flax import nnx
 
 from trm_diffusion.models.attention import Attention, Context
 from trm_diffusion.models.gate import Conditioning
-from trm_diffusion.models.layers import ZEROS, Mlp, layer_norm, linear, modulate
+from trm_diffusion.models.layers import ZEROS, Mlp, linear, modulated_norm
 from trm_diffusion.models.recursion import Recursion, RecursionConfig, RoutingReport
+from trm_diffusion.models.remat import kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +21,11 @@ class TransformerConfig:
     patch: int = 2  # pixels (or latent cells) a side of one token
     mlp_ratio: float = 4.0  # hidden width of the MLP over D
     qk_norm: bool = False  # RMS-normalise queries and keys per head
-    attention: str = "xla"  # xla, or fused: a kernel for one TPU chip and short sequences (models/fused_attention.py)
+    attention: str = "auto"  # auto, xla, or a kernel: fused, splash, cudnn (models/attention.py says which runs where)
     frequency_shift: int = 0  # of a DiT's timestep embedding: 0 as it was published, 1 as diffusers computes it
     dtype: str = "bfloat16"  # of the computation; parameters, norms, softmax and gate are float32
     scan_blocks: bool = True  # run equal blocks under one scan (compiles once); False unrolls them
-    remat: str = "none"  # what the backward pass of a block keeps: none, dots, full
+    remat: str = "none"  # what the backward pass of a block keeps: none, selective, dots, full
     recursion: RecursionConfig = dataclasses.field(default_factory=RecursionConfig)
 
 
@@ -63,7 +64,7 @@ class Stream(nnx.Module):
     def finish(self, x_bnd, attended_bnd, gate_1, shift_2, scale_2, gate_2) -> jax.Array:
         """x + g1 W_o attended, then x + g2 MLP(Mod(LN(x))); the gates, shift and scale are [B, D]."""
         x_bnd = x_bnd + gate_1[:, None, :] * self.attention.out(attended_bnd)
-        return x_bnd + gate_2[:, None, :] * self.mlp(modulate(layer_norm(x_bnd), shift_2, scale_2))
+        return x_bnd + gate_2[:, None, :] * kept(self.mlp(modulated_norm(x_bnd, shift_2, scale_2)))
 
 
 def project(
@@ -108,4 +109,4 @@ class FinalLayer(nnx.Module):
 
     def __call__(self, x_bnd, conditioning_bd):
         shift, scale = jnp.split(self.modulation(jax.nn.silu(conditioning_bd)), 2, axis=-1)
-        return self.out(modulate(layer_norm(x_bnd), shift, scale))
+        return self.out(modulated_norm(x_bnd, shift, scale))

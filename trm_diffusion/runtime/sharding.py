@@ -15,11 +15,12 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from trm_diffusion.errors import UserError
+from trm_diffusion.models.partition import placed
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert")
 BATCH_AXES = ("data", "fsdp", "expert")  # the batch is divided over all of these
 LOGICAL_TO_MESH = {
-    "batch": BATCH_AXES,
+    "batch": BATCH_AXES,  # of activations; the others are of parameters, and heads of both
     "embed": "fsdp",
     "heads": "tensor",
     "mlp": "tensor",
@@ -117,6 +118,11 @@ def distribute(values, sharding: NamedSharding):
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def models_over(mesh: Mesh):
+    """A context: the models traced in it run over the mesh."""
+    return placed(mesh, LOGICAL_TO_MESH)
 
 
 def parameter_sharding(mesh: Mesh, name: str, logical_axes: tuple[str | None, ...]) -> NamedSharding:
