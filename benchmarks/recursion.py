@@ -32,7 +32,6 @@ the size of the program nor the time to compile it grows with T or with depth.
 """
 
 import argparse
-import dataclasses
 import functools
 import importlib
 import json
@@ -43,7 +42,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh
 
 from benchmarks.measure import (
     interleaved_seconds,
@@ -59,14 +57,11 @@ from trm_diffusion.config import resolve
 from trm_diffusion.models.dit import SIZES
 from trm_diffusion.models.embed import TIMESTEP_FREQUENCIES
 from trm_diffusion.models.recursion import recursive_blocks
-from trm_diffusion.runtime.sharding import MESH_AXES, batch_sharding
-from trm_diffusion.runtime.state import state_sharding
 from trm_diffusion.train import make_train_step
 
 LATENT_STEPS = (1, 2, 5)
 PLACES = {"S/2": {"three": "3,6,9", "all": "all"}, "XL/2": {"three": "4,8,12", "all": "all"}}
 CPU_IMAGES, TPU_IMAGES, CPU_REPEATS = 8, 32, 5
-TPU_MODEL = {"attention": "fused"}
 OFF = "off"
 MOST_OVER_FLOPS, MOST_EXTRA, MOST_MEMORY_GROWTH, MOST_COMPILE_GROWTH = 1.5, 0.05, 0.10, 0.25
 
@@ -82,32 +77,11 @@ def experiment(
     c.train.batch_size = images
     c.model.update(model)
     c.model.recursion.blocks = blocks
-    built = build(resolve(c))
-    if device is None:
-        return built
-    mesh = Mesh(
-        np.array([device]).reshape((1,) * len(MESH_AXES)), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
-    )
-    state = built.abstract_state
-    placed = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        state,
-        state_sharding(mesh, built.model, state),
-    )
-    return dataclasses.replace(built, mesh=mesh, abstract_state=placed)
-
-
-def abstract_batch(built: Experiment) -> dict:
-    data, images, sharding = built.config.data, built.config.train.batch_size, batch_sharding(built.mesh)
-    shape = (images, data.image_size, data.image_size, data.channels)
-    return {
-        "image": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding),
-        "label": jax.ShapeDtypeStruct((images,), jnp.int32, sharding=sharding),
-    }
+    return build(resolve(c), None if device is None else [device])
 
 
 def lowered_step(built: Experiment) -> jax.stages.Lowered:
-    return make_train_step(built).lower(built.abstract_state, abstract_batch(built))
+    return make_train_step(built).lower(built.abstract_state, built.abstract_batch(built.config.train.batch_size))
 
 
 def base_flops(built: Experiment) -> float:
@@ -166,7 +140,7 @@ def by_compiler(depth: int, recursive: int = 0, latent_steps: int = 1) -> dict:
     """Estimated cost of an XL/2 step of `depth` unrolled blocks, of which the last `recursive` recurse."""
     blocks = ",".join(map(str, range(depth - recursive, depth))) or "none"
     unrolled = {"depth": depth, "scan_blocks": False, "recursion": {"scan_latent_steps": False}}
-    built = experiment("XL/2", blocks, latent_steps, TPU_IMAGES, tpu_device(), **TPU_MODEL, **unrolled)
+    built = experiment("XL/2", blocks, latent_steps, TPU_IMAGES, tpu_device(), **unrolled)
     cost = lowered_step(built).compile().cost_analysis()
     if cost["optimal_seconds"] <= 0:  # how the compiler says that it has no estimate of some operation
         raise RuntimeError("the compiler has no estimate of the time")
@@ -174,7 +148,7 @@ def by_compiler(depth: int, recursive: int = 0, latent_steps: int = 1) -> dict:
 
 
 def shipped_for_tpu(blocks: str, latent_steps: int, depth: int) -> dict:
-    return shipped(experiment("XL/2", blocks, latent_steps, TPU_IMAGES, tpu_device(), depth=depth, **TPU_MODEL))
+    return shipped(experiment("XL/2", blocks, latent_steps, TPU_IMAGES, tpu_device(), depth=depth))
 
 
 def tpu_programs() -> dict[str, Callable[[], dict]]:
@@ -241,7 +215,7 @@ def measured_programs() -> dict:
 def timed_step(built: Experiment) -> Callable[[], dict]:
     """Runs the next training step at each call."""
     rng, state, step = np.random.default_rng(0), built.fresh_state(), make_train_step(built)
-    shape = abstract_batch(built)["image"].shape
+    shape = built.abstract_batch(built.config.train.batch_size)["image"].shape
     batch = {
         "image": jnp.asarray(rng.standard_normal(shape, np.float32)),
         "label": jnp.asarray(rng.integers(0, built.config.data.num_classes, shape[:1], np.int32)),

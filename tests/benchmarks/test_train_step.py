@@ -28,16 +28,3 @@ def test_the_plain_step_is_ours():
 def test_figures_of_this_machine():
     found = train_step.here(train_step.Sizes(depth=1, images=2, repeats=1))
     assert found["train_step_over_forward"] > 0 and found["images_per_second"] > 0
-
-
-def test_every_target_for_the_tpu_must_be_met():
-    within = {name: dict(most) for name, most in train_step.TPU_TARGETS.items()}
-    found = {"remat": within, "compile_seconds_in_a_loop": 20.0}
-    assert train_step.judged_for_tpu(found)["pass"]
-    for policy, most in train_step.TPU_TARGETS.items():
-        for name, value in most.items():
-            for wrong in (1.01 * value, -1.0):
-                worse = {**within, policy: {**within[policy], name: wrong}}
-                assert not train_step.judged_for_tpu({**found, "remat": worse})["pass"]
-    assert not train_step.judged_for_tpu({**found, "compile_seconds_in_a_loop": 21.0})["pass"]
-    assert train_step.judged_for_tpu({"not_measured": "why"}) == {"not_measured": "why"}
