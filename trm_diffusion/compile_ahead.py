@@ -229,9 +229,7 @@ def advice(experiment: Experiment, topology: Topology, job: str, state: float, t
 
     smaller_step = []
     if config.model.attention == "xla":
-        smaller_step.append(
-            ("--config.model.attention=fused", "attention that writes no logits, where the kernel fits")
-        )
+        smaller_step.append(("--config.model.attention=auto", "attention that writes no logits"))
     if job == "train":
         if config.model.remat != "full":
             smaller_step.append(("--config.model.remat=full", "keeps each block's inputs alone; a third more FLOPs"))
