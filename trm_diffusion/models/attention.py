@@ -122,8 +122,8 @@ class Attention(nnx.Module):
             (x_bnd, self.qkv.kernel[...], self.qkv.bias[...]), dtype=self.qkv.dtype
         )
         shape = (3, self.heads, self.head_dim)
-        kernel, bias = kernel.reshape(-1, *shape), bias.reshape(*shape)
-        qkv = [kept(_biased(jnp.einsum("bnd,dhe->bnhe", x, kernel[:, i]), bias[i])) for i in range(3)]
+        kernel, bias = kernel.reshape(-1, *shape), bias.reshape(1, 1, *shape)
+        qkv = [kept(jnp.einsum("bnd,dhe->bnhe", x, kernel[:, i]) + bias[:, :, i]) for i in range(3)]
         if update is not None:
             qkv = [one + more for one, more in zip(qkv, _unstacked(update), strict=True)]
         return jnp.stack(qkv, axis=2)
@@ -161,15 +161,6 @@ class Attention(nnx.Module):
             q = jnp.concatenate([q, queries], axis=1)
         attended = dot_product_attention(q, k, v, mask, implementation=self.implementation)
         return attended.reshape(*attended.shape[:2], self.heads * self.head_dim)
-
-
-def _biased(x_bnhd: jax.Array, bias_hd: jax.Array) -> jax.Array:
-    """x + bias, whose gradient is summed over the images before the tokens.
-
-    The attention leaves tokens along the last axis, inside a TPU's registers, where a sum of both at once is slow.
-    """
-    bias_nhd = jax.lax.optimization_barrier(jnp.broadcast_to(bias_hd, x_bnhd.shape[1:]).astype(jnp.float32))
-    return x_bnhd + jnp.broadcast_to(bias_nhd, x_bnhd.shape).astype(x_bnhd.dtype)
 
 
 def _unstacked(qkv: jax.Array) -> list[jax.Array]:
