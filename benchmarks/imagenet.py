@@ -55,6 +55,7 @@ MACHINES = {
 def experiment(recursion: str, trainable: str = "all") -> Experiment:
     """The page's experiment, for one image at a time; nothing is computed twice to save memory."""
     c = imagenet256.get_config(f"recursion={recursion}")
+    c.model.remat = "none"  # what is computed twice to save memory is in the utilisation
     c.train.update(batch_size=1, trainable=trainable)
     c.model.recursion.update(routing_group=1, remat="none")
     return build(resolve(c))
@@ -126,6 +127,7 @@ def parameters(base: Experiment, recursive: Experiment) -> dict[str, int]:
 def stages(flops: dict[str, int]) -> dict[str, dict[str, float]]:
     """Of each stage of the page, its FLOPs by the precision they are computed in."""
     c = imagenet256.get_config()
+    c.model.remat = "none"
     evaluations = 2 * c.sample.diffusion_steps * FID_50K_IMAGES
     decoding = FID_50K_IMAGES * flops["decode"]
     found = {"prepare, mirror images included": {"float32": 2 * TRAINING_IMAGES * flops["encode"]}}

@@ -139,7 +139,7 @@ def growth(rows: dict, name: str, before: str, after: str) -> float:
 def by_compiler(depth: int, recursive: int = 0, latent_steps: int = 1) -> dict:
     """Estimated cost of an XL/2 step of `depth` unrolled blocks, of which the last `recursive` recurse."""
     blocks = ",".join(map(str, range(depth - recursive, depth))) or "none"
-    unrolled = {"depth": depth, "scan_blocks": False, "recursion": {"scan_latent_steps": False}}
+    unrolled = {"depth": depth, "scan_blocks": False, "remat": "none", "recursion": {"scan_latent_steps": False}}
     built = experiment("XL/2", blocks, latent_steps, TPU_IMAGES, tpu_device(), **unrolled)
     cost = lowered_step(built).compile().cost_analysis()
     if cost["optimal_seconds"] <= 0:  # how the compiler says that it has no estimate of some operation

@@ -16,13 +16,17 @@ import jax
 from jax._src import xla_bridge
 from trm_diffusion import analyze, compare, compile_ahead, convert, encode, evaluate, evaluate_images, export
 from trm_diffusion import export_prompts, prepare, sample, train, verify
-from trm_diffusion.runtime import doctor
+from trm_diffusion.runtime import doctor, processes
 JOBS = (
     train, sample, evaluate, analyze, export, export_prompts, compare, convert, evaluate_images, prepare, encode,
     verify, doctor, compile_ahead,
 )
 
+def join_alone(coordinator, *_, **__):
+    processes.several = lambda: bool(coordinator)
+
 def leave_out_jobs():
+    processes.join = join_alone
     for module in JOBS:
         for job in {module.__name__.rpartition(".")[2], "make_reference"} & vars(module).keys():
             setattr(module, job, lambda *_, job=job, **__: print("reached", job, file=sys.stderr, flush=True) or True)

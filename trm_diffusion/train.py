@@ -29,6 +29,7 @@ from trm_diffusion.models.recursion import RoutingReport
 from trm_diffusion.prompts import check_encoding, keep_encoding, keep_words, request_of, training_source
 from trm_diffusion.runs import started_state
 from trm_diffusion.runtime.checkpoints import Checkpoints
+from trm_diffusion.runtime.devices import compiler_options
 from trm_diffusion.runtime.logging import RunLogger, say
 from trm_diffusion.runtime.optimizer import ema_decay, learning_rate, update_ema
 from trm_diffusion.runtime.parameters import Parameters, count, device_bytes, is_balance_bias
@@ -160,6 +161,7 @@ def make_train_step(experiment: Experiment) -> Callable:
         donate_argnums=0,
         in_shardings=(state_shardings, batch_sharding(experiment.mesh)),
         out_shardings=(state_shardings, replicated(experiment.mesh)),
+        compiler_options=compiler_options(experiment.mesh),
     )
 
 

@@ -8,7 +8,7 @@ from benchmarks.recursion import base_flops, experiment, extra_flops, lowered_st
 def counted_flops(blocks: str, latent_steps: int, **recursion) -> tuple[float, object]:
     """Of a training step with one block of one expert, which wastes nothing; unrolled, since loops are counted once."""
     built = experiment(
-        "S/2", blocks, latent_steps, 8, depth=1, width=256, heads=2, scan_blocks=False, dtype="float32",
+        "S/2", blocks, latent_steps, 8, depth=1, width=256, heads=2, scan_blocks=False, dtype="float32", remat="none",
         recursion={"experts": 1, "scan_latent_steps": False, **recursion},
     )  # fmt: skip
     return lowered_step(built).cost_analysis()["flops"], built

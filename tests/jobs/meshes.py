@@ -150,7 +150,7 @@ def main(directory: epath.Path) -> None:
             found = lines | run.gradient(state) | {"samples": run.samples(state)}
             if model == "dit" and name == "mixed":
                 with Checkpoints(directory / "checkpoints") as checkpoints:
-                    checkpoints.save(UPDATES, state, run.iterator, {})
+                    checkpoints.save(UPDATES, state, run.iterator, {"updates": UPDATES})
             np.savez(directory / f"{model}_{name}.npz", **found)
             run.iterator.close()
     for name, (devices, axes) in HEIRS.items():

@@ -113,10 +113,10 @@ def test_no_network_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_advice_begins_with_what_is_too_large():
-    config = dict(train__batch_size=64, model__recursion__blocks="none", train__accumulate=2)
+    config = dict(train__batch_size=64, model__attention="xla", model__recursion__blocks="none", train__accumulate=2)
     experiment, chip = build(tiny_config(**config)), parse_topology("v5e:2x2")
     flags = [entry["flag"] for entry in advice(experiment, chip, "train", state=1.0, temporaries=55.8)]
-    assert flags[:2] == ["--config.model.attention=fused", "--config.model.remat=full"]
+    assert flags[:2] == ["--config.model.attention=auto", "--config.model.remat=full"]
     assert flags[2] == "--config.train.accumulate=16"  # the fewest parts that are small enough
     assert advice(experiment, chip, "train", state=20.0, temporaries=1.0)[0]["flag"] == "--topology"
     assert more_parts(experiment.config, per_device=2, times=4.0) is None

@@ -56,6 +56,6 @@ def test_a_second_start_compiles_nothing(tmp_path, monkeypatch):
         return events.copy()
 
     first, second = start("a"), start("b")
-    assert first["cache_misses"] > 2
+    assert first["cache_misses"] >= 2  # the initial state, and the training step
     assert second["cache_misses"] == 0
-    assert second["cache_hits"] == second["compile_requests_use_cache"] > 2
+    assert second["cache_hits"] == second["compile_requests_use_cache"] >= 2

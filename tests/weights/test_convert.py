@@ -251,7 +251,7 @@ def test_a_converted_directory_starts_a_run_which_goes_out_again(tmp_path):
 
 def started(config, workdir):
     """A run as it is saved before its first update."""
-    options = dict(seed=0, batch_size=8, process_index=0, process_count=1)
+    options = dict(seed=0, batch_size=8)
     iterator = make_iterator(make_source(config.data), config.data, **options)
     workdir, experiment = epath.Path(workdir), build(config)
     with Checkpoints(workdir / "checkpoints") as checkpoints:

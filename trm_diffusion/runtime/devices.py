@@ -2,10 +2,12 @@
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
 
 from trm_diffusion.errors import UserError
 
 LEAST_COMPILE_SECONDS = 0.5  # what compiles in less is as quickly compiled as read, from a bucket above all
+V5P = ("TPU v5", "TPU v5p")  # its names as a device kind
 
 
 def require_platform(platform: str) -> None:
@@ -32,3 +34,13 @@ def use_compilation_cache(choice: str, workdir: epath.Path) -> None:
     directory = choice or jax.config.jax_compilation_cache_dir or workdir.parent / ".compilation_cache"
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_COMPILE_SECONDS)
+
+
+def compiler_options(mesh: Mesh) -> dict[str, str]:
+    """What the programs of a mesh are compiled with, beyond the compiler's defaults.
+
+    On v5p an operation may use 32 MiB of vector memory, not 16: by the compiler's schedule of a DiT-XL/2 step of two
+    blocks that is 6% faster, most of it in one product of the MLP's backward pass. With 64 MiB nothing is left to fetch
+    operands ahead of their use, and the schedule is as slow as with 16.
+    """
+    return {"xla_tpu_scoped_vmem_limit_kib": "32768"} if mesh.devices.flat[0].device_kind in V5P else {}
