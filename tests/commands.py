@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 _RUNNER = """
 import json, os, runpy, sys, traceback
 import jax
+from absl import flags
 from jax._src import xla_bridge
 from trm_diffusion import analyze, compare, compile_ahead, convert, encode, evaluate, evaluate_images, export
 from trm_diffusion import export_prompts, prepare, sample, train, verify
@@ -22,11 +23,9 @@ JOBS = (
     verify, doctor, compile_ahead,
 )
 
-def join_alone(coordinator, *_, **__):
-    processes.several = lambda: bool(coordinator)
-
 def leave_out_jobs():
-    processes.join = join_alone
+    processes.join = lambda *_, **__: None
+    processes.several = lambda: flags.FLAGS.is_parsed() and bool(flags.FLAGS.coordinator)
     for module in JOBS:
         for job in {module.__name__.rpartition(".")[2], "make_reference"} & vars(module).keys():
             setattr(module, job, lambda *_, job=job, **__: print("reached", job, file=sys.stderr, flush=True) or True)

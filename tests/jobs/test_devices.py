@@ -47,7 +47,7 @@ def test_every_mesh_equals_one_device(runs, model, mesh):
     assert_same(one, found(runs, f"{model}_{mesh}"))
     assert len(set(one["metric/loss"].tolist())) == UPDATES and one["metric/drop_fraction"].min() > 0
     assert np.ptp(one["metric/expert_load"]) > 0 and np.ptp(one["samples"]) > 0
-    moved = [name for name, value in one.items() if name.startswith("gradient/") and np.abs(value).max() > 1e-6]
+    moved = [name for name, value in one.items() if name.startswith("gradient/") and np.abs(value).max() > 0]
     assert any("/experts/down" in name for name in moved) and any("/gate/" in name for name in moved)
 
 
@@ -61,10 +61,11 @@ def test_a_checkpoint_of_eight_devices_goes_on_on_fewer(runs, heir):
 @pytest.mark.parametrize("dispatch", IMPLEMENTATIONS)
 def test_routing_groups_are_local_and_experts_come_to_the_tokens(runs, dispatch):
     """No collective where every device has the experts; where others own them, gathers of weights and nothing else."""
-    collectives = json.loads((runs / "dispatch.json").read_text())[dispatch]
-    assert collectives["everywhere"] == []
-    assert {kind for _, kind in collectives["owned"]} == {"all-gather"}
-    for shape, _ in collectives["owned"]:
+    collectives = json.loads((runs / "dispatch.json").read_text())
+    everywhere, owned = (collectives[f"{dispatch}_{where}"] for where in ("everywhere", "owned"))
+    assert everywhere == []
+    assert {kind for _, kind in owned} == {"all-gather"}
+    for shape, _ in owned:
         sizes = [int(size) for size in shape.partition("[")[2].partition("]")[0].split(",")]
         assert EXPERTS in sizes and np.prod(sizes) <= 3 * EXPERTS * RANK * WIDTH  # a weight, whole
 
