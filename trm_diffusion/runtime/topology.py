@@ -18,7 +18,7 @@ class Chip:
     example: str  # a topology of it
     axes: int  # of its network: 2 or 3
     most_chips: int  # in a slice
-    memory_bytes: float  # that a program may use, as the compiler says where one does not fit
+    memory_bytes: float  # that a program may use: v4 and v5e as the compiler refuses more, the others not yet tried
     flops: float  # bfloat16 operations a second
     memory_bandwidth: float  # bytes a second
     link_bandwidth: float  # bytes a second that leave it for others of its slice, over all links
@@ -65,9 +65,11 @@ class Topology:
 def parse_topology(name: str, slices: int = 1) -> Topology:
     """Checks the name without asking the compiler. Raises UserError with one line that says what there is."""
     known = ", ".join(chip.example for chip in CHIPS.values())
+    if not name:
+        raise UserError(f"--mode=compile needs --topology: one of {known}, or other sizes of each")
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     if not found or found[1] not in CHIPS:
-        raise UserError(f"--topology={name or '?'}: no such TPU; there are {known}, and other sizes of each")
+        raise UserError(f"--topology={name}: no such TPU; there are {known}, and other sizes of each")
     chip, shape = CHIPS[found[1]], tuple(map(int, found[2].split("x")))
     if len(shape) != chip.axes:
         raise UserError(f"--topology={name}: {found[1]} has {chip.axes} axes, as in {chip.example}")
