@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from trm_diffusion.analysis.flops import forward_flops
+from trm_diffusion.analysis.flops import UnknownTurns, forward_flops
 from trm_diffusion.analysis.hlo import Cost, largest_arrays, program_cost
 from trm_diffusion.build import Experiment, build
 from trm_diffusion.config import Config, resolve, to_dict
@@ -34,7 +34,7 @@ from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.parameters import device_bytes
 from trm_diffusion.runtime.sharding import batch_sharding, batch_shards
 from trm_diffusion.runtime.topology import GIB, Topology, described_devices, parse_topology
-from trm_diffusion.sample import drawer
+from trm_diffusion.sample import sampling_program
 from trm_diffusion.train import make_train_step
 
 LARGEST = 6  # arrays that are named
@@ -112,7 +112,7 @@ def report_on(config: Config, topology: Topology, job: str) -> dict:
     if compiled is None:
         return report
     text = compiled.as_text()
-    cost = program_cost(text, topology.devices_per_slice if topology.slices > 1 else None)
+    cost = program_cost(text, topology.slices)
     report |= {"largest_temporaries": largest_arrays(text, LARGEST), "compiler_analysis": own_analysis(compiled)}
     return report | cost_report(experiment, topology, job, cost)
 
@@ -132,7 +132,7 @@ def lowered_step(experiment: Experiment, job: str) -> jax.stages.Lowered:
     size = experiment.config.sample.batch_size
     condition = experiment.condition_of(experiment.abstract_batch(size))
     indices = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=batch_sharding(experiment.mesh))
-    return drawer(experiment).lower(experiment.abstract_state.parameters, condition, indices)
+    return sampling_program(experiment).lower(experiment.abstract_state.parameters, condition, indices)
 
 
 def memory_report(experiment: Experiment, topology: Topology, job: str, compiled) -> dict:
@@ -182,7 +182,7 @@ def cost_report(experiment: Experiment, topology: Topology, job: str, cost: Cost
     )
     try:
         wanted = model_flops(experiment, job) / experiment.mesh.size
-    except ValueError:  # tokens may halt, and how many latent steps run is not known before
+    except UnknownTurns:  # tokens may halt, and how many latent steps run is not known before
         wanted = None
     step = arithmetic + collectives
     return {
@@ -208,7 +208,7 @@ def model_flops(experiment: Experiment, job: str) -> float:
         return forward_flops(make_train_step(plain), plain.abstract_state, plain.abstract_batch(train.batch_size))
     batch = plain.abstract_batch(config.sample.batch_size)
     indices = jax.ShapeDtypeStruct((config.sample.batch_size,), jnp.int32)
-    return forward_flops(drawer(plain), plain.abstract_state.parameters, plain.condition_of(batch), indices)
+    return forward_flops(sampling_program(plain), plain.abstract_state.parameters, plain.condition_of(batch), indices)
 
 
 def advice(experiment: Experiment, topology: Topology, job: str, state: float, temporaries: float) -> list[dict]:

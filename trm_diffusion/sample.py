@@ -38,9 +38,22 @@ def image_drawer(experiment: Experiment, decoder: Decoder | None) -> Callable:
 
 
 def drawer(experiment: Experiment, *, with_reports: bool = False, gathered: bool = True) -> Callable:
-    """draw(parameters, condition [B, ...], indices [B]) -> images or latents [B, H, W, C] float32, over the mesh.
+    """`sampling_program` of a condition and indices that every process holds whole, as NumPy arrays."""
+    program = sampling_program(experiment, with_reports=with_reports, gathered=gathered)
+    batch = batch_sharding(experiment.mesh)
 
-    The result is on every device, or divided over them like the batch if not `gathered`. `draw.lower` is the program's.
+    def draw(parameters: Parameters, condition: Any, indices: np.ndarray):
+        return program(parameters, *distribute((condition, indices), batch))
+
+    return draw
+
+
+def sampling_program(
+    experiment: Experiment, *, with_reports: bool = False, gathered: bool = True
+) -> jax.stages.Wrapped:
+    """program(parameters, condition [B, ...], indices [B]) -> images or latents [B, H, W, C] float32, over the mesh.
+
+    The result is on every device, or divided over them like the batch if not `gathered`.
 
     An image depends on its condition (see `Experiment.condition_of`), its index and `sample.seed` alone, not on its
     batch or the number of devices. With `with_reports` it also returns the gates' `RoutingReport` of every diffusion
@@ -74,13 +87,7 @@ def drawer(experiment: Experiment, *, with_reports: bool = False, gathered: bool
 
     batch = batch_sharding(experiment.mesh)
     out = replicated(experiment.mesh) if gathered else batch
-    jitted = jax.jit(program, in_shardings=(None, batch, batch), out_shardings=out)
-
-    def draw(parameters: Parameters, condition: Any, indices: np.ndarray):
-        return jitted(parameters, *distribute((condition, indices), batch))
-
-    draw.lower = jitted.lower
-    return draw
+    return jax.jit(program, in_shardings=(None, batch, batch), out_shardings=out)
 
 
 def draw_all(

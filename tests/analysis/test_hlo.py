@@ -65,7 +65,7 @@ def test_groups_of_devices(attributes, group):
 
 
 # As a TPU's compiler writes it: a loop that only its condition tells the length of, a sum of which each device keeps
-# its part inside of a fusion, a collective in two halves, a batched product written as a convolution.
+# its part inside of a fusion, a collective in two halves, one between slices, a batched product as a convolution.
 TPU_TEXT = """HloModule jit_step
 
 %sum (a: f32[], b: f32[]) -> f32[] {
@@ -88,7 +88,11 @@ TPU_TEXT = """HloModule jit_step
   %kept = bf16[16,32]{1,0:T(8,128)(2,1)} fusion(%whole.1), kind=kCustom, calls=%all-reduce-scatter
   %gather = (bf16[16,32]{1,0}, bf16[64,32]{1,0}) all-gather-start(%kept), replica_groups=[2,4]<=[8], dimensions={0}
   %gathered = bf16[64,32]{1,0:T(8,128)(2,1)} all-gather-done(%gather)
-  %everyone = bf16[16,32]{1,0} all-reduce(%kept), replica_groups=[1,8]<=[8], to_apply=%sum
+  %token = token[] after-all()
+  %send = (bf16[16,32]{1,0}, u32[], token[]) send(%kept, %token), channel_id=1, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (bf16[16,32]{1,0}, u32[], token[]) recv(%token), channel_id=2, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %received = (bf16[16,32]{1,0}, token[]) recv-done(%recv)
+  %everyone = bf16[16,32]{1,0} get-tuple-element(%received), index=0
   %squared = bf16[64,32]{1,0} multiply(%gathered, %gathered), backend_config={"estimated_cycles":"100"}
   ROOT %next = (s32[]{:T(128)}, bf16[64,32]{1,0}, bf16[16,32]{1,0}) tuple(%counter, %squared, %everyone)
 }
@@ -114,12 +118,12 @@ ENTRY %main (x: bf16[64,32], y: bf16[16,32], q: bf16[6,40,64], k: bf16[6,64,40])
 
 
 def test_the_text_of_a_tpus_compiler():
-    cost = program_cost(TPU_TEXT, devices_per_slice=4)
+    cost = program_cost(TPU_TEXT, slices=2)
     part, turns = 2 * 16 * 32, 10  # bytes of a part; from 2 to 12
     assert cost.collectives == {
         "reduce-scatter": {"count": turns, "bytes": turns * 4 * part * 3 / 4},
         "all-gather": {"count": turns, "bytes": turns * part * 3},
-        "all-reduce between slices": {"count": turns, "bytes": turns * 2 * part * 7 / 8},
+        "all-reduce between slices": {"count": turns, "bytes": turns * 2 * part * 1 / 2},
     }
     assert cost.flops == 6 * 2 * 40 * 64 * 40
     assert (cost.cycles, cost.unknown_loops) == (turns * 100, 0)

@@ -6,13 +6,17 @@ import jax
 import numpy as np
 
 
+class UnknownTurns(ValueError):
+    """A loop whose number of turns is not known before it runs."""
+
+
 def forward_flops(function: Callable, *arguments) -> int:
     """Floating-point operations (two for each multiply-add) of `function` in matrix products and convolutions.
 
-    arguments: arrays or shapes. A scan counts each of its turns, a choice its dearest branch. Raises ValueError for a
-    loop whose number of turns is not known before it runs.
+    arguments: arrays or shapes. A scan counts each of its turns, a choice its dearest branch. Raises UnknownTurns.
     """
-    return _flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+    jitted = function if isinstance(function, jax.stages.Wrapped) else jax.jit(function)
+    return _flops(jitted.trace(*arguments).jaxpr.jaxpr)
 
 
 def _flops(jaxpr) -> int:
@@ -30,7 +34,7 @@ def _equation_flops(equation) -> int:
         return 2 * _size(equation.outvars[0]) * int(np.prod(kernel)) // kernel[output_axis]
     inner = [_flops(getattr(value, "jaxpr", value)) for value in _programs(parameters)]
     if name == "while" and any(inner):
-        raise ValueError("the turns of a while loop are not known before it runs")
+        raise UnknownTurns("the turns of a while loop are not known before it runs")
     if name == "cond":
         return max(inner)
     return sum(inner) * (parameters["length"] if name == "scan" else 1)

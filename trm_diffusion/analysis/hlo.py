@@ -89,13 +89,13 @@ class Cost:
                 mine[name] += times * value
 
 
-def program_cost(text: str, devices_per_slice: int | None = None) -> Cost:
+def program_cost(text: str, slices: int = 1) -> Cost:
     """The cost of the program, for one device.
 
-    devices_per_slice: devices that are linked to each other; what goes between slices is counted apart, as
-    "KIND between slices". None: all are.
+    slices: parts of the devices that are linked to each other more loosely. A TPU's compiler makes of a collective over
+    them one within a slice and a `send` between, which is counted apart, as "KIND between slices".
     """
-    return _Counter(*parse(text), devices_per_slice).cost_of_entry()
+    return _Counter(*parse(text), slices).cost_of_entry()
 
 
 def largest_arrays(text: str, count: int) -> list[dict]:
@@ -167,8 +167,8 @@ def _arrays(text: str) -> Iterator[Array]:
 class _Counter:
     """Counts each computation once and remembers it."""
 
-    def __init__(self, computations: dict[str, Computation], entry: str, devices_per_slice: int | None):
-        self._computations, self._entry, self._devices_per_slice = computations, entry, devices_per_slice
+    def __init__(self, computations: dict[str, Computation], entry: str, slices: int):
+        self._computations, self._entry, self._slices = computations, entry, slices
         self._cost = functools.cache(self._count)
 
     def cost_of_entry(self) -> Cost:
@@ -200,7 +200,9 @@ class _Counter:
         elif opcode.endswith(("-done", "-update")):
             pass
         elif kind := next((kind for kind in COLLECTIVES if opcode in (kind, f"{kind}-start")), None):
-            self._collect(cost, kind, where, one)
+            self._collect(cost, kind, where, one, len(first_group(one.attributes)))
+        elif between := opcode == "send" and one.attribute(r'_xla_megascale_transfer_type="(\w+)"'):
+            self._collect(cost, between.lower().replace("_", "-"), where, one, self._slices, " between slices")
         elif opcode == "fusion":
             inner = self._cost(called[0])
             cost.flops, cost.kernel_flops, cost.kernel_bytes = inner.flops, inner.kernel_flops, inner.kernel_bytes
@@ -296,9 +298,9 @@ class _Counter:
             return self._written(inner, inner.root)
         return one.bytes
 
-    def _collect(self, cost: Cost, kind: str, where: Computation, one: Instruction) -> None:
-        group = first_group(one.attributes)
-        n, size = len(group), sum(where.instructions[name].bytes for name in one.operands)
+    def _collect(self, cost: Cost, kind: str, where: Computation, one: Instruction, n: int, over: str = "") -> None:
+        """Adds what a device sends to n - 1 others."""
+        size = sum(where.instructions[name].bytes for name in one.operands)
         sent = {
             "all-gather": size * (n - 1),
             "all-reduce": 2 * size * (n - 1) / n,
@@ -306,9 +308,7 @@ class _Counter:
             "all-to-all": size * (n - 1) / n,
             "collective-permute": size,
         }[kind]
-        slices = {device // (self._devices_per_slice or len(group) + max(group)) for device in group}
-        name = f"{kind} between slices" if len(slices) > 1 else kind
-        cost.add(Cost(collectives={name: {"count": 1, "bytes": sent}}))
+        cost.add(Cost(collectives={kind + over: {"count": 1, "bytes": sent}}))
 
     def _fused_collectives(self, name: str) -> dict:
         """Those inside a fusion: an all-reduce of which each device keeps its part is a reduce-scatter."""
@@ -317,7 +317,9 @@ class _Counter:
             opcode = inner.opcode.removesuffix("-start")
             if opcode in COLLECTIVES:
                 kept = opcode == "all-reduce" and fused.root.bytes < inner.bytes
-                self._collect(cost, "reduce-scatter" if kept else opcode, fused, inner)
+                self._collect(
+                    cost, "reduce-scatter" if kept else opcode, fused, inner, len(first_group(inner.attributes))
+                )
         return cost.collectives
 
 

@@ -57,10 +57,6 @@ class Topology:
         """In all slices together."""
         return self.slices * math.prod(self.shape)
 
-    @property
-    def devices_per_slice(self) -> int:
-        return self.chip.devices * math.prod(self.shape)
-
 
 def parse_topology(name: str, slices: int = 1) -> Topology:
     """Checks the name without asking the compiler. Raises UserError with one line that says what there is."""
