@@ -21,6 +21,13 @@ from typing import NamedTuple
 import numpy as np
 
 ITEM_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "c64": 8, "c128": 16}  # others say their bits
+BETWEEN_SLICES = {  # as a TPU's compiler names them
+    "ALL_GATHER": "all-gather",
+    "ALL_REDUCE": "all-reduce",
+    "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all",
+    "ONE_TO_ONE": "collective-permute",
+}
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
@@ -202,7 +209,7 @@ class _Counter:
         elif kind := next((kind for kind in COLLECTIVES if opcode in (kind, f"{kind}-start")), None):
             self._collect(cost, kind, where, one, len(first_group(one.attributes)))
         elif between := opcode == "send" and one.attribute(r'_xla_megascale_transfer_type="(\w+)"'):
-            self._collect(cost, between.lower().replace("_", "-"), where, one, self._slices, " between slices")
+            self._collect(cost, BETWEEN_SLICES[between], where, one, self._slices, " between slices")
         elif opcode == "fusion":
             inner = self._cost(called[0])
             cost.flops, cost.kernel_flops, cost.kernel_bytes = inner.flops, inner.kernel_flops, inner.kernel_bytes
