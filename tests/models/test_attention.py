@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from trm_diffusion.models.attention import dot_product_attention, reference_attention
 from trm_diffusion.models.fused_attention import fits, fused_attention
@@ -83,6 +84,18 @@ def test_one_program_text_takes_each_platforms_kernel():
         lowered("tpu", 256, 72, implementation="cudnn"),
     ):
         assert call not in xla
+
+
+def test_the_program_for_nvidia_gpus_calls_cudnn(monkeypatch):
+    """JAX asks the GPU for its versions; here the test answers, and nothing is compiled."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91200)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda least: True)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda version: False)
+    assert lowered("cuda", 256, 72).count("@__cudnn") == 2  # forward and backward
+    assert lowered("cuda", 84, 32, masked=True).count("ScaleBias") >= 2  # the mask is a bias
+    for xla in (dict(n=85, d=32), dict(n=84, d=12), dict(n=84, d=32, dtype="float32")):
+        assert "cudnn" not in lowered("cuda", **xla)
 
 
 SHARDED = """

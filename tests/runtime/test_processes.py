@@ -18,7 +18,7 @@ def port():
         return server.getsockname()[1]
 
 
-def roll_call(port: int, count: int, came: dict[int, int], seconds: float = 1.0) -> dict[int, object]:
+def roll_call(port: int, count: int, came: dict[int, int], seconds: float = 5.0) -> dict[int, object]:
     """What each process that came is told: the missing, or the error; came: process -> its idea of the count."""
     told, deadline = {}, time.monotonic() + seconds
 

@@ -33,18 +33,19 @@ def dot_product_attention(
 
         fused   on a TPU, sequences that fit its vector memory, up to 2,048 tokens or so (models/fused_attention.py)
         splash  on a TPU, sequences of any length (models/splash_attention.py)
-        cudnn   on an NVIDIA GPU, bfloat16 and float16, head sizes that are multiples of 8 up to 128
+        cudnn   on an NVIDIA GPU, bfloat16 and float16, sequences of even length, head sizes that are multiples of 8 up
+                to 128
         auto    on a TPU, in bfloat16, fused, or splash where that does not fit; on an NVIDIA GPU cudnn
 
     One program text serves every platform. Both TPU kernels were run in Pallas's interpreter, and fused was compiled
-    for one TPU chip; neither has run on a TPU yet. cuDNN's was never run nor compiled, which takes a GPU.
+    for one TPU chip; neither has run on a TPU yet. cuDNN's ran on an H100, without a mask; with one it was only traced.
     """
     operands = q_bnhd, k_bmhd, v_bmhd, mask_bm
     kernels = {}
     if (chosen := chosen_for_tpu(implementation, q_bnhd, k_bmhd)) != "xla":
         kernels["tpu"] = functools.partial(_divided, _TPU_KERNELS[chosen])
-    if implementation in ("auto", "cudnn") and _cudnn_applies(q_bnhd, k_bmhd, mask_bm):
-        kernels["cuda"] = functools.partial(_divided, functools.partial(reference_attention, implementation="cudnn"))
+    if implementation in ("auto", "cudnn") and _cudnn_applies(q_bnhd, k_bmhd):
+        kernels["cuda"] = functools.partial(_divided, cudnn_attention)
     return jax.lax.platform_dependent(*operands, **kernels, default=reference_attention)
 
 
@@ -59,10 +60,10 @@ def chosen_for_tpu(implementation: str, q_bnhd: jax.Array, k_bmhd: jax.Array) ->
     return implementation if applies else "xla"
 
 
-def _cudnn_applies(q_bnhd, k_bmhd, mask_bm) -> bool:
-    """JAX traces cuDNN's kernel in a process that has such a GPU alone; with a mask it wants even lengths."""
+def _cudnn_applies(q_bnhd, k_bmhd) -> bool:
+    """JAX traces cuDNN's kernel in a process that has such a GPU alone, and refuses gradients of odd lengths."""
     n, m, head_dim = q_bnhd.shape[1], k_bmhd.shape[1], q_bnhd.shape[-1]
-    shapes = head_dim % 8 == 0 and head_dim <= 128 and (mask_bm is None or n % 2 == m % 2 == 0)
+    shapes = head_dim % 8 == 0 and head_dim <= 128 and n % 2 == m % 2 == 0
     return q_bnhd.dtype in HALF and shapes and jax.default_backend() == "gpu"
 
 
@@ -73,10 +74,18 @@ def _divided(kernel: Callable, q_bnhd, k_bmhd, v_bmhd, mask_bm=None) -> jax.Arra
     return on_each_device(kernel, (q_bnhd, heads), (k_bmhd, heads), (v_bmhd, heads), *masks)
 
 
-def reference_attention(q_bnhd, k_bmhd, v_bmhd, mask_bm=None, *, implementation: str = "xla") -> jax.Array:
+def reference_attention(q_bnhd, k_bmhd, v_bmhd, mask_bm=None) -> jax.Array:
     """As `dot_product_attention`, by JAX's own function of that name."""
     mask = None if mask_bm is None else mask_bm[:, None, None, :]
-    return jax.nn.dot_product_attention(q_bnhd, k_bmhd, v_bmhd, mask=mask, implementation=implementation)
+    return jax.nn.dot_product_attention(q_bnhd, k_bmhd, v_bmhd, mask=mask, implementation="xla")
+
+
+def cudnn_attention(q_bnhd, k_bmhd, v_bmhd, mask_bm=None) -> jax.Array:
+    """As `reference_attention`, by cuDNN's kernel, which wants a mask to have a row for every query."""
+    mask = None
+    if mask_bm is not None:
+        mask = jnp.broadcast_to(mask_bm[:, None, None, :], (len(mask_bm), 1, q_bnhd.shape[1], mask_bm.shape[1]))
+    return jax.nn.dot_product_attention(q_bnhd, k_bmhd, v_bmhd, mask=mask, implementation="cudnn")
 
 
 class Context(NamedTuple):
