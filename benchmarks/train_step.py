@@ -5,6 +5,9 @@
 
 here         DiT-S/2, float32, 8 images, the training job's own step, on the devices that JAX finds (the CPU, or any
              accelerator); the reference is its own forward pass.
+accelerator  Where there is one, DiT-XL/2 in bfloat16 with 32 images and the shipped rematerialisation, one program
+             after the other: without recursion, the same with attention by XLA, and T = 2 in three blocks; the
+             reference is the first.
 dispatch     A tiny DiT, whose step is mostly overhead; the reference is benchmarks/plain_dit.py, which computes the
              same. Target: at most 1.5 times its time.
 --vs-torch   DiT-S/2, float32, 8 images, rectified flow, AdamW and a moving average, against an equal PyTorch model with
@@ -31,7 +34,7 @@ from benchmarks.measure import (
     report,
     rounded,
 )
-from benchmarks.recursion import base_flops, experiment, timed_step
+from benchmarks.recursion import PLACES, base_flops, experiment, timed_step
 from trm_diffusion.build import Experiment, build
 from trm_diffusion.config import default_config, resolve
 from trm_diffusion.runtime.parameters import count
@@ -72,6 +75,39 @@ def here(sizes: Sizes) -> dict:
         "images_per_second": images / median["train_step"],
         "model_flops_per_second": base_flops(built) / median["train_step"],
         "train_step_over_forward": median_ratio(seconds["train_step"], seconds["forward"]),
+    }
+
+
+ON_ACCELERATOR = {  # name -> whether blocks recurse, with T = 2, and further fields of the model
+    "without_recursion": (False, {}),
+    "attention_by_xla": (False, {"attention": "xla"}),
+    "three_blocks_T2": (True, {}),
+}
+
+
+def accelerator(sizes: Sizes, steps: int = 4, blocks: str = PLACES["XL/2"]["three"], **model) -> dict:
+    """Training steps of a model that fills the accelerator; `steps` of them in one turn."""
+    rows = {}
+    for name, (recursive, fields) in ON_ACCELERATOR.items():
+        built = experiment(sizes.model, blocks if recursive else "none", 2, sizes.images, **fields, **model)
+        run = timed_step(built)
+        jax.block_until_ready([run() for _ in range(3)])
+        turn = {"turn": lambda run=run: [run() for _ in range(steps)][-1]}
+        times = [seconds / steps for seconds in interleaved_seconds(turn, sizes.repeats)["turn"]]
+        seconds = statistics.median(times)
+        rows[name] = {
+            "milliseconds": 1e3 * seconds,
+            "milliseconds_range": [1e3 * min(times), 1e3 * max(times)],
+            "images_per_second": sizes.images / seconds,
+            "model_teraflops_per_second": base_flops(built) / seconds / 1e12,
+            "peak_gib": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30,
+        }
+        progress(f"{name}: {rows[name]}")
+    first = rows["without_recursion"]["milliseconds"]
+    return {
+        "device": jax.devices()[0].device_kind,
+        "model": f"DiT-{sizes.model}, {built.config.model.dtype}, {sizes.images} images",
+        "rows": {name: {**row, "over_without_recursion": row["milliseconds"] / first} for name, row in rows.items()},
     }
 
 
@@ -174,6 +210,8 @@ def main() -> None:
         result = {"command": "python -m benchmarks.train_step --vs-torch", **vs_torch(sizes)}
     else:
         result = {"here": here(sizes), "dispatch": dispatch(TinyPrograms(), sizes)}
+        if jax.default_backend() != "cpu":
+            result["accelerator"] = accelerator(Sizes(model="XL/2", images=32))
         result["pass"] = result["dispatch"]["pass"]
     report("train_step", rounded({"cores": os.cpu_count(), **result}), arguments.save)
 

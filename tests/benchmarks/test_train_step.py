@@ -28,3 +28,10 @@ def test_the_plain_step_is_ours():
 def test_figures_of_this_machine():
     found = train_step.here(train_step.Sizes(depth=1, images=2, repeats=1))
     assert found["train_step_over_forward"] > 0 and found["images_per_second"] > 0
+
+
+def test_figures_of_an_accelerator_are_over_the_step_without_recursion():
+    found = train_step.accelerator(train_step.Sizes(model="S/8", images=8, repeats=1), steps=1, blocks="0", depth=1)
+    assert found["model"] == "DiT-S/8, bfloat16, 8 images" and found["rows"].keys() == train_step.ON_ACCELERATOR.keys()
+    assert found["rows"]["without_recursion"]["over_without_recursion"] == 1
+    assert all(row["milliseconds"] > 0 for row in found["rows"].values())
