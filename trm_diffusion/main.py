@@ -201,7 +201,7 @@ def run(mode: str, platform: str) -> int:
 
 
 def run_on_latents(mode: str) -> int:
-    """Makes a directory of latents or of encoded text, or checks one of latents."""
+    """Makes a directory of latents or of encoded text, or checks one."""
     from trm_diffusion.config import resolve
     from trm_diffusion.encode import encode
     from trm_diffusion.prepare import prepare

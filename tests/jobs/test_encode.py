@@ -180,6 +180,43 @@ def test_damage_is_named(place, tmp_path):
         Encodings(str(tmp_path))
 
 
+def test_verify_reads_encoded_text_again(place, tmp_path, capsys, monkeypatch):
+    def copy(name):
+        (tmp_path / name).mkdir()
+        for file, content in contents(place / "texts").items():
+            (tmp_path / name / file).write_bytes(content)
+        return tmp_path / name
+
+    def flip(directory):
+        path = directory / "texts-00001.array_record"
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+    def other_sizes(directory):
+        path = directory / "manifest.json"
+        manifest = json.loads(path.read_text())
+        manifest["encoding"]["features"] += 1
+        path.write_text(json.dumps(manifest))
+
+    assert verify(str(place / "texts"), config_of(place))
+    report = json.loads(capsys.readouterr().out)
+    assert report["pass"] and report["items"] == 6 and report["text"] == "length 5, features 8, pooled_features 6"
+    for name, damage, says in (
+        ("byte", flip, "texts-00001.array_record is damaged: its checksum"),
+        ("gone", lambda d: (d / "texts-00001.array_record").unlink(), "texts-00001.array_record is missing"),
+        ("about", lambda d: (d / "texts-00001.json").write_text("{"), "texts-00001.json is damaged"),
+        ("more", lambda d: (d / "texts-00009.array_record").write_bytes(b""), "texts-00009.array_record is not in"),
+        ("sizes", other_sizes, "encoding is not what the records"),
+    ):
+        directory = copy(name)
+        damage(directory)
+        assert not verify(str(directory))
+        assert says in capsys.readouterr().err.splitlines()[0]
+    assert not verify(str(place / "texts"), config_of(place, model__text__features=12))
+    assert "features 8, not config.model.text.features 12" in capsys.readouterr().err
+
+
 def test_latents_are_joined_with_the_captions_of_their_images(place):
     """The damaged picture has none, and mirror images have their picture's; training draws every caption."""
     config = latents_of(place, data__text=str(place / "texts"))

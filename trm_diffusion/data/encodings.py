@@ -77,19 +77,54 @@ def read_shard_record(directory: pathlib.Path, index: int) -> dict | None:
     return read_about(directory / shard_name(index), SHARD_FIELDS)
 
 
-def write_manifest(directory: pathlib.Path, shards: list[dict], written_by: dict) -> dict:
-    """Writes and returns the manifest of a directory whose shards are all there."""
-    manifest = {
+def assemble_manifest(shards: list[dict]) -> dict:
+    """What the files about all shards make, but for who wrote them."""
+    return {
         "format_version": FORMAT_VERSION,
         "records": sum(shard["records"] for shard in shards),
         "items": sum(len(shard["items"]) for shard in shards),
         "encoding": shards[0]["encoding"],
         "preparation": shards[0]["preparation"],
         "shards": [{name: shard[name] for name in ("file", "records", "sha256")} for shard in shards],
-        "written_by": written_by,
     }
+
+
+def write_manifest(directory: pathlib.Path, shards: list[dict], written_by: dict) -> dict:
+    """Writes and returns the manifest of a directory whose shards are all there."""
+    manifest = assemble_manifest(shards) | {"written_by": written_by}
     write_json(directory / MANIFEST_NAME, manifest)
     return manifest
+
+
+def read_manifest(directory: str) -> dict:
+    """The checked manifest. Raises UserError where there is none that this code reads."""
+    path = pathlib.Path(directory) / MANIFEST_NAME
+    if not path.is_file():
+        raise UserError(f"config.data.text={directory!r} has no {MANIFEST_NAME}: {_REMEDY}")
+    try:
+        manifest = json.loads(path.read_text())
+        version, _ = manifest["format_version"], manifest["preparation"]
+        sizes = [manifest["encoding"][name] for name in SIZES]
+        whole = all(isinstance(size, int) for size in sizes) and all(shard["file"] for shard in manifest["shards"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error!r}): {_REMEDY}") from error
+    if not whole:
+        raise UserError(f"{path} cannot be read: {_REMEDY}")
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} has format version {version}, this code reads {FORMAT_VERSION}: {_REMEDY}")
+    return manifest
+
+
+def decode_record(data: bytes, length: int, features: int, pooled_features: int) -> Text:
+    """One caption: states float32 [L, C], mask bool [L], pooled float32 [P]. Raises ValueError for another length."""
+    states, mask = 2 * length * features, length
+    if len(data) != states + mask + 4 * pooled_features:
+        raise ValueError(f"is {len(data)} bytes long, not as the manifest says")
+    return Text(
+        np.frombuffer(data[:states], "<f2").reshape(length, features).astype(np.float32),
+        np.frombuffer(data[states : states + mask], "u1").astype(bool),
+        np.frombuffer(data[states + mask :], "<f4").astype(np.float32),
+    )
 
 
 class Encodings:
@@ -105,20 +140,8 @@ class Encodings:
     """
 
     def __init__(self, directory: str):
-        path = pathlib.Path(directory) / MANIFEST_NAME
-        if not path.is_file():
-            raise UserError(f"config.data.text={directory!r} has no {MANIFEST_NAME}: {_REMEDY}")
-        try:
-            manifest = json.loads(path.read_text())
-            version, shards = manifest["format_version"], manifest["shards"]
-            self.encoding: dict = manifest["encoding"]
-            self.preparation: dict = manifest["preparation"]
-            sizes = [self.encoding[name] for name in SIZES]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} cannot be read ({error!r}): {_REMEDY}") from error
-        if version != FORMAT_VERSION:
-            raise UserError(f"{path} has format version {version}, this code reads {FORMAT_VERSION}: {_REMEDY}")
-        self._length, self._features, self._pooled = sizes
+        manifest, path = read_manifest(directory), pathlib.Path(directory) / MANIFEST_NAME
+        shards, self.encoding, self.preparation = (manifest[name] for name in ("shards", "encoding", "preparation"))
         self._records = ShardReader(directory, shards, _REMEDY)
         items = [Item(*item) for index in range(len(shards)) for item in _items(path.parent, index)]
         self.names = [item.name for item in items[1:]]
@@ -153,17 +176,10 @@ class Encodings:
 
     def __getitem__(self, record: int) -> Text:
         """Of one caption: states float32 [L, C], mask bool [L], pooled float32 [P]."""
-        data = self._records[record]
-        states, mask = 2 * self._length * self._features, self._length
-        if len(data) != states + mask + 4 * self._pooled:
-            raise UserError(
-                f"{self._records.where(record)} is {len(data)} bytes long, not as the manifest says: {_REMEDY}"
-            )
-        return Text(
-            np.frombuffer(data[:states], "<f2").reshape(self._length, self._features).astype(np.float32),
-            np.frombuffer(data[states : states + mask], "u1").astype(bool),
-            np.frombuffer(data[states + mask :], "<f4").astype(np.float32),
-        )
+        try:
+            return decode_record(self._records[record], *(self.encoding[name] for name in SIZES))
+        except ValueError as error:
+            raise UserError(f"{self._records.where(record)} {error}: {_REMEDY}") from error
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name not in ("_by_caption", "null")}

@@ -8,6 +8,8 @@ Record i is a pure function of (seed, split, i); there is nothing to store and n
 """
 
 import dataclasses
+import functools
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -26,8 +28,11 @@ RELATIONS = ("left", "above")  # canonical; "right" and "below" are these with t
 SHAPES_BY_SIZE = {32: SHAPES[:4], 64: SHAPES}
 SPLITS = ("train", "seen", "held_out", "all")  # at the end of a stream's key: append only
 
-# In pixels of a 32x32 image; twice that at 64x64.
-RADIUS_RANGE = (5.0, 6.5)
+# In pixels of a 32x32 image; twice that at 64x64. At 32x32 centres are multiples of four pixels, so that a small model
+# with patches of four meets each object in few forms; at 64x64 they lie on any pixel.
+RADIUS_RANGE = (5.0, 6.5)  # of all sizes
+RADII_BY_SIZE = {32: (5.0, 6.0), 64: (5.0, 5.25, 5.5, 5.75, 6.0, 6.25, 6.5)}
+LATTICE_BY_SIZE = {32: 4.0, 64: 0.5}  # between neighbouring places of a centre
 GAP = 3.0  # the least space between the bounding squares of two objects
 MARGIN = 1.0  # and between them and the edge of the image
 MAX_SLANT = 0.3  # in a position scene, the off-axis offset over the on-axis offset
@@ -208,46 +213,53 @@ class SceneSource(Source):
         """What the request leaves open is drawn at random; counted objects share a colour."""
         names = request.shapes * request.count
         colors = request.colors or tuple(draws.choice(tuple(COLORS)) for _ in request.shapes)
-        scale = self.image_size / 32
-        radii = [draws.uniform(*RADIUS_RANGE) for _ in names]
+        scale, spacing = self.image_size / 32, LATTICE_BY_SIZE[self.image_size]
+        radii = [draws.choice(RADII_BY_SIZE[self.image_size]) for _ in names]
         if len(names) == 1:
-            places = [tuple(draws.uniform(MARGIN + radii[0], 32 - MARGIN - radii[0]) for _ in "xy")]
+            places = [tuple(draws.choice(_places(radii[0], spacing)) for _ in "xy")]
         elif len(names) == 2:
-            places = _place_two(radii, request.relation, draws)
+            places = _place_two(radii, request.relation, spacing, draws)
         else:
-            places = _place_in_quarters(radii, draws)
+            places = _place_in_quarters(radii, spacing, draws)
         return [
             Object(shape, color, scale * x, scale * y, scale * radius)
             for shape, color, (x, y), radius in zip(names, colors * request.count, places, radii, strict=True)
         ]
 
 
-def _place_two(radii: list[float], relation: str, draws: Draws) -> list[tuple[float, float]]:
+@functools.cache
+def _places(radius: float, spacing: float, high: float = 32.0 - MARGIN) -> tuple[float, ...]:
+    """Coordinates that a centre can have, between the margin and `high`."""
+    first, last = math.ceil((MARGIN + radius) / spacing), math.floor((high - radius) / spacing)
+    return tuple(spacing * i for i in range(first, last + 1))
+
+
+@functools.cache
+def _pairs(radii: tuple[float, float], spacing: float, least: float, most: float) -> tuple[tuple[float, float], ...]:
+    """Coordinates of two centres on one axis, of which the second is between `least` and `most` beyond the first."""
+    both = itertools.product(*(_places(radius, spacing) for radius in radii))
+    return tuple((first, second) for first, second in both if least <= second - first <= most)
+
+
+def _place_two(radii: list[float], relation: str, spacing: float, draws: Draws) -> list[tuple[float, float]]:
     """Two centres, apart on one axis: with a relation the first comes first on its axis, nearly level on the other."""
-    on_axis = draws.uniform(sum(radii) + GAP, 32 - 2 * MARGIN - sum(radii))
-    off_axis = draws.uniform(-1, 1) * on_axis * (MAX_SLANT if relation else 1)
-    if not relation:
-        on_axis *= draws.choice((-1, 1))
-    along, across = (_place_apart(offset, radii, draws) for offset in (on_axis, off_axis))
+    forward = bool(relation) or draws.choice((False, True))
+    ordered = tuple(radii if forward else radii[::-1])
+    along = draws.choice(_pairs(ordered, spacing, sum(radii) + GAP, 32.0))
+    along = along if forward else along[::-1]
+    most = abs(along[1] - along[0]) * (MAX_SLANT if relation else 1)
+    across = draws.choice(_pairs(tuple(radii), spacing, -most, most))
     vertical = relation == "above" or (not relation and draws.choice((False, True)))
     return list(zip(across, along, strict=True) if vertical else zip(along, across, strict=True))
 
 
-def _place_apart(offset: float, radii: list[float], draws: Draws) -> tuple[float, float]:
-    """Two coordinates, the second `offset` beyond the first, both within the margins."""
-    (first_low, first_high), (second_low, second_high) = ((MARGIN + r, 32 - MARGIN - r) for r in radii)
-    first = draws.uniform(max(first_low, second_low - offset), min(first_high, second_high - offset))
-    return first, first + offset
-
-
-def _place_in_quarters(radii: list[float], draws: Draws) -> list[tuple[float, float]]:
+def _place_in_quarters(radii: list[float], spacing: float, draws: Draws) -> list[tuple[float, float]]:
     """Up to four centres, each in a quarter of its own."""
     quarters = [(0, 0), (0, 16), (16, 0), (16, 16)]
     places = []
     for radius in radii:
         corner = draws.choice(quarters)
         quarters.remove(corner)
-        near_edge, near_middle = MARGIN + radius, 16 - GAP / 2 - radius
-        x, y = (draws.uniform(near_edge, near_middle) for _ in "xy")
+        x, y = (draws.choice(_places(radius, spacing, 16 - GAP / 2)) for _ in "xy")
         places.append((32 - x if corner[0] else x, 32 - y if corner[1] else y))
     return places
