@@ -29,12 +29,13 @@ def get_config():
 
     c.diffusion.objective = "rectified_flow"
     c.diffusion.time_distribution = "uniform"
-    c.diffusion.shift = 3.0  # objects are large and flat: only where noise hides them does a caption say something new
+    c.diffusion.shift = 2.0  # objects are large and flat: only where noise hides them does a caption say something new
 
-    c.train.updates = 20_000
+    c.train.updates = 14_000
     c.train.batch_size = 32
     c.optim.optimizer = "muon"  # docs/scenes.md compares it with AdamW
-    c.optim.lr = 1e-3
+    c.optim.lr = 2e-3
+    c.optim.muon_lr_ratio = 2.5
     c.optim.b2 = 0.99
     c.optim.schedule = "cosine"
     c.optim.warmup_steps = 500
@@ -50,6 +51,6 @@ def get_config():
     c.evaluate.num_samples = 1200  # 200 of each category
 
     c.log.every = 50
-    c.log.samples_every = 1000
+    c.log.samples_every = 2000
     c.checkpoint.every = 500
     return c
