@@ -20,6 +20,7 @@ from trm_diffusion.diffusion.samplers import sample as run_sampler
 from trm_diffusion.errors import Interrupted
 from trm_diffusion.prompts import Request, request_of
 from trm_diffusion.runs import load_run, sampling_parameters
+from trm_diffusion.runtime.devices import compiler_options
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.parameters import Parameters
 from trm_diffusion.runtime.random import Purpose, key_for
@@ -87,7 +88,12 @@ def sampling_program(
 
     batch = batch_sharding(experiment.mesh)
     out = replicated(experiment.mesh) if gathered else batch
-    return jax.jit(program, in_shardings=(None, batch, batch), out_shardings=out)
+    return jax.jit(
+        program,
+        in_shardings=(None, batch, batch),
+        out_shardings=out,
+        compiler_options=compiler_options(experiment.mesh),
+    )
 
 
 def draw_all(
