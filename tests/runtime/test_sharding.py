@@ -1,5 +1,7 @@
 """The one table from logical axes to the mesh: shapes that fit, collisions that do not, and who follows whom."""
 
+import dataclasses
+
 import chex
 import jax
 import numpy as np
@@ -16,6 +18,7 @@ from trm_diffusion.runtime.sharding import (
     MeshConfig,
     batch_sharding,
     batch_shards,
+    make_mesh,
     mesh_shape,
     parameter_sharding,
 )
@@ -32,6 +35,26 @@ EIGHT = AbstractMesh((1, 2, 2, 2), MESH_AXES)
 ])  # fmt: skip
 def test_mesh_shape(config, devices, shape):
     assert mesh_shape(config, devices) == shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What JAX asks of a TPU chip to lay a mesh over its torus."""
+
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+    core_on_chip: int = 0
+    slice_index: int = 0
+    process_index: int = 0
+
+
+def test_an_axis_may_take_a_part_of_an_axis_of_the_torus():
+    chips = [Chip((x, y, z)) for z in range(4) for y in range(4) for x in range(4)]
+    devices = make_mesh(MeshConfig(fsdp=8), devices=chips).devices
+    assert devices.shape == (8, 8, 1, 1) and set(devices.flat) == set(chips)
+    for group in devices[:, :, 0, 0]:  # near each other: a box of eight
+        assert np.prod(np.ptp([chip.coords for chip in group], axis=0) + 1) == 8
 
 
 @pytest.mark.parametrize(("config", "devices", "slices", "divisor", "shape"), [

@@ -67,11 +67,12 @@ def make_mesh(config: MeshConfig, *, divisor: int = 1, devices: Sequence[jax.Dev
     slices = len({slice_of(device) for device in devices})
     shape = mesh_shape(config, len(devices), slices=slices, divisor=divisor)
     types = (AxisType.Auto,) * len(MESH_AXES)
-    if slices == 1:
-        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
-    within = (shape[0] // slices, *shape[1:])
-    over = (slices,) + (1,) * (len(shape) - 1)
-    array = mesh_utils.create_hybrid_device_mesh(within, over, devices, allow_split_physical_axes=True)
+    if slices == 1:  # fsdp=8 on a torus of 4x4x4 takes one of its axes, and half of another
+        array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        within = (shape[0] // slices, *shape[1:])
+        over = (slices,) + (1,) * (len(shape) - 1)
+        array = mesh_utils.create_hybrid_device_mesh(within, over, devices, allow_split_physical_axes=True)
     return Mesh(array, MESH_AXES, axis_types=types)
 
 
