@@ -58,10 +58,18 @@ def test_a_choice_counts_its_dearest_branch():
     ("replica_groups=mesh['a'=2,'b'=4] {'a'}", [0, 4]),
     ("replica_groups=mesh['a'=2,'b'=4] {'b'}", [0, 1, 2, 3]),
     ("replica_groups=mesh['a'=2,'b'=4] {'a','b':(2)2}", [0, 1, 4, 5]),
+    ("replica_groups=mesh['a'=2,'b'=1,'c'=4], device_ids=([4,2]T(1,0)) {'a'}, dimensions={0}", [0, 1]),
+    ("replica_groups=mesh['a'=2,'c'=2], device_ids=(3,1,2,0) {'c'}", [3, 1]),
     ("source_target_pairs={{0,0},{1,2},{2,1}}", [1, 2]),
+    ("replica_groups={}, to_apply=%sum", [0]),
 ])  # fmt: skip
 def test_groups_of_devices(attributes, group):
     assert first_group(attributes) == group
+
+
+def test_groups_in_an_unknown_form_are_not_taken_for_single_devices():
+    with pytest.raises(ValueError, match="not known: .*torus"):
+        first_group("replica_groups=torus[4,2], dimensions={0}")
 
 
 # As a TPU's compiler writes it: a loop that only its condition tells the length of, a sum of which each device keeps

@@ -362,12 +362,28 @@ def first_group(attributes: str) -> list[int]:
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return [int(device) for device in listed[1].split(",")]
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        groups, dimensions, order = ([int(i) for i in (part or "").split(",") if i] for part in iota.groups())
-        devices = np.arange(math.prod(dimensions)).reshape(dimensions)
-        return devices.transpose(order or range(len(dimensions))).reshape(groups)[0].tolist()
-    if mesh := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", attributes):
-        return _group_of_mesh(mesh[1], mesh[2])
+        groups, dimensions, order = iota.groups()
+        return _counted(dimensions, order).reshape(_integers(groups))[0].tolist()
+    if mesh := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}", attributes):
+        places = _group_of_mesh(mesh[1], mesh[3])
+        if laid := re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?$", mesh[2] or ""):
+            return _counted(*laid.groups()).reshape(-1)[places].tolist()
+        listed = _integers(mesh[2])
+        return [listed[place] for place in places] if listed else places
+    if unknown := re.search(r"replica_groups=(?!\{\}).{,60}", attributes):
+        raise ValueError(f"groups of devices in a form that is not known: {unknown[0]}")
     return [0]
+
+
+def _integers(text: str | None) -> list[int]:
+    return [int(digits) for digits in re.findall(r"\d+", text or "")]
+
+
+def _counted(dimensions: str, order: str | None) -> np.ndarray:
+    """Devices 0, 1, 2 ... in an array of these dimensions, with its axes in another order if one is given."""
+    sizes = _integers(dimensions)
+    devices = np.arange(math.prod(sizes)).reshape(sizes)
+    return devices.transpose(_integers(order) or range(len(sizes)))
 
 
 def _group_of_mesh(axes: str, named: str) -> list[int]:
