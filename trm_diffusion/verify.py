@@ -48,7 +48,7 @@ def verify(directory: str, config: Config | None = None) -> bool:
 def _holds_texts(directory: str) -> bool:
     try:
         return "encoding" in json.loads((pathlib.Path(directory) / MANIFEST_NAME).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return False  # reading it as the manifest of latents says why
 
 

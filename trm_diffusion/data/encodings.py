@@ -103,7 +103,7 @@ def read_manifest(directory: str) -> dict:
         raise UserError(f"config.data.text={directory!r} has no {MANIFEST_NAME}: {_REMEDY}")
     try:
         manifest = json.loads(path.read_text())
-        version, _ = manifest["format_version"], manifest["preparation"]
+        version, *_ = (manifest[name] for name in ("format_version", "preparation", "records", "items"))
         sizes = [manifest["encoding"][name] for name in SIZES]
         whole = all(isinstance(size, int) for size in sizes) and all(shard["file"] for shard in manifest["shards"])
     except (ValueError, KeyError, TypeError) as error:
