@@ -1,4 +1,4 @@
-"""The attention kernels against XLA's attention: values, gradients, where they run, and on several devices."""
+"""Our attention against JAX's: values, gradients, where they run, and on several devices."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from trm_diffusion.models.attention import dot_product_attention, reference_attention
+from trm_diffusion.models.attention import dot_product_attention, xla_attention
 from trm_diffusion.models.fused_attention import fits, fused_attention
 from trm_diffusion.models.splash_attention import splash_attention
 
@@ -33,6 +33,11 @@ def value_and_gradients(function, q, k, v, mask, cotangent):
     return value, *pullback(cotangent)
 
 
+def reference_attention(q, k, v, mask=None):
+    mask = None if mask is None else mask[:, None, None, :]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
+
+
 def fused(q, k, v, mask=None):
     return fused_attention(q, k, v, mask, True)
 
@@ -44,6 +49,9 @@ def splash(q, k, v, mask=None):
 @pytest.mark.parametrize(
     "kernel, shape, tolerance",
     [
+        (xla_attention, dict(n=21, m=35, heads=3), 1e-5),
+        (xla_attention, dict(n=21, m=35, masked=True), 1e-5),
+        (xla_attention, dict(n=64, m=64, d=72, dtype="bfloat16"), 0.03),
         (fused, dict(n=16, m=16), 1e-5),
         (fused, dict(n=21, m=35, heads=3, masked=True), 1e-5),
         (fused, dict(n=300, m=1100, heads=4, masked=True), 1e-5),  # queries in parts, heads in groups

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from trm_diffusion.models.fused_attention import fits, fused_attention
+from trm_diffusion.models.fused_attention import MASKED, fits, fused_attention
 from trm_diffusion.models.layers import linear
 from trm_diffusion.models.partition import on_each_device
 from trm_diffusion.models.remat import kept
@@ -46,7 +46,7 @@ def dot_product_attention(
         kernels["tpu"] = functools.partial(_divided, _TPU_KERNELS[chosen])
     if implementation in ("auto", "cudnn") and _cudnn_applies(q_bnhd, k_bmhd):
         kernels["cuda"] = functools.partial(_divided, cudnn_attention)
-    return jax.lax.platform_dependent(*operands, **kernels, default=reference_attention)
+    return jax.lax.platform_dependent(*operands, **kernels, default=xla_attention)
 
 
 _TPU_KERNELS = {"fused": fused_attention, "splash": splash_attention}
@@ -74,14 +74,26 @@ def _divided(kernel: Callable, q_bnhd, k_bmhd, v_bmhd, mask_bm=None) -> jax.Arra
     return on_each_device(kernel, (q_bnhd, heads), (k_bmhd, heads), (v_bmhd, heads), *masks)
 
 
-def reference_attention(q_bnhd, k_bmhd, v_bmhd, mask_bm=None) -> jax.Array:
-    """As `dot_product_attention`, by JAX's own function of that name."""
-    mask = None if mask_bm is None else mask_bm[:, None, None, :]
-    return jax.nn.dot_product_attention(q_bnhd, k_bmhd, v_bmhd, mask=mask, implementation="xla")
+def xla_attention(q_bnhd, k_bmhd, v_bmhd, mask_bm=None) -> jax.Array:
+    """As `dot_product_attention`, in products that any compiler knows.
+
+    Heads come before tokens, so that each product is a plain matmul of whole matrices, and the softmax is normalised
+    after the product with v, where rows are shorter. With float32 on a CPU, 8 images of 256 tokens, 6 heads of 64, that
+    takes half as long as `jax.nn.dot_product_attention`, forward and backward.
+    """
+    q, k, v = (x.swapaxes(1, 2) for x in (q_bnhd, k_bmhd, v_bmhd))
+    logits = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32)
+    if mask_bm is not None:
+        logits = jnp.where(mask_bm[:, None, None, :], logits, MASKED)
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    numerators = jnp.exp((logits - largest) * q.shape[-1] ** -0.5)
+    out = jnp.einsum("bhnm,bhmd->bhnd", numerators.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = out / jnp.sum(numerators, axis=-1, keepdims=True)
+    return out.swapaxes(1, 2).astype(q.dtype)
 
 
 def cudnn_attention(q_bnhd, k_bmhd, v_bmhd, mask_bm=None) -> jax.Array:
-    """As `reference_attention`, by cuDNN's kernel, which wants a mask to have a row for every query."""
+    """As `dot_product_attention`, by cuDNN's kernel, which wants a mask to have a row for every query."""
     mask = None
     if mask_bm is not None:
         mask = jnp.broadcast_to(mask_bm[:, None, None, :], (len(mask_bm), 1, q_bnhd.shape[1], mask_bm.shape[1]))
