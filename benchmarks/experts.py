@@ -66,7 +66,7 @@ def inputs(experts: int, tokens: int, dtype) -> dict[str, np.ndarray]:
     probabilities = np.asarray(jax.nn.softmax(logits / 5.0))
     return {
         "h": normal(groups, GROUP_TOKENS, WIDTH).astype(dtype),
-        "down": (WIDTH**-0.5 * normal(WIDTH, PROJECTIONS, experts, RANK)).astype(dtype),
+        "down": (WIDTH**-0.5 * normal(PROJECTIONS, experts, RANK, WIDTH)).astype(dtype),
         "up": (RANK**-0.5 * normal(PROJECTIONS, experts, RANK, WIDTH)).astype(dtype),
         "weights": np.ones((images, TOKENS_PER_IMAGE, 1, 1), np.float32),
         "experts": np.argmax(logits, axis=-1)[..., None].astype(np.int32),
@@ -81,7 +81,7 @@ def program(dispatch: str, experts: int) -> Callable[[dict], tuple]:
 
     def ideal(h, down, up, weights):
         groups, tokens, width = h.shape
-        low = jnp.split(h.reshape(-1, width) @ down[:, :, 0].reshape(width, -1), PROJECTIONS, axis=-1)
+        low = jnp.split(h.reshape(-1, width) @ down[:, 0].reshape(-1, width).T, PROJECTIONS, axis=-1)
         updates = [low_tr @ up_rd for low_tr, up_rd in zip(low, up[:, 0], strict=True)]
         return jnp.stack(updates, axis=1).reshape(groups, tokens, PROJECTIONS, width)
 

@@ -130,7 +130,7 @@ class Result(typing.NamedTuple):
 def recursion(x, shift, scale, timestep, condition, pools, base, heads, config, *, steps, gumbel, norms, context, head):
     """The latent steps on modulated tokens x [B, N, D].
 
-    pools: a list of {"token_kernel", "condition_kernel" [D, P, M], "down" [D, 3, M, r], "up" [3, M, r, D]}, one, or one
+    pools: a list of {"token_kernel", "condition_kernel" [D, P, M], "down" and "up" [3, M, r, D]}, one, or one
     for each latent step. base: (kernel [D, 3 D], bias [3 D]). gumbel: [T, B, N, P, M], or None at inference.
     context: (keys, values) [B, L, H, d] of the text, or None. head: (kernel [D], bias) of the learned halting, or None.
     """
@@ -163,7 +163,7 @@ def recursion(x, shift, scale, timestep, condition, pools, base, heads, config, 
         for b, n in every_token:
             for projection in range(3):
                 for m, weight in decisions[b][n][projection if choices == 3 else 0]:
-                    low = h[b, n] @ pool["down"][:, projection, m]
+                    low = pool["down"][projection, m] @ h[b, n]
                     qkv[b, n, projection] += weight * (low @ pool["up"][projection, m])
         return h, qkv
 

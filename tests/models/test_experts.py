@@ -93,7 +93,7 @@ def test_a_token_that_asks_for_nothing_takes_no_capacity():
 
 def weights_and_tokens(rng, experts, images=4):
     h = rng.standard_normal((images, TOKENS, WIDTH), np.float32)
-    down = rng.standard_normal((WIDTH, 3, experts, RANK), np.float32)
+    down = rng.standard_normal((3, experts, RANK, WIDTH), np.float32)
     up = rng.standard_normal((3, experts, RANK, WIDTH), np.float32)
     return tuple(map(jnp.asarray, (h, down, up)))
 
@@ -105,7 +105,7 @@ def plain_updates(h_gsd, down, up, assignment) -> np.ndarray:
     out = np.zeros((*h.shape[:2], 3, h.shape[2]))
     for g, s, p, m in itertools.product(*map(range, h.shape[:2]), range(3), range(up.shape[1])):
         weight = combine[g, s, p if combine.shape[2] == 3 else 0, m]
-        out[g, s, p] += weight * (h[g, s] @ down[:, p, m]) @ up[p, m]
+        out[g, s, p] += weight * (down[p, m] @ h[g, s]) @ up[p, m]
     return out
 
 
@@ -154,7 +154,7 @@ def test_permutations_of_experts_images_and_tokens(dispatch):
             experts=jnp.argsort(jnp.asarray(order)).astype(jnp.int32)[routing.experts],
             probabilities=routing.probabilities[..., order],
         )
-        found = updates(h, down[:, :, order], up[:, order], renamed, capacity)
+        found = updates(h, down[:, order], up[:, order], renamed, capacity)
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
         found = updates(h[groups], down, up, jax.tree.map(lambda leaf: leaf[groups], routing), capacity)

@@ -154,7 +154,7 @@ def test_permutations_of_tokens_images_and_experts(seed, tokens, images, experts
     same = dict(rtol=1e-4, atol=1e-4 * np.abs(expected).max())
     np.testing.assert_allclose(forward(state, (data[0][:, tokens], *data[1:])), expected[:, tokens], **same)
     np.testing.assert_allclose(forward(state, jax.tree.map(lambda leaf: leaf[images], data)), expected[images], **same)
-    axes = {"token_kernel": -1, "condition_kernel": -1, "down": -2, "up": -3}
+    axes = {"token_kernel": -1, "condition_kernel": -1, "down": -3, "up": -3}
     renamed = nnx.from_flat_state(
         {
             path: jnp.take(v[...], experts, axis=axes[path[-1]]) if path[-1] in axes else v

@@ -15,6 +15,8 @@ Three implementations of one function, equal to rounding, of which `auto` takes 
               empty places alone; the backward pass gathers as well, rather than scatter
     one_hot   the same with products by one-hot matrices in place of gathers, for hardware that gathers slowly
 
+On a TPU models/fused_latent_step.py takes the place of `dense` where it can.
+
 Over an expert axis of E devices each owns M / E experts, and their weights come to the tokens: they are gathered where
 they are used, as with fsdp, and routing groups stay where their images are. Bytes that a device with S tokens receives
 in the forward pass of one latent step; the figures are of DiT-XL/2 (D = 1152, r = 128, bfloat16, 32 images, k = 1) with
@@ -106,9 +108,10 @@ class LowRankExperts(nnx.Module):
     def __init__(self, width: int, experts: int, rank: int, *, dispatch: str, dtype, rngs: nnx.Rngs):
         self.dispatch, self.dtype = dispatch, dtype
         init = nnx.initializers.normal(width**-0.5)
+        # Both lie as [3, M, r, D]: with M last but one, a TPU would pad 2 experts to 8 rows of a tile.
         self.down = nnx.Param(  # A
-            init(rngs.params(), (width, PROJECTIONS, experts, rank), jnp.float32),
-            logical_axes=("embed", None, "expert", "rank"),
+            jnp.moveaxis(init(rngs.params(), (width, PROJECTIONS, experts, rank), jnp.float32), 0, -1),
+            logical_axes=(None, "expert", "rank", "embed"),
         )
         self.up = nnx.Param(  # B
             jnp.zeros((PROJECTIONS, experts, rank, width), jnp.float32),
@@ -117,19 +120,22 @@ class LowRankExperts(nnx.Module):
 
     def __call__(self, h_bnd: jax.Array, assignment: Assignment, capacity: int | None) -> jax.Array:
         """The weighted low-rank updates of q, k and v: [B, N, D] -> [B, N, 3, D]."""
-        h, down, up = (x.astype(self.dtype) for x in (h_bnd, self.down[...], self.up[...]))
-        down, up = lay(down, None, None, None, None), lay(up, None, None, None, "heads")  # from their owners
-        return expert_updates(h, down, up, assignment, capacity, self.dispatch)
+        return expert_updates(h_bnd.astype(self.dtype), *self.weights(), assignment, capacity, self.dispatch)
+
+    def weights(self) -> tuple[jax.Array, jax.Array]:
+        """A and B as they are computed with, [3, M, r, D] each, brought from their owners."""
+        down, up = self.down[...].astype(self.dtype), self.up[...].astype(self.dtype)
+        return lay(down, None, None, None, None), lay(up, None, None, None, "heads")
 
 
-def expert_updates(h_bnd, down_dpmr, up_pmrd, assignment: Assignment, capacity: int | None, dispatch: str) -> jax.Array:
+def expert_updates(h_bnd, down_pmrd, up_pmrd, assignment: Assignment, capacity: int | None, dispatch: str) -> jax.Array:
     """The weighted low-rank updates [B, N, 3, D] by the implementation that `dispatch` names.
 
     h_bnd: the tokens of all routing groups in order, B * N = G * S; [G, S, D] is as good.
     capacity: C as given to `assign`; where it is None, no token is dropped, and the implementation is always dense.
     "auto" decides for the platform that the program is compiled for, which need not be the one it is compiled on.
     """
-    operands, tokens = (h_bnd, down_dpmr, up_pmrd, assignment), assignment.taken.shape[1]
+    operands, tokens = (h_bnd, down_pmrd, up_pmrd, assignment), assignment.taken.shape[1]
     if capacity is None:
         return dense_updates(*operands)
     capacity = min(capacity, tokens)
@@ -139,7 +145,7 @@ def expert_updates(h_bnd, down_dpmr, up_pmrd, assignment: Assignment, capacity: 
 
     if dispatch != "auto":
         return implementation(dispatch)(*operands)
-    _, _, experts, rank = down_dpmr.shape
+    _, experts, rank, _ = down_pmrd.shape
     choices = assignment.taken.shape[2]
     on_tpu, elsewhere = (cheapest_dispatch(on, tokens, experts, capacity, choices, rank) for on in ("tpu", "default"))
     if on_tpu == elsewhere:
@@ -161,7 +167,7 @@ def cheapest_dispatch(platform: str, tokens: int, experts: int, capacity: int, c
     return "dense" if pair * experts <= one_hot else "one_hot"
 
 
-def dense_updates(h_bnd, down_dpmr, up_pmrd, assignment: Assignment, capacity: int | None = None) -> jax.Array:
+def dense_updates(h_bnd, down_pmrd, up_pmrd, assignment: Assignment, capacity: int | None = None) -> jax.Array:
     """Every expert for every token; the weights mask the r-wide middle, so that M experts are one wide matmul.
 
     Tokens stay in their images, and each projection has a product of its own: otherwise the updates, whose images and
@@ -169,17 +175,17 @@ def dense_updates(h_bnd, down_dpmr, up_pmrd, assignment: Assignment, capacity: i
     """
     del capacity  # every expert has room for every token
     weights = assignment.combine.reshape(*h_bnd.shape[:2], *assignment.combine.shape[2:], 1)  # [B, N, P, M, 1]
-    low = jnp.einsum("bnd,dpmr->bnpmr", h_bnd, down_dpmr)
+    low = jnp.einsum("bnd,pmrd->bnpmr", h_bnd, down_pmrd)
     low = low * weights.astype(low.dtype)  # P = 1 broadcasts over q, k, v
     low = jnp.split(low, PROJECTIONS, axis=2)
     return jnp.stack([jnp.einsum("bnmr,mrd->bnd", low[p].squeeze(2), up_pmrd[p]) for p in range(PROJECTIONS)], axis=2)
 
 
-def capacity_updates(h_bnd, down_dpmr, up_pmrd, assignment: Assignment, capacity: int) -> jax.Array:
+def capacity_updates(h_bnd, down_pmrd, up_pmrd, assignment: Assignment, capacity: int) -> jax.Array:
     """Each expert gathers the tokens it takes, and each token gathers its updates back."""
     h_gsd = _in_groups(h_bnd, assignment)
     groups, _, width = h_gsd.shape
-    experts = down_dpmr.shape[2]
+    experts = down_pmrd.shape[1]
 
     def by_expert(x):  # [G, M * C, W] -> [M, G * C, W]: the groups join in one matmul for each expert
         return x.reshape(groups, experts, capacity, -1).swapaxes(0, 1).reshape(experts, groups * capacity, -1)
@@ -194,14 +200,14 @@ def capacity_updates(h_bnd, down_dpmr, up_pmrd, assignment: Assignment, capacity
         rows = by_expert(_fetch(h_gsd, taker, place))
         weights = by_expert(_fetch(assignment.combine[:, :, choice], taker, place))  # [M, G * C, M]
         weights = jnp.einsum("mcm->mc", weights)[..., None].astype(rows.dtype)
-        down = down_dpmr[:, projections]  # [D, p, M, r]
-        low = jnp.einsum("mcd,mdr->mcr", rows, jnp.moveaxis(down, 2, 0).reshape(experts, width, -1)) * weights
-        for low_mcr, up_mrd in zip(jnp.split(low, down.shape[1], axis=-1), up_pmrd[projections], strict=True):
+        down = down_pmrd[projections]  # [p, M, r, D]
+        low = jnp.einsum("mcd,mrd->mcr", rows, down.swapaxes(0, 1).reshape(experts, -1, width)) * weights
+        for low_mcr, up_mrd in zip(jnp.split(low, len(down), axis=-1), up_pmrd[projections], strict=True):
             updates.append(_fetch(by_group(jnp.einsum("mcr,mrd->mcd", low_mcr, up_mrd)), place, taker))
     return jnp.stack(updates, axis=2).reshape(*h_bnd.shape[:2], PROJECTIONS, width)
 
 
-def one_hot_updates(h_bnd, down_dpmr, up_pmrd, assignment: Assignment, capacity: int) -> jax.Array:
+def one_hot_updates(h_bnd, down_pmrd, up_pmrd, assignment: Assignment, capacity: int) -> jax.Array:
     """As `capacity_updates`, with one-hot products in place of gathers, as GShard and Switch transformers dispatch."""
     h_gsd = _in_groups(h_bnd, assignment)
     turn = jnp.where(assignment.taken, _turn(assignment.taken), capacity)
@@ -210,7 +216,7 @@ def one_hot_updates(h_bnd, down_dpmr, up_pmrd, assignment: Assignment, capacity:
         places = jax.nn.one_hot(turn[:, :, choice], capacity, dtype=h_gsd.dtype)  # [G, S, M, C]
         weights = jnp.einsum("gsmc,gsm->gmc", places.astype(jnp.float32), assignment.combine[:, :, choice])
         rows = jnp.einsum("gsmc,gsd->gmcd", places, h_gsd)
-        low = jnp.einsum("gmcd,dpmr->gmcpr", rows, down_dpmr[:, projections])
+        low = jnp.einsum("gmcd,pmrd->gmcpr", rows, down_pmrd[projections])
         low = low * weights[..., None, None].astype(low.dtype)
         high = jnp.einsum("gmcpr,pmrd->gmcpd", low, up_pmrd[projections])
         updates.append(jnp.einsum("gsmc,gmcpd->gspd", places, high))

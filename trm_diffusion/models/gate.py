@@ -68,25 +68,32 @@ class Gate(nnx.Module):
         # Moved after each update towards an even load, never by a gradient; see models/balance.py.
         self.balance_bias = nnx.Param(jnp.zeros((choices, experts), jnp.float32)) if balance_bias else None
 
+    def token_logits(self, h_bnd: jax.Array) -> jax.Array:
+        """W_x LN(h), [B, N, P, M] float32; zeros where tokens are switched off."""
+        if "tokens" not in self.inputs:
+            return jnp.zeros((*h_bnd.shape[:2], *self.token_kernel.shape[1:]), jnp.float32)
+        # LN(h) W = (h - mean h) W / sigma = h (W - mean W) / sigma: the normalised tokens are not written out.
+        h32, kernel = h_bnd.astype(jnp.float32), self.token_kernel[...]
+        centred = kernel - jnp.mean(kernel, axis=0, keepdims=True)
+        projected = jnp.einsum("bnd,dpm->bnpm", h32, centred, precision=HIGHEST)
+        return projected * moments(h32)[1][..., None]
+
+    def condition_logits(self, conditioning: Conditioning) -> jax.Array:
+        """W_y y over the inputs that are switched on, [B, P, M] float32."""
+        sources = [getattr(conditioning, name) for name in ("timestep", "condition") if name in self.inputs]
+        y_bd = sum((source.astype(jnp.float32) for source in sources), jnp.zeros(conditioning.timestep.shape))
+        return jnp.einsum("bd,dpm->bpm", y_bd, self.condition_kernel[...], precision=HIGHEST)
+
     def logits(self, h_bnd: jax.Array, conditioning: Conditioning) -> jax.Array:
         """W_x LN(h) + W_y y over the inputs that are switched on, [B, N, P, M] float32."""
-        b, n, _ = h_bnd.shape
-        logits = jnp.zeros((b, n, *self.token_kernel.shape[1:]), jnp.float32)
-        if "tokens" in self.inputs:
-            # LN(h) W = (h - mean h) W / sigma = h (W - mean W) / sigma: the normalised tokens are not written out.
-            h32, kernel = h_bnd.astype(jnp.float32), self.token_kernel[...]
-            centred = kernel - jnp.mean(kernel, axis=0, keepdims=True)
-            projected = jnp.einsum("bnd,dpm->bnpm", h32, centred, precision=HIGHEST)
-            logits += projected * moments(h32)[1][..., None]
-        sources = [getattr(conditioning, name) for name in ("timestep", "condition") if name in self.inputs]
-        if sources:
-            y_bd = sum(source.astype(jnp.float32) for source in sources)
-            logits += jnp.einsum("bd,dpm->bpm", y_bd, self.condition_kernel[...], precision=HIGHEST)[:, None]
-        return logits
+        return self.token_logits(h_bnd) + self.condition_logits(conditioning)[:, None]
 
     def __call__(self, h_bnd: jax.Array, conditioning: Conditioning, key: jax.Array | None) -> Routing:
         """Routes every token. `key` draws the Gumbel noise of training; None means inference, without noise."""
-        logits = self.logits(h_bnd, conditioning)
+        return self.route(self.logits(h_bnd, conditioning), key)
+
+    def route(self, logits: jax.Array, key: jax.Array | None) -> Routing:
+        """As a call, from the logits [B, N, P, M]."""
         noise = 0.0 if key is None else jax.random.gumbel(key, logits.shape, jnp.float32)
         z = (logits + noise) / self.temperature
         scores = jax.lax.stop_gradient(z if self.balance_bias is None else z + self.balance_bias[...][None, None])

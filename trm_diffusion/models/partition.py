@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+Axes = tuple[str | None, ...]  # the logical name of each axis of an array
 _PLACEMENT = contextvars.ContextVar("placement", default=None)  # (mesh, logical axis -> mesh axes) or None
 
 
@@ -35,10 +36,18 @@ def lay(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
-def on_each_device(function: Callable, *operands: tuple[jax.Array, tuple[str | None, ...]]) -> jax.Array:
-    """function(*arrays) on each device's share of the arrays; the result is divided as the first of them.
+def platform() -> str:
+    """Of the devices that the program is traced for: "tpu", "gpu", "cpu"."""
+    placement = _PLACEMENT.get()
+    return jax.default_backend() if placement is None else placement[0].devices.flat[0].platform
 
-    operands: (array, its logical axes) each. What is named None, or does not divide evenly, every device gets whole.
+
+def on_each_device(function: Callable, *operands: tuple[jax.Array, Axes], results: Sequence[Axes] = ()):
+    """function(*arrays) on each device's share of the arrays.
+
+    operands: (array, its logical axes) each. results: the axes of each array that the function gives; without them it
+    gives one, which is divided as the first operand. What is named None, or does not divide evenly, every device gets
+    whole.
     """
     arrays = [array for array, _ in operands]
     if _PLACEMENT.get() is None or _PLACEMENT.get()[0].size == 1:
@@ -50,5 +59,11 @@ def on_each_device(function: Callable, *operands: tuple[jax.Array, tuple[str | N
         shards = math.prod(mesh.shape[axis] for axis in ([over] if isinstance(over, str) else over))
         return over if shards > 1 and size % shards == 0 else None
 
-    specs = tuple(PartitionSpec(*map(share, array.shape, names)) for array, names in operands)
-    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
+    def spec(array, names: Axes) -> PartitionSpec:
+        return PartitionSpec(*map(share, array.shape, names))
+
+    specs = tuple(spec(array, names) for array, names in operands)
+    given = specs[0]
+    if results:
+        given = tuple(map(spec, jax.eval_shape(function, *arrays), results))
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=given, check_vma=False)(*arrays)

@@ -23,10 +23,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from trm_diffusion.models.experts import PROJECTIONS, Assignment, LowRankExperts, assign, expert_capacity
+from trm_diffusion.models.experts import (
+    PROJECTIONS,
+    Assignment,
+    LowRankExperts,
+    assign,
+    cheapest_dispatch,
+    expert_capacity,
+)
+from trm_diffusion.models.fused_latent_step import dense_updates, fits, token_logits
 from trm_diffusion.models.gate import Conditioning, Gate, Routing
 from trm_diffusion.models.halting import Halting, Progress
 from trm_diffusion.models.layers import layer_norm, modulate
+from trm_diffusion.models.partition import on_each_device, platform
 from trm_diffusion.models.remat import rematerialized
 
 BASE_INPUTS = ("modulated", "carry")
@@ -109,6 +118,35 @@ class Pool(nnx.Module):
         self.experts = LowRankExperts(
             width, config.experts, config.rank, dispatch=config.dispatch, dtype=dtype, rngs=rngs
         )
+
+    def fused_token_logits(self, a_bnd, shift_bd, scale_bd) -> tuple[jax.Array, jax.Array]:
+        """The gate's token logits by h = Mod(LN(a)), [B, N, P, M], and a itself for `fused_updates`; on a TPU."""
+        kernel, tokens, images = self.gate.token_kernel[...], ("batch", None, None), ("batch", None)
+        logits, a_bnd = on_each_device(
+            token_logits,
+            (a_bnd, tokens),
+            (shift_bd, images),
+            (scale_bd, images),
+            (kernel.reshape(len(kernel), -1), (None, None)),
+            results=(tokens, tokens),
+        )
+        return logits.reshape(*logits.shape[:2], *kernel.shape[1:]), a_bnd
+
+    def fused_updates(self, a_bnd, shift_bd, scale_bd, assignment: Assignment) -> jax.Array:
+        """The experts' updates by h = Mod(LN(a)), [B, N, 3, D]; on a TPU."""
+        weights = assignment.combine.reshape(*a_bnd.shape[:2], *assignment.combine.shape[2:])  # [B, N, P, M]
+        down, up = self.experts.weights()
+        updates = on_each_device(
+            dense_updates,
+            (a_bnd, ("batch", None, None)),
+            (shift_bd, ("batch", None)),
+            (scale_bd, ("batch", None)),
+            (weights, ("batch", None, None, None)),
+            (down, (None, None, None, None)),
+            (up, (None, None, None, "heads")),
+            results=PROJECTIONS * (("batch", None, "heads"),),
+        )
+        return jnp.stack(updates, axis=2)
 
 
 class Recursion(nnx.Module):
@@ -196,8 +234,9 @@ class Recursion(nnx.Module):
             )
 
         policy, in_loop = config.remat, config.scan_latent_steps
-        if most == 1 and policy == "full":  # its products take memory that does not grow with T, and save time
-            policy, in_loop = "dots", True
+        if most == 1 and policy == "full":  # what is kept of it does not grow with T, and saves time
+            fused = self._is_fused(block.x_bnd, *self._routing_group(block.x_bnd, training=training))
+            policy, in_loop = "none" if fused else "dots", True
         body, reports = rematerialized(body, policy, in_loop=in_loop), []
         if halting is not None and not training:
             if most:
@@ -262,21 +301,42 @@ class Recursion(nnx.Module):
 
         running [B, N]: tokens that ask for an update; None is all of them.
         """
-        config, x_bnd, key = self.config, block.x_bnd, block.key
-        h = layer_norm(a_bnd) if config.normalization else a_bnd
-        if config.modulation:
-            h = modulate(h, block.shift_bd, block.scale_bd)
-        if config.residual == "after_norm":
-            h = h + x_bnd
-        pool = self._pool_at(t)
-        routing = pool.gate(h, block.conditioning, None if key is None else jax.random.fold_in(key, t))
+        x_bnd, pool, h = block.x_bnd, self._pool_at(t), self._modulated(block, a_bnd)
+        key = None if block.key is None else jax.random.fold_in(block.key, t)
+        group, capacity = self._routing_group(x_bnd, training=key is not None)
+        fused = self._is_fused(x_bnd, group, capacity)
+        if fused:
+            of_tokens, a_bnd = pool.fused_token_logits(a_bnd, block.shift_bd, block.scale_bd)
+            routing = pool.gate.route(of_tokens + pool.gate.condition_logits(block.conditioning)[:, None], key)
+        else:
+            routing = pool.gate(h, block.conditioning, key)
         if running is not None:  # expert -1 is none of them
             routing = routing._replace(experts=jnp.where(running[..., None, None], routing.experts, -1))
-        group, capacity = self._routing_group(x_bnd, training=key is not None)
         assignment = assign(routing, group, capacity)
-        update = pool.experts(h, assignment, capacity)  # [B, N, 3, D]
+        if fused:
+            update = pool.fused_updates(a_bnd, block.shift_bd, block.scale_bd, assignment)
+        else:
+            update = pool.experts(h, assignment, capacity)  # [B, N, 3, D]
         update = update.reshape(*x_bnd.shape[:2], PROJECTIONS, self.heads, -1)
         return h, update, _report(routing, assignment, running)
+
+    def _modulated(self, block: "_Block", a_bnd: jax.Array) -> jax.Array:
+        """h, as the gate and the experts see the state, [B, N, D]."""
+        h = layer_norm(a_bnd) if self.config.normalization else a_bnd
+        if self.config.modulation:
+            h = modulate(h, block.shift_bd, block.scale_bd)
+        return h + block.x_bnd if self.config.residual == "after_norm" else h
+
+    def _is_fused(self, x_bnd: jax.Array, group: int, capacity: int | None) -> bool:
+        """Whether the kernels of models/fused_latent_step.py do it: on a TPU, in the paper's form, where dense pays."""
+        c, (_, tokens, width) = self.config, x_bnd.shape
+        papers = c.normalization and c.modulation and c.residual == "before_norm" and "tokens" in c.gate_inputs
+        if platform() != "tpu" or c.dispatch != "auto" or not papers:
+            return False
+        choices = PROJECTIONS if c.routing_scope == "per_projection" else 1
+        arguments = group * tokens, c.experts, capacity, choices, c.rank
+        pays = capacity is None or cheapest_dispatch("tpu", *arguments) == "dense"
+        return pays and fits(tokens, width, c.experts, c.rank, x_bnd.dtype)
 
     def _routing_group(self, x_bnd, *, training: bool) -> tuple[int, int | None]:
         """Images to a routing group, and the experts' capacity in it; at inference each image stands alone."""

@@ -87,8 +87,8 @@ def merged(weights: Weights, where: str) -> Weights:
             return kernel
         # Leading axes of one are a pool for the only latent step, and the only expert.
         down, up = (weights.read(part).astype(np.float64) for part in updates[name])
-        down, up = down.reshape(down.shape[-4], 3, -1), up.reshape(3, -1, up.shape[-1])  # [D, 3, r], [3, r, D]
-        update = np.einsum("dpr,pre->dpe", down, up).reshape(kernel.shape)
+        down, up = (part.reshape(3, -1, part.shape[-1]) for part in (down, up))  # [3, r, D]
+        update = np.einsum("prd,pre->dpe", down, up).reshape(kernel.shape)
         return (kernel.astype(np.float64) + update).astype(kernel.dtype)
 
     specs = {name: spec for name, spec in weights.specs.items() if not is_adapter(name)}
