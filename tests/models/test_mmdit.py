@@ -214,9 +214,12 @@ def test_latent_steps_compute_nothing_of_the_text(last):
     projection = [(IMAGES, TEXT, WIDTH), (WIDTH, HEADS, WIDTH // HEADS)]
     projected = [loops for inputs, loops in products if inputs == projection]
     assert projected == [0, 0, 0] and not any(with_text)  # q, k, v
-    keys = (IMAGES, TOKENS + TEXT, HEADS, WIDTH // HEADS)
-    queries = [(loops, inputs[0][1]) for inputs, loops in products if inputs[1] == keys]
-    assert queries == [(1, TOKENS), (0, TOKENS if last else TOKENS + TEXT)]
+    logits = [  # products of queries and keys, each [B, H, tokens, d]
+        (loops, queries[2])
+        for (queries, keys), loops in products
+        if keys == (IMAGES, HEADS, TOKENS + TEXT, WIDTH // HEADS) and queries[-1] == WIDTH // HEADS
+    ]
+    assert logits == [(1, TOKENS), (0, TOKENS if last else TOKENS + TEXT)]
 
 
 def test_recursion_starts_from_the_base_model():
