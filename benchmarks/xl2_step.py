@@ -4,7 +4,8 @@ The step is the training job's own, optimiser and moving average included: no re
 the compiler's estimate (`optimal_seconds`). It adds up the operations one after another, and counts an operand that is
 fetched ahead of its use four times; so do the bytes. The blocks are unrolled, since a loop's body would count once. A
 step's cost is linear in its blocks, so that it is put together from programs of one and two blocks, and checked against
-one of three. Compilation is that of the step as shipped, at full depth, its blocks under one scan.
+one of three. Compilation is that of the step as shipped, at full depth, its blocks under one scan; its cycles are the
+compiler's estimates of the operations too, with every turn of a loop.
 
 The table of attention compares the implementations at the lengths that matter, forward and backward. JAX declares no
 cost for splash attention, so that its estimates leave its products out and only its memory can be compared.
@@ -22,6 +23,7 @@ from jax.sharding import SingleDeviceSharding
 
 from benchmarks.measure import measured_for_tpu, progress, report, rounded, tpu_device
 from benchmarks.recursion import combined, experiment, lowered_step
+from trm_diffusion.analysis.hlo import program_cost
 from trm_diffusion.models.attention import chosen_for_tpu, dot_product_attention
 from trm_diffusion.models.dit import SIZES
 
@@ -66,7 +68,8 @@ def scanned(device: jax.Device) -> dict:
     wall, cpu = time.perf_counter(), time.process_time()
     compiled = lowered.compile()
     seconds = {"compile_seconds": time.perf_counter() - wall, "compile_cpu_seconds": time.process_time() - cpu}
-    return {**seconds, TEMPORARIES: figures(compiled)[TEMPORARIES]}
+    cycles = program_cost(compiled.as_text()).cycles
+    return {**seconds, TEMPORARIES: figures(compiled)[TEMPORARIES], "estimated_megacycles": cycles / 1e6}
 
 
 def attention(device: jax.Device, shape: tuple[int, ...]) -> dict:

@@ -103,6 +103,28 @@ def test_non_finite_update_changes_nothing_but_the_update_number():
     assert np.all(np.asarray(metrics["nonfinite_gradients"]).any())
 
 
+def test_a_gradient_too_large_to_be_squared_is_named_as_what_went_wrong():
+    experiment = build(tiny_config())
+    state = experiment.fresh_state()
+    trainable = dict(state.trainable)
+    trainable["final/modulation/bias"] += 1e25  # the last map takes that much, and starts as zero
+    before = jax.tree.map(np.asarray, dataclasses.replace(state, trainable=trainable))
+    state, metrics = make_train_step(experiment)(jax.tree.map(jnp.asarray, before), batch())
+    assert np.isfinite(metrics["loss"]) and metrics["skipped"] == 1
+    names, flags = sorted(before.trainable), np.asarray(metrics["nonfinite_gradients"])
+    assert [name for name, bad in zip(names, flags, strict=True) if bad] == ["final/out/kernel"]
+    chex.assert_trees_all_equal(dataclasses.replace(state, step=before.step), before)
+
+
+def test_averages_follow_the_parameters_of_the_same_update():
+    experiment = build(tiny_config(optim__ema_decays=(0.75,), optim__ema_warmup=False))
+    before = jax.tree.map(np.asarray, experiment.fresh_state())
+    state, _ = make_train_step(experiment)(experiment.fresh_state(), batch())
+    expected = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, before.trainable, state.trainable)
+    chex.assert_trees_all_close(state.ema["0.75"], expected, rtol=1e-6, atol=1e-9)
+    assert any(np.any(new != before.trainable[name]) for name, new in state.trainable.items())
+
+
 def test_frozen_parameters_have_no_optimizer_state_and_do_not_move():
     experiment = build(tiny_config(train__trainable="recursion"))
     state = experiment.fresh_state()
