@@ -110,7 +110,7 @@ def test_every_parameter_of_the_model_has_a_place(scan, pool):
         divided |= {axis for axis in sharding.spec if axis}
         stacked = scan * ("segments" in name) + (pool != "shared") * ("/pool/" in name)
         assert tuple(sharding.spec[:stacked]) == (None,) * stacked
-        own = {"down": ("fsdp", None, "expert", None), "up": (None, "expert", None, "tensor")}
+        own = {"down": (None, "expert", None, "fsdp"), "up": (None, "expert", None, "tensor")}
         if "/experts/" in name:
             assert tuple(sharding.spec[stacked:]) == own[name.rsplit("/", 1)[1]]
     assert divided == {"fsdp", "tensor", "expert"}
