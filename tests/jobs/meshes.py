@@ -22,7 +22,8 @@ from trm_diffusion.build import build
 from trm_diffusion.data.pipeline import make_iterator
 from trm_diffusion.models.experts import IMPLEMENTATIONS, assign, expert_capacity
 from trm_diffusion.models.gate import Conditioning
-from trm_diffusion.models.recursion import Pool, RecursionConfig
+from trm_diffusion.models.pool import Pool
+from trm_diffusion.models.recursion import RecursionConfig
 from trm_diffusion.prompts import training_source
 from trm_diffusion.runtime.checkpoints import Checkpoints
 from trm_diffusion.runtime.parameters import PureModel

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from tests.models.small import SMALL
-from trm_diffusion.models import fused_latent_step, recursion
+from trm_diffusion.models import fused_latent_step, pool, recursion
 from trm_diffusion.models.experts import Assignment
 from trm_diffusion.models.fused_latent_step import dense_updates, fits, token_logits
 from trm_diffusion.models.gate import Conditioning
@@ -92,7 +92,7 @@ def test_a_recursion_is_the_same_with_them(monkeypatch, scope):
     monkeypatch.setattr(recursion, "platform", lambda: "tpu")
     monkeypatch.setattr(recursion, "fits", lambda *sizes: calls.append(sizes) or True)
     for name, function in zip(("token_logits", "dense_updates"), interpreted, strict=True):
-        monkeypatch.setattr(recursion, name, function)
+        monkeypatch.setattr(pool, name, function)
     found = run()
     assert calls and expected[0][1].drop_fraction.max() > 0
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -147,10 +147,10 @@ def test_only_a_tpu_takes_them(monkeypatch):
 SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
 from tests.models.test_fused_latent_step import fused_by_pool, interpreted, operands, plain
-from trm_diffusion.models import recursion
+from trm_diffusion.models import pool
 from trm_diffusion.runtime.sharding import MESH_AXES, models_over
 
-recursion.token_logits, recursion.dense_updates = interpreted
+pool.token_logits, pool.dense_updates = interpreted
 arguments, cotangents = operands(4, 128, 1)
 mesh = jax.make_mesh((1, 2, 2, 1), MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4)
 
@@ -168,12 +168,12 @@ for a, b in zip((*found, *backward(cotangents)), (*expected, *pullback(cotangent
 def fused_by_pool(a, shift, scale, gate, weights, down, up):
     """As `fused`, through the methods that divide the work over devices."""
     config = dataclasses.replace(SMALL, rank=RANK)
-    pool = nnx.eval_shape(lambda: recursion.Pool(WIDTH, config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
-    pool.gate.token_kernel = nnx.Param(gate[:, None, :])
-    pool.experts.down, pool.experts.up = nnx.Param(down), nnx.Param(up)
-    logits, a = pool.fused_token_logits(a, shift, scale)
+    both = nnx.eval_shape(lambda: pool.Pool(WIDTH, config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    both.gate.token_kernel = nnx.Param(gate[:, None, :])
+    both.experts.down, both.experts.up = nnx.Param(down), nnx.Param(up)
+    logits, a = both.fused_token_logits(a, shift, scale)
     nothing = jnp.zeros(weights.shape, bool)
-    updates = pool.fused_updates(a, shift, scale, Assignment(weights, nothing, nothing, nothing))
+    updates = both.fused_updates(a, shift, scale, Assignment(weights, nothing, nothing, nothing))
     return logits[:, :, 0], jnp.moveaxis(updates, 2, 0)
 
 

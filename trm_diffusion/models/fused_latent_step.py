@@ -68,7 +68,7 @@ def _saving_logits(a_bnd, shift_bd, scale_bd, kernel_dc, interpret):
     (logits,) = _call(
         _logits_kernel, operands, [("token", (kernel_dc.shape[1],), jnp.float32)], kernel_dc.size, interpret
     )
-    return (logits.swapaxes(1, 2), a_bnd), (a_bnd, shift_bd, scale_bd, kernel_dc)
+    return (_tokens_last(logits), a_bnd), (a_bnd, shift_bd, scale_bd, kernel_dc)
 
 
 def _logits_gradients(interpret, saved, cotangents):
@@ -109,7 +109,7 @@ def _saving_updates(*operands):
     results = [("token", (width,), a_bnd.dtype)] * PROJECTIONS + [("token", (ranks,), a_bnd.dtype)]
     kernel = functools.partial(_updates_kernel, rank=down_pmrd.shape[2])
     *updates, low = _call(kernel, _of_updates(*arrays), results, 2 * down_pmrd.size, interpret)
-    return tuple(x.swapaxes(1, 2) for x in updates), (*arrays, low)
+    return tuple(map(_tokens_last, updates)), (*arrays, low)
 
 
 def _updates_gradients(interpret, saved, cotangents):
@@ -140,6 +140,7 @@ dense_updates.defvjp(_saving_updates, _updates_gradients)
 
 
 def _tokens_last(x_bnd: jax.Array) -> jax.Array:
+    """[B, N, D] -> [B, D, N], and back."""
     return x_bnd.swapaxes(1, 2)
 
 

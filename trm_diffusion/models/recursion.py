@@ -23,19 +23,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from trm_diffusion.models.experts import (
-    PROJECTIONS,
-    Assignment,
-    LowRankExperts,
-    assign,
-    cheapest_dispatch,
-    expert_capacity,
-)
-from trm_diffusion.models.fused_latent_step import dense_updates, fits, token_logits
-from trm_diffusion.models.gate import Conditioning, Gate, Routing
+from trm_diffusion.models.experts import PROJECTIONS, Assignment, assign, cheapest_dispatch, expert_capacity
+from trm_diffusion.models.fused_latent_step import fits
+from trm_diffusion.models.gate import Conditioning, Routing
 from trm_diffusion.models.halting import Halting, Progress
 from trm_diffusion.models.layers import layer_norm, modulate
-from trm_diffusion.models.partition import on_each_device, platform
+from trm_diffusion.models.partition import platform
+from trm_diffusion.models.pool import Pool
 from trm_diffusion.models.remat import rematerialized
 
 BASE_INPUTS = ("modulated", "carry")
@@ -98,55 +92,6 @@ class Recursed(NamedTuple):
     update: jax.Array  # [B, N, 3, H, d] to be added to the base projections
     base_input: jax.Array  # [B, N, D] what the base projection is to see
     report: RoutingReport
-
-
-class Pool(nnx.Module):
-    """A gate and the experts it chooses among."""
-
-    def __init__(self, width: int, config: RecursionConfig, *, dtype, rngs: nnx.Rngs):
-        self.gate = Gate(
-            width,
-            config.experts,
-            experts_per_token=config.experts_per_token,
-            choices=PROJECTIONS if config.routing_scope == "per_projection" else 1,
-            temperature=config.temperature,
-            inputs=tuple(config.gate_inputs.split(",")),
-            forward_weight=config.forward_weight,
-            balance_bias=config.balance_bias_rate > 0,
-            rngs=rngs,
-        )
-        self.experts = LowRankExperts(
-            width, config.experts, config.rank, dispatch=config.dispatch, dtype=dtype, rngs=rngs
-        )
-
-    def fused_token_logits(self, a_bnd, shift_bd, scale_bd) -> tuple[jax.Array, jax.Array]:
-        """The gate's token logits by h = Mod(LN(a)), [B, N, P, M], and a itself for `fused_updates`; on a TPU."""
-        kernel, tokens, images = self.gate.token_kernel[...], ("batch", None, None), ("batch", None)
-        logits, a_bnd = on_each_device(
-            token_logits,
-            (a_bnd, tokens),
-            (shift_bd, images),
-            (scale_bd, images),
-            (kernel.reshape(len(kernel), -1), (None, None)),
-            results=(tokens, tokens),
-        )
-        return logits.reshape(*logits.shape[:2], *kernel.shape[1:]), a_bnd
-
-    def fused_updates(self, a_bnd, shift_bd, scale_bd, assignment: Assignment) -> jax.Array:
-        """The experts' updates by h = Mod(LN(a)), [B, N, 3, D]; on a TPU."""
-        weights = assignment.combine.reshape(*a_bnd.shape[:2], *assignment.combine.shape[2:])  # [B, N, P, M]
-        down, up = self.experts.weights()
-        updates = on_each_device(
-            dense_updates,
-            (a_bnd, ("batch", None, None)),
-            (shift_bd, ("batch", None)),
-            (scale_bd, ("batch", None)),
-            (weights, ("batch", None, None, None)),
-            (down, (None, None, None, None)),
-            (up, (None, None, None, "heads")),
-            results=PROJECTIONS * (("batch", None, "heads"),),
-        )
-        return jnp.stack(updates, axis=2)
 
 
 class Recursion(nnx.Module):
@@ -330,8 +275,8 @@ class Recursion(nnx.Module):
     def _is_fused(self, x_bnd: jax.Array, group: int, capacity: int | None) -> bool:
         """Whether the kernels of models/fused_latent_step.py do it: on a TPU, in the paper's form, where dense pays."""
         c, (_, tokens, width) = self.config, x_bnd.shape
-        papers = c.normalization and c.modulation and c.residual == "before_norm" and "tokens" in c.gate_inputs
-        if platform() != "tpu" or c.dispatch != "auto" or not papers:
+        as_in_paper = c.normalization and c.modulation and c.residual == "before_norm" and "tokens" in c.gate_inputs
+        if platform() != "tpu" or c.dispatch != "auto" or not as_in_paper:
             return False
         choices = PROJECTIONS if c.routing_scope == "per_projection" else 1
         arguments = group * tokens, c.experts, capacity, choices, c.rank
