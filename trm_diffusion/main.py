@@ -144,7 +144,7 @@ def _explained(error: Exception, argv: list[str]) -> UserError:
 def run(mode: str, platform: str) -> int:
     """Runs one job of the parsed flags."""
     from trm_diffusion.runtime.devices import require_platform, use_compilation_cache
-    from trm_diffusion.runtime.processes import is_first, join, several
+    from trm_diffusion.runtime.processes import is_first, join, several, wait_for_all
 
     index, count = PROCESS_INDEX.value, PROCESS_COUNT.value
     join(COORDINATOR.value, count, index, detect=CLUSTER.value == "auto", timeout=START_TIMEOUT.value)
@@ -153,6 +153,8 @@ def run(mode: str, platform: str) -> int:
     if mode in ONE_PROCESS and not is_first():
         return 0
     require_platform(platform)
+    if mode not in ONE_PROCESS:
+        wait_for_all("the job begins")
     if mode == "doctor":
         from trm_diffusion.runtime.doctor import doctor
 

@@ -14,7 +14,7 @@ from etils import epath
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from tests.jobs.tiny import ROOT, command, finished, tiny_config, write_tiny_vae
+from tests.jobs.tiny import ROOT, all_finished, command, finished, tiny_config, write_tiny_vae
 from tests.jobs.together import EXPORTED, MESHES, RECORDS
 from trm_diffusion.config import to_dict
 from trm_diffusion.runtime.signals import StopRequest
@@ -45,8 +45,7 @@ def jobs(tmp_path_factory):
         options = dict(cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         arguments = [sys.executable, "-m", "tests.jobs.together", inputs / str(count), inputs]
         each = [[*map(str, (*arguments, index, count, port))] for index in range(count)]
-        for process in [subprocess.Popen(one, **options) for one in each]:
-            finished(process)
+        all_finished([subprocess.Popen(one, **options) for one in each])
     return inputs / "1", inputs / "2"
 
 
@@ -131,11 +130,10 @@ def test_killed_stopped_and_gone_on_it_equals_one_process(pair, tmp_path):
     while "memory" not in (line := both[1].stderr.readline()):
         assert line, "the job ended before it trained"
     both[1].send_signal(signal.SIGTERM)  # process 0 is not asked
-    ends = [finished(process, code=75)[1].splitlines()[-1] for process in both]
+    ends = [err.splitlines()[-1] for _, err in all_finished(both, code=75)]
     assert ends[0] == ends[1] and ends[0].startswith("stopped at update ") and f"of {UPDATES}" in ends[0]
 
-    for process in start():
-        finished(process)
+    all_finished(start())
     assert_same_metrics(tmp_path / "one", tmp_path / "two")
     assert len(lines_of(tmp_path / "two")) == UPDATES // 10
     one, two = (tmp_path / run for run in ("one", "two"))
@@ -148,8 +146,7 @@ def test_killed_stopped_and_gone_on_it_equals_one_process(pair, tmp_path):
 
 def test_a_mistake_that_all_make_ends_all_with_its_line(pair):
     start, _ = pair
-    for process in start("--mode=evaluate", "--config.evaluate.kind=digits"):
-        _, err = finished(process, code=2)
+    for _, err in all_finished(start("--mode=evaluate", "--config.evaluate.kind=digits"), code=2):
         assert err.splitlines()[-1].startswith("error: ") and "holds no run" in err
 
 

@@ -58,6 +58,18 @@ def command(*arguments: str, devices: int = 1, **options) -> subprocess.Popen:
 
 def finished(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
     """Waits for the command, which must end with `code`; returns its output and error texts."""
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == code, f"exit {process.returncode}\n{out[-2000:]}\n{err[-4000:]}"
-    return out, err
+    return all_finished([process], code)[0]
+
+
+def all_finished(processes: list[subprocess.Popen], code: int = 0) -> list[tuple[str, str]]:
+    """Waits for commands that run as one, each of which must end with `code`; returns their output and error texts.
+
+    Where one does not, the error shows the end of all: the first to be asked is rarely the first to have failed.
+    """
+    texts = [process.communicate(timeout=600) for process in processes]
+    ends = [
+        f"process {index}: exit {process.returncode}\n{out[-2000:]}\n{err[-4000:]}"
+        for index, (process, (out, err)) in enumerate(zip(processes, texts, strict=True))
+    ]
+    assert all(process.returncode == code for process in processes), "\n".join(ends)
+    return texts

@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from trm_diffusion.errors import Interrupted, UserError
 
 RETRY_SECONDS = 0.2  # between attempts to reach process 0
+VERDICT_SECONDS = 1  # a process that came stays so long past the deadline, to hear who is missing and not be missed
 HELLO_BYTES = 1024  # at most, of what a process says when it comes
 LAST_WORD_SECONDS = 10  # an error in one process waits so long for the same error in the others
 END_SECONDS = 7 * 24 * 3600  # processes that are done wait for those at work; JAX's heartbeats tell of the dead
@@ -138,7 +139,7 @@ def _answer_roll_call(address: tuple[str, int], count: int, index: int, deadline
         try:
             with socket.create_connection(address, timeout=left) as connection:
                 connection.sendall(json.dumps({"process": index, "count": count}).encode() + b"\n")
-                connection.settimeout(max(0.001, deadline - time.monotonic()))
+                connection.settimeout(max(0.0, deadline - time.monotonic()) + VERDICT_SECONDS)
                 for line in connection.makefile():
                     message = json.loads(line)
                     if "error" in message:
@@ -183,7 +184,11 @@ def is_first() -> bool:
 
 
 def wait_for_all(what: str) -> None:
-    """Returns when all processes have come here."""
+    """Returns when all processes have come here.
+
+    On CPUs the first meeting fails after 30 s (Gloo's limit on making its connections); later ones wait as long as it
+    takes. So a job begins with one, before compilation or its share of the work can keep a process longer than others.
+    """
     if several():
         multihost_utils.sync_global_devices(what)
 
