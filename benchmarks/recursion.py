@@ -61,7 +61,7 @@ from trm_diffusion.train import make_train_step
 
 LATENT_STEPS = (1, 2, 5)
 PLACES = {"S/2": {"three": "3,6,9", "all": "all"}, "XL/2": {"three": "4,8,12", "all": "all"}}
-CPU_IMAGES, TPU_IMAGES, CPU_REPEATS = 8, 32, 5
+CPU_IMAGES, TPU_IMAGES, CPU_REPEATS = 8, 32, 9
 OFF = "off"
 MOST_OVER_FLOPS, MOST_EXTRA, MOST_MEMORY_GROWTH, MOST_COMPILE_GROWTH = 1.5, 0.05, 0.10, 0.25
 
