@@ -106,8 +106,7 @@ def make_train_step(experiment: Experiment) -> Callable:
     by path, metrics["nonfinite_gradients"] says whether the norm of its gradient is not finite.
 
     Every gradient is read once for both the norm and that check, and the averages take the parameters as they are kept,
-    so that no program writes out the others to read them again: 6% of the cycles that the TPU compiler estimates for
-    DiT-XL/2 as shipped, 32 images on a v5p chip, which are 187.9 million (python -m benchmarks.xl2_step, "scanned").
+    so that no program writes out the others to read them again.
     """
     config, optimizer = experiment.config, experiment.optimizer
     parts = config.train.accumulate
