@@ -22,10 +22,10 @@ import jax
 from benchmarks.measure import progress, report, rounded
 from benchmarks.recursion import experiment
 from trm_diffusion.data.pipeline import make_iterator
-from trm_diffusion.prompts import training_source
+from trm_diffusion.jobs.train import make_train_step
+from trm_diffusion.run.prompts import training_source
 from trm_diffusion.runtime.checkpoints import CheckpointConfig, Checkpoints
 from trm_diffusion.runtime.parameters import memory
-from trm_diffusion.train import make_train_step
 
 MOST_BLOCKED_SHARE = 0.10
 

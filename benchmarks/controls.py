@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from configs import controls
+from configs.controls import ROWS
 from trm_diffusion.analysis.flops import forward_flops
-from trm_diffusion.build import build
 from trm_diffusion.config import Config, resolve
-from trm_diffusion.controls import ROWS
+from trm_diffusion.experiment import build
 from trm_diffusion.runtime.parameters import count, trainable_names
 
 SAME_PARAMETERS = 0.02  # share by which the LoRA's and the full row's may differ

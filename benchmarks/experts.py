@@ -31,15 +31,10 @@ from benchmarks.measure import (
     rounded,
     tpu_device,
 )
-from trm_diffusion.models.experts import (
-    DISPATCH,
-    PROJECTIONS,
-    assign,
-    cheapest_dispatch,
-    expert_capacity,
-    expert_updates,
-)
-from trm_diffusion.models.gate import Routing
+from trm_diffusion.models.recursion.assignment import assign, expert_capacity
+from trm_diffusion.models.recursion.config import DISPATCH, PROJECTIONS
+from trm_diffusion.models.recursion.dispatch import cheapest_dispatch, expert_updates
+from trm_diffusion.models.recursion.gate import Routing
 
 EXPERTS = (2, 5, 16)
 WIDTH, RANK = 1152, 128  # DiT-XL's, and the paper's

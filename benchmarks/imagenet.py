@@ -30,15 +30,15 @@ from flax import nnx
 from benchmarks.measure import progress, report, rounded
 from configs import imagenet256
 from trm_diffusion.analysis.flops import forward_flops
-from trm_diffusion.build import Experiment, build
-from trm_diffusion.compile_ahead import compiler_report
 from trm_diffusion.config import resolve
 from trm_diffusion.errors import UserError
+from trm_diffusion.experiment import Experiment, build
+from trm_diffusion.jobs.compile_ahead import compiler_report
+from trm_diffusion.jobs.train import loss_and_metrics
 from trm_diffusion.metrics.adm import FID_50K_IMAGES, POOL_WIDTH, REFERENCE_IMAGES
-from trm_diffusion.metrics.inception import inception_features, layer_shapes
+from trm_diffusion.models.inception import inception_features, layer_shapes
 from trm_diffusion.models.vae import SD, VAE
 from trm_diffusion.runtime.parameters import count
-from trm_diffusion.train import loss_and_metrics
 from trm_diffusion.weights.inception import INCEPTION, NUM_LOGITS
 from trm_diffusion.weights.vae import DIFFUSERS_VAE
 

@@ -25,12 +25,12 @@ from etils import epath
 from benchmarks.measure import report, rounded
 from configs import digits
 from trm_diffusion.config import resolve
+from trm_diffusion.data.base import DataConfig
 from trm_diffusion.data.latents import LatentSource, LatentWriter
 from trm_diffusion.data.pipeline import make_iterator
-from trm_diffusion.data.sources import DataConfig
+from trm_diffusion.jobs.train import train
 from trm_diffusion.models.vae import SD
 from trm_diffusion.runtime.signals import StopRequest
-from trm_diffusion.train import train
 
 RECORDS, BATCH_SIZE, BATCHES, ROUNDS = 20_000, 256, 20, 5
 LEAST_IMAGES_PER_SECOND, MOST_DATA_WAIT_SHARE = 3_000, 0.05

@@ -52,12 +52,12 @@ from benchmarks.measure import (
     rounded,
     tpu_device,
 )
-from trm_diffusion.build import Experiment, build
 from trm_diffusion.config import resolve
+from trm_diffusion.experiment import Experiment, build
+from trm_diffusion.jobs.train import make_train_step
 from trm_diffusion.models.dit import SIZES
 from trm_diffusion.models.embed import TIMESTEP_FREQUENCIES
-from trm_diffusion.models.recursion import recursive_blocks
-from trm_diffusion.train import make_train_step
+from trm_diffusion.models.recursion.config import recursive_blocks
 
 LATENT_STEPS = (1, 2, 5)
 PLACES = {"S/2": {"three": "3,6,9", "all": "all"}, "XL/2": {"three": "4,8,12", "all": "all"}}

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 
 from benchmarks.measure import interleaved_seconds, median_ratio, progress, report, rounded
 from benchmarks.recursion import experiment
-from trm_diffusion.build import build
-from trm_diffusion.sample import drawer
+from trm_diffusion.experiment import build
+from trm_diffusion.jobs.sample import drawer
 
 MOST_OVER_FORWARD = 1.10
 

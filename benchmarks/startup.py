@@ -31,10 +31,10 @@ def child(cache: str, depth: int) -> dict:
     from etils import epath
 
     from configs.imagenet256 import get_config
-    from trm_diffusion.build import build
     from trm_diffusion.config import resolve
+    from trm_diffusion.experiment import build
+    from trm_diffusion.jobs.train import make_train_step
     from trm_diffusion.runtime.devices import use_compilation_cache
-    from trm_diffusion.train import make_train_step
 
     seconds = {"import": time.perf_counter() - started}
     events = collections.Counter()

@@ -38,10 +38,10 @@ from benchmarks.measure import (
     rounded,
 )
 from benchmarks.recursion import PLACES, base_flops, experiment, timed_step
-from trm_diffusion.build import Experiment, build
 from trm_diffusion.config import default_config, resolve
+from trm_diffusion.experiment import Experiment, build
+from trm_diffusion.jobs.train import make_train_step
 from trm_diffusion.runtime.parameters import count
-from trm_diffusion.train import make_train_step
 
 MOST_DISPATCH, LEAST_FORWARD, LEAST_STEP = 1.5, 2.0, 1.3
 

@@ -17,10 +17,10 @@ import argparse
 
 from benchmarks.measure import progress, report, rounded
 from configs import imagenet256
-from trm_diffusion.build import make_model
-from trm_diffusion.compile_ahead import compiler_report
 from trm_diffusion.config import Config, resolve
-from trm_diffusion.diffusion.objective import make_objective
+from trm_diffusion.diffusion.objectives import make_objective
+from trm_diffusion.experiment import make_model
+from trm_diffusion.jobs.compile_ahead import compiler_report
 from trm_diffusion.runtime.parameters import count
 
 TOPOLOGIES = {8: "2x2x2", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8", 1024: "8x8x16"}

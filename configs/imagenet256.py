@@ -7,7 +7,7 @@ T=2 (latent steps), M=2 (experts). For example configs/imagenet256.py:model=S/2,
 from trm_diffusion.config import default_config, variant
 from trm_diffusion.errors import UserError
 from trm_diffusion.models.dit import dit_size
-from trm_diffusion.models.recursion import recursive_blocks
+from trm_diffusion.models.recursion.config import recursive_blocks
 
 
 def get_config(argument: str = ""):

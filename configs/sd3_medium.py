@@ -8,7 +8,7 @@ way from captioned pictures to GenEval and DPG-Bench.
 from trm_diffusion.config import default_config, variant
 from trm_diffusion.errors import UserError
 from trm_diffusion.models.mmdit import SD3_MEDIUM
-from trm_diffusion.models.recursion import recursive_blocks
+from trm_diffusion.models.recursion.config import recursive_blocks
 
 
 def get_config(argument: str = ""):

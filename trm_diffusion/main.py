@@ -156,7 +156,7 @@ def run(mode: str, platform: str) -> int:
     if mode not in ONE_PROCESS:
         wait_for_all("the job begins")
     if mode == "doctor":
-        from trm_diffusion.runtime.doctor import doctor
+        from trm_diffusion.jobs.doctor import doctor
 
         return 0 if doctor() else 1
     if IMAGES.value or mode in ("reference", "compare", "convert"):
@@ -164,16 +164,16 @@ def run(mode: str, platform: str) -> int:
     if mode in ("prepare", "encode", "verify"):
         return run_on_latents(mode)
 
-    from trm_diffusion.analyze import analyze
-    from trm_diffusion.compile_ahead import compile_ahead
     from trm_diffusion.config import resolve
-    from trm_diffusion.evaluate import evaluate
-    from trm_diffusion.export import export
-    from trm_diffusion.export_prompts import export_prompts
-    from trm_diffusion.prompts import read_prompts
+    from trm_diffusion.jobs.analyze import analyze
+    from trm_diffusion.jobs.compile_ahead import compile_ahead
+    from trm_diffusion.jobs.evaluate import evaluate
+    from trm_diffusion.jobs.export_images import export
+    from trm_diffusion.jobs.export_prompts import export_prompts
+    from trm_diffusion.jobs.sample import sample
+    from trm_diffusion.jobs.train import train
+    from trm_diffusion.run.prompts import read_prompts
     from trm_diffusion.runtime.signals import StopRequest
-    from trm_diffusion.sample import sample
-    from trm_diffusion.train import train
 
     if CONFIG.value is None:
         raise UserError("no experiment given; add --config=configs/digits.py, or another file of configs/")
@@ -205,10 +205,10 @@ def run(mode: str, platform: str) -> int:
 def run_on_latents(mode: str) -> int:
     """Makes a directory of latents or of encoded text, or checks one."""
     from trm_diffusion.config import resolve
-    from trm_diffusion.encode import encode
-    from trm_diffusion.prepare import prepare
+    from trm_diffusion.jobs.encode_text import encode
+    from trm_diffusion.jobs.prepare_latents import prepare
+    from trm_diffusion.jobs.verify_data import verify
     from trm_diffusion.runtime.signals import StopRequest
-    from trm_diffusion.verify import verify
 
     config = None if CONFIG.value is None else resolve(CONFIG.value)
     if mode == "verify":
@@ -228,9 +228,9 @@ def run_on_latents(mode: str) -> int:
 
 def run_on_files(mode: str) -> int:
     """Runs a job that needs no experiment, only files."""
-    from trm_diffusion.compare import compare
-    from trm_diffusion.convert import convert
-    from trm_diffusion.evaluate_images import evaluate_images, make_reference
+    from trm_diffusion.jobs.compare import compare
+    from trm_diffusion.jobs.convert_weights import convert
+    from trm_diffusion.jobs.evaluate_images import evaluate_images, make_reference
 
     def need(*named: flags.FlagHolder) -> list:
         for flag in named:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from trm_diffusion.analysis.halting import expert_rows, mean_latent_steps, saving
-from trm_diffusion.models.recursion import RoutingReport
+from trm_diffusion.models.recursion.report import RoutingReport
 
 # Two diffusion steps, one block, four latent steps, two of five experts a token.
 RUNNING = np.array([[[1.0, 0.5, 0.0, 1.0]], [[1.0, 0.5, 0.25, 1.0]]])

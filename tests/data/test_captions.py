@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from trm_diffusion.data.base import DataConfig
 from trm_diffusion.data.pipeline import make_iterator
-from trm_diffusion.data.sources import DataConfig, make_source
+from trm_diffusion.data.sources import make_source
 from trm_diffusion.errors import UserError
 
 

@@ -7,8 +7,9 @@ import grain
 import numpy as np
 import pytest
 
+from trm_diffusion.data.base import DataConfig
 from trm_diffusion.data.pipeline import epoch_flips, epoch_order, make_iterator
-from trm_diffusion.data.sources import DataConfig, make_source
+from trm_diffusion.data.sources import make_source
 from trm_diffusion.errors import UserError
 
 NUM_RECORDS = 30

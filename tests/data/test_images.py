@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from trm_diffusion.data.base import DataConfig
 from trm_diffusion.data.images import TfdsSource, centre_crop, to_training_image
-from trm_diffusion.data.sources import DataConfig, make_source
+from trm_diffusion.data.sources import make_source
 from trm_diffusion.errors import UserError
 
 

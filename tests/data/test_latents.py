@@ -9,10 +9,12 @@ import chex
 import numpy as np
 import pytest
 
-from trm_diffusion.data.latents import LatentSource, LatentSpec, LatentWriter
+from trm_diffusion.data.base import DataConfig
+from trm_diffusion.data.latents import LatentSource, LatentWriter
 from trm_diffusion.data.pipeline import make_iterator
-from trm_diffusion.data.sources import DataConfig, make_source
+from trm_diffusion.data.sources import make_source
 from trm_diffusion.errors import UserError
+from trm_diffusion.models.latent import LatentSpec
 
 SPEC = LatentSpec(vae_id="test-vae", scale=0.5, shift=0.25, channels=2, size=4)
 SHAPE = (4, 4, 2)

@@ -8,22 +8,12 @@ import chex
 import numpy as np
 import pytest
 
+from trm_diffusion.data.base import DataConfig
 from trm_diffusion.data.pipeline import make_iterator
-from trm_diffusion.data.scene_captions import OPPOSITE
-from trm_diffusion.data.scene_shapes import COLORS, SHAPES, coverage
-from trm_diffusion.data.scenes import (
-    COUNTS,
-    GAP,
-    MARGIN,
-    MAX_CAPTION_WORDS,
-    RELATIONS,
-    SPLITS,
-    TASKS,
-    Request,
-    SceneSource,
-    vocabulary,
-)
-from trm_diffusion.data.sources import DataConfig, make_source
+from trm_diffusion.data.scenes.captions import MAX_CAPTION_WORDS, OPPOSITE, vocabulary
+from trm_diffusion.data.scenes.shapes import COLORS, SHAPES, coverage
+from trm_diffusion.data.scenes.source import COUNTS, GAP, MARGIN, RELATIONS, SPLITS, TASKS, Request, SceneSource
+from trm_diffusion.data.sources import make_source
 from trm_diffusion.errors import UserError
 
 CONFIG = DataConfig(source="scenes", image_size=32, channels=3, num_classes=0)

@@ -8,8 +8,9 @@ import chex
 import numpy as np
 import pytest
 
+from trm_diffusion.data.base import DataConfig
 from trm_diffusion.data.digits import load_digits_split
-from trm_diffusion.data.sources import DataConfig, make_source
+from trm_diffusion.data.sources import make_source
 from trm_diffusion.errors import UserError
 
 

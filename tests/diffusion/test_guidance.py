@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from trm_diffusion.diffusion.guidance import combine, guide
-from trm_diffusion.diffusion.objective import DiffusionConfig, make_objective
+from trm_diffusion.diffusion.objective import DiffusionConfig
+from trm_diffusion.diffusion.objectives import make_objective
 from trm_diffusion.diffusion.samplers import draw_initial_noise, sample
 
 BATCH, CHANNELS = 4, 4

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from trm_diffusion.diffusion.objective import DiffusionConfig, make_objective
+from trm_diffusion.diffusion.objective import DiffusionConfig
+from trm_diffusion.diffusion.objectives import make_objective
 
 FLOW = DiffusionConfig(objective="rectified_flow")
 DDPM = DiffusionConfig(objective="ddpm")

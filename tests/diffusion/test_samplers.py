@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from trm_diffusion.diffusion import samplers
-from trm_diffusion.diffusion.objective import DiffusionConfig, make_objective, per_sample
+from trm_diffusion.diffusion.objective import DiffusionConfig, per_sample
+from trm_diffusion.diffusion.objectives import make_objective
 from trm_diffusion.diffusion.samplers import draw_initial_noise, sample
 
 MEAN = np.array([[0.5, -1.0, 0.2]])  # [1, D]

@@ -18,18 +18,19 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.jobs.tiny import tiny_config
-from trm_diffusion.build import build
 from trm_diffusion.data.pipeline import make_iterator
-from trm_diffusion.models.experts import IMPLEMENTATIONS, assign, expert_capacity
-from trm_diffusion.models.gate import Conditioning
-from trm_diffusion.models.pool import Pool
-from trm_diffusion.models.recursion import RecursionConfig
-from trm_diffusion.prompts import training_source
+from trm_diffusion.experiment import build
+from trm_diffusion.jobs.sample import drawer
+from trm_diffusion.jobs.train import make_train_step
+from trm_diffusion.models.recursion.assignment import assign, expert_capacity
+from trm_diffusion.models.recursion.config import RecursionConfig
+from trm_diffusion.models.recursion.dispatch import IMPLEMENTATIONS
+from trm_diffusion.models.recursion.gate import Conditioning
+from trm_diffusion.models.recursion.pool import Pool
+from trm_diffusion.run.prompts import training_source
 from trm_diffusion.runtime.checkpoints import Checkpoints
 from trm_diffusion.runtime.parameters import PureModel
 from trm_diffusion.runtime.sharding import MeshConfig, batch_sharding, make_mesh, models_over
-from trm_diffusion.sample import drawer
-from trm_diffusion.train import make_train_step
 
 UPDATES, MORE = 5, 2
 TOKENS, WIDTH, EXPERTS, RANK = 16, 64, 8, 4

@@ -7,11 +7,11 @@ import pytest
 from etils import epath
 
 from tests.jobs.tiny import tiny_config
-from trm_diffusion.analyze import analyze
 from trm_diffusion.errors import UserError
+from trm_diffusion.jobs.analyze import analyze
+from trm_diffusion.jobs.sample import sample
+from trm_diffusion.jobs.train import train
 from trm_diffusion.runtime.signals import StopRequest
-from trm_diffusion.sample import sample
-from trm_diffusion.train import train
 
 RECURSIVE = dict(model__recursion__latent_steps=3, model__recursion__experts=3, train__updates=4)
 

@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from tests.jobs.tiny import ROOT, command, finished, tiny_config
-from trm_diffusion.build import build
-from trm_diffusion.compile_ahead import advice, gib_in, more_parts
 from trm_diffusion.errors import UserError
+from trm_diffusion.experiment import build
+from trm_diffusion.jobs.compile_ahead import advice, gib_in, more_parts
 from trm_diffusion.runtime.libtpu import DIRECTORY, find_libtpu
 from trm_diffusion.runtime.parameters import memory
 from trm_diffusion.runtime.topology import parse_topology
@@ -19,7 +19,7 @@ EIGHT_DEVICES = """
 import json
 import jax, jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec as P
-import trm_diffusion.compile_ahead as compile_ahead
+import trm_diffusion.jobs.compile_ahead as compile_ahead
 from tests.jobs.tiny import tiny_config
 from trm_diffusion.analysis.hlo import program_cost
 from trm_diffusion.runtime.topology import parse_topology

@@ -10,7 +10,7 @@ import pytest
 
 from tests.jobs.meshes import EXPERTS, HEIRS, MESHES, MODELS, MORE, RANK, UPDATES, WIDTH
 from tests.jobs.tiny import ROOT, command, finished
-from trm_diffusion.models.experts import IMPLEMENTATIONS
+from trm_diffusion.models.recursion.dispatch import IMPLEMENTATIONS
 
 
 @pytest.fixture(scope="module")

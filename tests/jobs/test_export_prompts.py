@@ -12,19 +12,19 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from tests.jobs.test_prompts import text_config
 from tests.jobs.tiny import command, tiny_config
-from trm_diffusion.build import build
+from tests.run.test_prompts import text_config
 from trm_diffusion.config import to_dict
 from trm_diffusion.data.pipeline import make_iterator
 from trm_diffusion.errors import Interrupted, UserError
-from trm_diffusion.export_prompts import export_prompts
+from trm_diffusion.experiment import build
+from trm_diffusion.jobs.export_prompts import export_prompts
+from trm_diffusion.jobs.sample import sample
 from trm_diffusion.metrics import dpg, geneval
-from trm_diffusion.prompts import keep_words, training_source
+from trm_diffusion.run.prompts import keep_words, training_source
+from trm_diffusion.run.workdir import save_config
 from trm_diffusion.runtime.checkpoints import Checkpoints
 from trm_diffusion.runtime.signals import StopRequest
-from trm_diffusion.runtime.workdir import save_config
-from trm_diffusion.sample import sample
 
 TEXTS = ["a red circle", "two blue squares", "a zebra left of a photo", "a green cross", "three red circles"]
 

@@ -11,16 +11,16 @@ import pytest
 from etils import epath
 
 from tests.jobs.tiny import tiny_config
-from trm_diffusion.build import build
-from trm_diffusion.convert import convert, weights_of
 from trm_diffusion.errors import UserError
+from trm_diffusion.experiment import build
+from trm_diffusion.jobs.convert_weights import convert, weights_of
+from trm_diffusion.jobs.sample import draw_all, drawer
+from trm_diffusion.jobs.train import loss_and_metrics, train
 from trm_diffusion.models.architecture import stack_layout
 from trm_diffusion.models.stack import from_per_layer, per_layer
-from trm_diffusion.runs import layers_of_run, load_run, sampling_parameters, started_state
+from trm_diffusion.run.restore import layers_of_run, load_run, sampling_parameters, started_state
 from trm_diffusion.runtime.parameters import memory
 from trm_diffusion.runtime.signals import StopRequest
-from trm_diffusion.sample import draw_all, drawer
-from trm_diffusion.train import loss_and_metrics, train
 from trm_diffusion.weights.adapters import base_sha256, merged
 from trm_diffusion.weights.store import load_weights, save_weights
 

@@ -17,8 +17,8 @@ from sklearn.datasets import load_digits
 from tests.jobs.tiny import ROOT, all_finished, command, finished, tiny_config, write_tiny_vae
 from tests.jobs.together import EXPORTED, MESHES, RECORDS
 from trm_diffusion.config import to_dict
+from trm_diffusion.jobs.train import train
 from trm_diffusion.runtime.signals import StopRequest
-from trm_diffusion.train import train
 
 UPDATES = 80
 

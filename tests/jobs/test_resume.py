@@ -10,8 +10,8 @@ import pytest
 from etils import epath
 
 from tests.jobs.tiny import command, finished
-from trm_diffusion.build import build
 from trm_diffusion.config import resolve
+from trm_diffusion.experiment import build
 from trm_diffusion.runtime.checkpoints import Checkpoints
 from trm_diffusion.runtime.logging import WALL_CLOCK_FIELDS
 

@@ -12,10 +12,10 @@ from absl.testing import parameterized
 from etils import epath
 
 from tests.jobs.tiny import tiny_config
-from trm_diffusion.build import build
 from trm_diffusion.errors import Interrupted, UserError
+from trm_diffusion.experiment import build
+from trm_diffusion.jobs.train import draw_latent_steps, loss_and_metrics, make_train_step, train
 from trm_diffusion.runtime.signals import StopRequest
-from trm_diffusion.train import draw_latent_steps, loss_and_metrics, make_train_step, train
 
 
 def batch(size=8, seed=0):
@@ -223,7 +223,7 @@ def test_another_runs_parameters_start_a_run_and_missing_ones_must_be_named(tmp_
         train(tiny_config(**start), epath.Path(tmp_path / "refused"), StopRequest())
     tuned = tiny_config(**start, init__missing="*/recursion/*")
     train(tuned, epath.Path(tmp_path / "tuned"), StopRequest())
-    from trm_diffusion.runs import layers_of_run
+    from trm_diffusion.run.restore import layers_of_run
 
     before, after = (layers_of_run(epath.Path(tmp_path / name)) for name in ("base", "tuned"))
     added = after.keys() - before.keys()

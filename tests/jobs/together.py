@@ -13,17 +13,17 @@ from etils import epath
 from tests.jobs.tiny import tiny_config
 from trm_diffusion.data.pipeline import make_iterator
 from trm_diffusion.data.sources import make_source
-from trm_diffusion.evaluate import evaluate
-from trm_diffusion.export import export
+from trm_diffusion.jobs.evaluate import evaluate
+from trm_diffusion.jobs.export_images import export
+from trm_diffusion.jobs.prepare_latents import prepare
+from trm_diffusion.jobs.sample import sample
+from trm_diffusion.jobs.train import train
 from trm_diffusion.metrics import adm
 from trm_diffusion.metrics.image_sets import open_images
-from trm_diffusion.metrics.inception import Features
-from trm_diffusion.prepare import prepare
+from trm_diffusion.models.inception import Features
 from trm_diffusion.runtime.processes import join, wait_for_all
 from trm_diffusion.runtime.sharding import BATCH_AXES, MeshConfig, batch_sharding, make_mesh, own_rows
 from trm_diffusion.runtime.signals import StopRequest
-from trm_diffusion.sample import sample
-from trm_diffusion.train import train
 
 EXPORTED, RECORDS = 11, 32
 MESHES = {"fsdp": {"mesh__fsdp": 2}, "tensor": {"mesh__tensor": 2}}

@@ -11,8 +11,8 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from trm_diffusion.models.attention import dot_product_attention, xla_attention
-from trm_diffusion.models.fused_attention import fits, fused_attention
-from trm_diffusion.models.splash_attention import splash_attention
+from trm_diffusion.models.kernels.fused_attention import fits, fused_attention
+from trm_diffusion.models.kernels.splash_attention import splash_attention
 
 
 def operands(n, m, heads=2, d=8, *, images=2, masked=False, dtype="float32"):

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from trm_diffusion.models.dit import DiT, DiTConfig, dit_size, stack_layout
-from trm_diffusion.models.recursion import RecursionConfig
+from trm_diffusion.models.recursion.config import RecursionConfig
 from trm_diffusion.models.remat import POLICIES
 from trm_diffusion.models.stack import from_per_layer, per_layer
 from trm_diffusion.runtime.parameters import PureModel, count

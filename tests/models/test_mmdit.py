@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.models import reference
+from tests.models.recursion import reference
 from tests.models.test_dit import randomized
 from trm_diffusion.models.embed import cropped_sincos_positions, sincos_positions
-from trm_diffusion.models.gate import Conditioning
 from trm_diffusion.models.mmdit import (
     SD3_MEDIUM,
     BlockKind,
@@ -24,7 +23,8 @@ from trm_diffusion.models.mmdit import (
     block_kinds,
     stack_layout,
 )
-from trm_diffusion.models.recursion import RecursionConfig
+from trm_diffusion.models.recursion.config import RecursionConfig
+from trm_diffusion.models.recursion.gate import Conditioning
 from trm_diffusion.models.stack import from_per_layer, per_layer
 from trm_diffusion.models.text import Text
 from trm_diffusion.runtime.parameters import PureModel, count

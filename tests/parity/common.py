@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from flax import nnx
 
-from trm_diffusion.convert import convert
+from trm_diffusion.jobs.convert_weights import convert
 from trm_diffusion.weights.store import load_weights
 
 TOLERANCE = 1e-4  # largest difference over largest value, float32

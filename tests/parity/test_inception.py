@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.parity.fidelity import import_torch_fidelity
-from trm_diffusion.evaluate_images import evaluate_images, make_reference
-from trm_diffusion.metrics.inception import inception_features
+from trm_diffusion.jobs.evaluate_images import evaluate_images, make_reference
+from trm_diffusion.models.inception import inception_features
 from trm_diffusion.weights.inception import load_inception, random_state
 
 fidelity = import_torch_fidelity()

@@ -12,7 +12,7 @@ from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoi
 from flax import nnx
 
 from tests.parity.common import assert_parity, bound, channels_last, converted, randomize
-from trm_diffusion.convert import convert
+from trm_diffusion.jobs.convert_weights import convert
 from trm_diffusion.models.mmdit import MMDiT
 from trm_diffusion.models.text import Text
 from trm_diffusion.weights.mmdit import config_of

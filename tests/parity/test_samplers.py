@@ -17,9 +17,10 @@ from flax import nnx
 
 from tests.parity import official_dit
 from tests.parity.common import assert_parity, bound, randomize
-from trm_diffusion.convert import convert
-from trm_diffusion.diffusion.objective import DiffusionConfig, make_objective
+from trm_diffusion.diffusion.objective import DiffusionConfig
+from trm_diffusion.diffusion.objectives import make_objective
 from trm_diffusion.diffusion.samplers import draw_initial_noise, sample
+from trm_diffusion.jobs.convert_weights import convert
 from trm_diffusion.models.dit import DiT, DiTConfig
 from trm_diffusion.weights.store import load_weights
 

@@ -11,7 +11,7 @@ import torch
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
 from tests.parity.common import assert_parity, channels_last, converted, randomize
-from trm_diffusion.convert import convert
+from trm_diffusion.jobs.convert_weights import convert
 from trm_diffusion.weights.store import load_vae
 
 KINDS = {  # the two kinds at tiny widths: three levels, of which one keeps its width

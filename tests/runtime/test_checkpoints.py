@@ -10,10 +10,10 @@ import pytest
 from etils import epath
 
 from tests.jobs.tiny import tiny_config
-from trm_diffusion.build import build
 from trm_diffusion.data.pipeline import make_iterator
 from trm_diffusion.data.sources import make_source
 from trm_diffusion.errors import UserError
+from trm_diffusion.experiment import build
 from trm_diffusion.runtime.checkpoints import CheckpointConfig, Checkpoints
 from trm_diffusion.runtime.window import Window
 

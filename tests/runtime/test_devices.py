@@ -9,10 +9,10 @@ from etils import epath
 from jax._src import compilation_cache
 
 from tests.jobs.tiny import tiny_config
+from trm_diffusion.jobs.train import train
 from trm_diffusion.runtime import devices
 from trm_diffusion.runtime.libtpu import DIRECTORY, run_with_libtpu
 from trm_diffusion.runtime.signals import StopRequest
-from trm_diffusion.train import train
 
 FIELDS = (
     "jax_enable_compilation_cache",

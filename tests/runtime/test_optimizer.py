@@ -8,8 +8,8 @@ import optax
 import pytest
 
 from tests.jobs.tiny import tiny_config
-from trm_diffusion.build import make_model
-from trm_diffusion.diffusion.objective import make_objective
+from trm_diffusion.diffusion.objectives import make_objective
+from trm_diffusion.experiment import make_model
 from trm_diffusion.runtime.optimizer import OptimConfig, ema_decay, learning_rate, make_optimizer, update_ema
 
 

@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from tests.jobs.tiny import tiny_config
-from trm_diffusion.build import build, make_model
-from trm_diffusion.diffusion.objective import make_objective
+from trm_diffusion.diffusion.objectives import make_objective
 from trm_diffusion.errors import UserError
+from trm_diffusion.experiment import build, make_model
 from trm_diffusion.runtime.sharding import (
     LOGICAL_TO_MESH,
     MESH_AXES,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trm_diffusion.models.recursion import RoutingReport
+from trm_diffusion.models.recursion.report import RoutingReport
 from trm_diffusion.runtime.logging import WALL_CLOCK_FIELDS
 from trm_diffusion.runtime.window import Window, routing_metrics
 

@@ -11,13 +11,13 @@ from etils import epath
 
 from tests.jobs.tiny import command, finished, tiny_config
 from tests.weights.published import random_tensors, write
-from trm_diffusion.build import build
-from trm_diffusion.convert import convert
 from trm_diffusion.data.pipeline import make_iterator
 from trm_diffusion.data.sources import make_source
 from trm_diffusion.errors import UserError
+from trm_diffusion.experiment import build
+from trm_diffusion.jobs.convert_weights import convert
+from trm_diffusion.jobs.train import starting_state
 from trm_diffusion.runtime.checkpoints import Checkpoints
-from trm_diffusion.train import starting_state
 from trm_diffusion.weights import source as sources
 from trm_diffusion.weights.convert import LAYOUTS, detect, to_ours
 from trm_diffusion.weights.inception import load_inception, random_state

@@ -1,14 +1,14 @@
 """What halting saves of the latent steps: as the tokens ask for them, and as they are computed.
 
 A row is one token's update by one expert, of each of q, k and v. A running token asks for k rows at each latent step.
-At inference the experts are computed for every token and masked (models/experts.py), so a latent step that runs
-computes M rows a token, whoever asks. Halting saves none of them, except those of latent steps that are left out whole
-because every token of the batch has stopped.
+At inference the experts are computed for every token and masked (models/recursion/dispatch.py), so a latent step that
+runs computes M rows a token, whoever asks. Halting saves none of them, except those of latent steps that are left out
+whole because every token of the batch has stopped.
 """
 
 import numpy as np
 
-from trm_diffusion.models.recursion import RoutingReport
+from trm_diffusion.models.recursion.report import RoutingReport
 
 
 def mean_latent_steps(reports: RoutingReport) -> np.ndarray:

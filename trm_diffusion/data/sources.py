@@ -60,7 +60,7 @@ def make_source(config: DataConfig) -> Source:
 
         source = DigitsSource(config.split)
     elif config.source == "scenes":
-        from trm_diffusion.data.scenes import SceneSource
+        from trm_diffusion.data.scenes.source import SceneSource
 
         source = SceneSource(config.image_size, config.split)
     elif config.source == "synthetic":

@@ -13,12 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trm_diffusion.diffusion import gaussian
-
 OBJECTIVES = ("ddpm", "rectified_flow")
 TIME_DISTRIBUTIONS = ("logit_normal", "uniform")
 CONVENTIONS = ("sd3", "sit")
-FLOW_EMBEDDING_SCALE = 1000.0  # the range that sinusoidal timestep embeddings were made for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,198 +124,16 @@ def at_least_float32(array: jax.Array) -> jax.Array:
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
-def _mean_per_sample(array: jax.Array) -> jax.Array:
+def mean_per_sample(array: jax.Array) -> jax.Array:
     return array.mean(axis=tuple(range(1, array.ndim)))  # [B, ...] -> [B]
 
 
-def _perturb(objective: Objective, clean, noise, times):
-    signal, sigma = objective.signal_and_sigma(times)
-    return per_sample(signal, clean) * at_least_float32(clean) + per_sample(sigma, noise) * at_least_float32(noise)
-
-
-def _check_diffusion_steps(diffusion_steps: int, largest: float = math.inf):
+def check_diffusion_steps(diffusion_steps: int, largest: float = math.inf):
     if not 1 <= diffusion_steps <= largest:
         limit = "at least 1" if largest == math.inf else f"between 1 and the {largest} timesteps trained on"
         raise ValueError(f"diffusion_steps is {diffusion_steps}; it must be {limit}")
 
 
-class RectifiedFlow:
-    """Straight paths from data to noise (Liu et al. 2022; SiT and SD3's linear path).
-
-    Times are t in [0, 1], x_t = (1 - t) x_0 + t noise, and the output is the velocity noise - x_0, or as
-    `convention` says.
-    """
-
-    name = "rectified_flow"
-
-    def __init__(self, config: DiffusionConfig):
-        self.config = config
-
-    def _shifted(self, times):
-        shift = self.config.shift  # Esser et al. 2024 (SD3), equation 23
-        return shift * times / (1.0 + (shift - 1.0) * times)
-
-    def output_channels(self, channels: int) -> int:
-        return 2 * channels if self.config.learned_sigma else channels
-
-    def _velocity(self, output, channels: int):
-        """noise - x_0 [B, ..., C] out of the network's answer."""
-        velocity = at_least_float32(output[..., :channels])
-        return -velocity if self.config.convention == "sit" else velocity
-
-    def sample_times(self, key, count: int):
-        if self.config.time_distribution == "uniform":
-            times = jax.random.uniform(key, (count,), jnp.float32)
-        else:
-            normal = jax.random.normal(key, (count,), jnp.float32)
-            times = jax.nn.sigmoid(self.config.logit_mean + self.config.logit_std * normal)
-        return self._shifted(times)  # [count]
-
-    def normalized(self, times):
-        return times
-
-    def network_times(self, times):
-        return 1.0 - times if self.config.convention == "sit" else FLOW_EMBEDDING_SCALE * times
-
-    def signal_and_sigma(self, times):
-        return 1.0 - times, times
-
-    def perturb(self, clean, noise, times):
-        return _perturb(self, clean, noise, times)
-
-    def loss(self, output, clean, noise, noisy, times):
-        velocity = at_least_float32(noise) - at_least_float32(clean)  # [B, ..., C]
-        return _mean_per_sample((self._velocity(output, clean.shape[-1]) - velocity) ** 2)  # [B]
-
-    def predict(self, output, noisy, times) -> Prediction:
-        velocity, noisy = self._velocity(output, noisy.shape[-1]), at_least_float32(noisy)
-        times = per_sample(times, noisy)
-        return Prediction(clean=noisy - times * velocity, noise=noisy + (1.0 - times) * velocity)
-
-    def time_grid(self, diffusion_steps: int) -> np.ndarray:
-        _check_diffusion_steps(diffusion_steps)
-        return self._shifted(np.linspace(1.0, 0.0, diffusion_steps + 1))
-
-    def scale(self, times):
-        return jnp.ones_like(times)
-
-    def clock(self, times):
-        return times
-
-    def direction(self, prediction: Prediction):
-        return prediction.noise - prediction.clean
-
-
-class DDPM:
-    """Noise prediction on linear betas (Ho et al. 2020), with improved DDPM's learned variances if asked.
-
-    Times are levels 0 ... timesteps: level 0 is clean data (alpha_bar = 1), level l is timestep index l - 1,
-    and x_l = sqrt(alpha_bar_l) x_0 + sqrt(1 - alpha_bar_l) noise. The output is the noise, followed along the
-    channels, with learned_sigma, by v, which names the variance_fraction (v + 1) / 2.
-    """
-
-    name = "ddpm"
-
-    def __init__(self, config: DiffusionConfig):
-        self.config = config
-        betas = np.linspace(config.beta_start, config.beta_end, config.timesteps)  # [T]
-        alpha_bar = np.concatenate([[1.0], np.cumprod(1.0 - betas)])  # [T + 1], by level, as are all tables
-        self._signal, self._sigma = np.sqrt(alpha_bar), np.sqrt(1.0 - alpha_bar)
-        self._clock = self._sigma / self._signal
-        chain = gaussian.posterior(self._signal[1:], self._sigma[1:], self._signal[:-1], self._sigma[:-1])
-        # Level 0 has no transition below it; its entry is never read. Level 1 is left with certainty, so its
-        # log-variance is taken from level 2, which keeps the learned range finite there.
-        by_level = {field: np.concatenate([[0.0], values]) for field, values in chain._asdict().items()}
-        self._clean_weight, self._noisy_weight = by_level["clean_weight"], by_level["noisy_weight"]
-        self._log_variance = np.log(chain.variance[np.maximum(np.arange(-1, config.timesteps), 1)])
-        self._log_beta = np.log(np.concatenate([betas[:1], betas]))
-
-    def _at(self, table: np.ndarray, times):
-        return jnp.asarray(table, times.dtype)[times.astype(jnp.int32)]  # [B]
-
-    def output_channels(self, channels: int) -> int:
-        return 2 * channels if self.config.learned_sigma else channels
-
-    def sample_times(self, key, count: int):
-        return jax.random.randint(key, (count,), 1, self.config.timesteps + 1).astype(jnp.float32)
-
-    def normalized(self, times):
-        return times / self.config.timesteps
-
-    def network_times(self, times):
-        return times - 1.0
-
-    def signal_and_sigma(self, times):
-        return self._at(self._signal, times), self._at(self._sigma, times)
-
-    def perturb(self, clean, noise, times):
-        return _perturb(self, clean, noise, times)
-
-    def loss(self, output, clean, noise, noisy, times):
-        """Mean squared error of the noise; with learned_sigma plus the variational bound, which trains the
-        variance alone (L_hybrid of Nichol and Dhariwal 2021, with DiT's weight of 1)."""
-        prediction = self.predict(output, noisy, times)
-        error = _mean_per_sample((prediction.noise - at_least_float32(noise)) ** 2)  # [B]
-        if not self.config.learned_sigma:
-            return error
-        frozen = jax.tree.map(jax.lax.stop_gradient, prediction)
-        frozen = frozen._replace(variance_fraction=prediction.variance_fraction)
-        return error + self.variational_bound(frozen, clean, noisy, times)  # [B]
-
-    def variational_bound(self, prediction: Prediction, clean, noisy, times):
-        """The bound's term at each sample's level, [B], in bits per dimension.
-
-        KL from the true to the predicted transition; at level 1 the data's discretized likelihood instead."""
-        clean, noisy = at_least_float32(clean), at_least_float32(noisy)
-        clean_weight, noisy_weight, smallest, largest = (
-            per_sample(self._at(table, times), noisy)
-            for table in (self._clean_weight, self._noisy_weight, self._log_variance, self._log_beta)
-        )
-        fraction = prediction.variance_fraction
-        log_variance = fraction * largest + (1.0 - fraction) * smallest  # [B, ..., C]
-        mean = clean_weight * prediction.clean + noisy_weight * noisy
-        true_mean = clean_weight * clean + noisy_weight * noisy
-        divergence = gaussian.normal_kl(true_mean, smallest, mean, log_variance)
-        surprise = -gaussian.discretized_log_likelihood(clean, mean, log_variance)
-        nats = jnp.where(times == 1, _mean_per_sample(surprise), _mean_per_sample(divergence))
-        return nats / math.log(2.0)
-
-    def predict(self, output, noisy, times) -> Prediction:
-        output, noisy = at_least_float32(output), at_least_float32(noisy)
-        channels = noisy.shape[-1]
-        if output.shape[-1] != self.output_channels(channels):
-            raise ValueError(
-                f"the network gave {output.shape[-1]} channels for data of {channels}; "
-                f"this objective needs {self.output_channels(channels)}"
-            )
-        noise = output[..., :channels]
-        fraction = (output[..., channels:] + 1.0) / 2.0 if self.config.learned_sigma else None
-        signal, sigma = (per_sample(values, noisy) for values in self.signal_and_sigma(times))
-        return Prediction(clean=(noisy - sigma * noise) / signal, noise=noise, variance_fraction=fraction)
-
-    def time_grid(self, diffusion_steps: int) -> np.ndarray:
-        """Improved DDPM's respacing: timestep indices 0, k, 2k, ... T - 1 of fractional stride k, rounded.
-
-        A single diffusion step leaves from the noisiest level."""
-        timesteps = self.config.timesteps
-        _check_diffusion_steps(diffusion_steps, timesteps)
-        if diffusion_steps == 1:
-            return np.array([timesteps, 0.0])
-        strides = np.full(diffusion_steps - 1, (timesteps - 1) / (diffusion_steps - 1))
-        # Summed, not multiplied: what lands on a half then rounds to the same side as in the published code.
-        indices = np.round(np.concatenate([[0.0], np.cumsum(strides)]))  # [n]
-        return np.concatenate([indices[::-1] + 1.0, [0.0]])  # [n + 1] levels
-
-    def scale(self, times):
-        return self._at(self._signal, times)
-
-    def clock(self, times):
-        return self._at(self._clock, times)
-
-    def direction(self, prediction: Prediction):
-        return prediction.noise
-
-
-def make_objective(config: DiffusionConfig) -> Objective:
-    """The objective that `config` names."""
-    return {"ddpm": DDPM, "rectified_flow": RectifiedFlow}[config.objective](config)
+def perturb_by(objective: Objective, clean, noise, times):
+    signal, sigma = objective.signal_and_sigma(times)
+    return per_sample(signal, clean) * at_least_float32(clean) + per_sample(sigma, noise) * at_least_float32(noise)

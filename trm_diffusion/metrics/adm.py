@@ -18,10 +18,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from trm_diffusion.errors import UserError
 from trm_diffusion.metrics.frechet import StreamingMoments, frechet_and_influence
 from trm_diffusion.metrics.image_sets import ImageSet, NpzImages
-from trm_diffusion.metrics.inception import Features, Weights, inception_features
 from trm_diffusion.metrics.inception_score import CHUNK_IMAGES, inception_score
 from trm_diffusion.metrics.intervals import bootstrap_interval
 from trm_diffusion.metrics.precision_recall import NEIGHBOURS, precision_recall
+from trm_diffusion.models.inception import Features, Weights, inception_features
 
 POOL_WIDTH, SPATIAL_WIDTH = 2048, 2023
 FID_50K_IMAGES = 50_000

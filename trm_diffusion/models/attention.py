@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from trm_diffusion.models.fused_attention import MASKED, fits, fused_attention
+from trm_diffusion.models.kernels.fused_attention import MASKED, fits, fused_attention
+from trm_diffusion.models.kernels.splash_attention import splash_attention
 from trm_diffusion.models.layers import linear
 from trm_diffusion.models.partition import on_each_device
 from trm_diffusion.models.remat import kept
-from trm_diffusion.models.splash_attention import splash_attention
 
 IMPLEMENTATIONS = ("auto", "xla", "fused", "splash", "cudnn")
 HALF = (jnp.bfloat16, jnp.float16)
@@ -31,8 +31,8 @@ def dot_product_attention(
     mask_bm: bool, False for keys that nobody sees; None is all True. implementation: "xla" writes the logits to memory.
     The others name a kernel that does not; where it does not apply, each is "xla":
 
-        fused   on a TPU, sequences that fit its vector memory, up to 2,048 tokens or so (models/fused_attention.py)
-        splash  on a TPU, sequences of any length (models/splash_attention.py)
+        fused   on a TPU, sequences that fit its vector memory, up to 2,048 tokens or so (kernels/fused_attention.py)
+        splash  on a TPU, sequences of any length (kernels/splash_attention.py)
         cudnn   on an NVIDIA GPU, bfloat16 and float16, sequences of even length, head sizes that are multiples of 8 up
                 to 128
         auto    on a TPU, in bfloat16, fused, or splash where that does not fit; on an NVIDIA GPU cudnn

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from trm_diffusion.models.embed import LabelEmbedder, TimestepEmbedder, patchify, sincos_positions, unpatchify
-from trm_diffusion.models.gate import Conditioning
 from trm_diffusion.models.layers import linear, modulated_norm
-from trm_diffusion.models.recursion import Recursion, RoutingReport, recursive_blocks
+from trm_diffusion.models.recursion.config import recursive_blocks
+from trm_diffusion.models.recursion.gate import Conditioning
+from trm_diffusion.models.recursion.layer import Recursion
+from trm_diffusion.models.recursion.report import RoutingReport
 from trm_diffusion.models.stack import BlockStack, StackLayout, segment_lengths
 from trm_diffusion.models.transformer import FinalLayer, Stream, TransformerConfig, project
 

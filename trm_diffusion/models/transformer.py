@@ -7,9 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from trm_diffusion.models.attention import Attention, Context
-from trm_diffusion.models.gate import Conditioning
 from trm_diffusion.models.layers import ZEROS, Mlp, linear, modulated_norm
-from trm_diffusion.models.recursion import Recursion, RecursionConfig, RoutingReport
+from trm_diffusion.models.recursion.config import RecursionConfig
+from trm_diffusion.models.recursion.gate import Conditioning
+from trm_diffusion.models.recursion.layer import Recursion
+from trm_diffusion.models.recursion.report import RoutingReport
 from trm_diffusion.models.remat import kept
 
 

@@ -70,7 +70,7 @@ def trainable_names(names, trainable: str) -> list[str]:
 
 
 def is_balance_bias(name: str) -> bool:
-    """Is this the selection bias of a gate (models/gate.py)?"""
+    """Is this the selection bias of a gate (models/recursion/gate.py)?"""
     return name.endswith("/balance_bias")
 
 

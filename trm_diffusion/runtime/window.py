@@ -5,7 +5,7 @@ import time
 import jax.numpy as jnp
 import numpy as np
 
-from trm_diffusion.models.recursion import RoutingReport
+from trm_diffusion.models.recursion.report import RoutingReport
 
 MEANS = ("loss", "gradient_norm", "drop_fraction", "gate_entropy")  # averaged over updates
 QUARTERS = 4  # of normalized time, the cleanest first

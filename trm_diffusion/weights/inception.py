@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from trm_diffusion.errors import UserError
-from trm_diffusion.metrics.inception import Weights, layer_shapes
+from trm_diffusion.models.inception import Weights, layer_shapes
 from trm_diffusion.weights.forms import CONV, SAME, Rule, affine
 from trm_diffusion.weights.layout import Layout
 from trm_diffusion.weights.source import open_source, sha256

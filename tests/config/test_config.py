@@ -1,0 +1,169 @@
+"""Every mistake in a config or on the command line ends in one line and exit code 2, before any device is touched."""
+
+import json
+
+import pytest
+
+from tests.commands import parsed
+from trm_diffusion import config as config_module
+from trm_diffusion.config import default_config, resolve, rules, to_dict, variant
+from trm_diffusion.errors import UserError
+
+DIGITS = "--config=configs/digits.py"
+MALFORMED = [  # the flags after --config=configs/digits.py, and what the one line must say
+    ("--config.optim.lrr=1", "did you mean config.optim.lr?"),
+    ("--config.modle.depth=3", "did you mean config.model.depth?"),
+    ("--config.sampel.guidance=2", "did you mean config.sample.guidance?"),
+    ("--config.train.batchsize=64", "did you mean config.train.batch_size?"),
+    ("--config.model.recursion.latent_step=2", "did you mean config.model.recursion.latent_steps?"),
+    ("--config.model.recursion.expert=2", "did you mean config.model.recursion.experts?"),
+    ("--config.optim.lr=fast", "config.optim.lr"),
+    ("--config.optim.lr=-1", "config.optim.lr is -1"),
+    ("--config.optim.schedule=cosign", "config.optim.schedule"),
+    ("--config.optim.optimizer=adam", "config.optim.optimizer"),
+    ("--config.optim.b2=1.0", "config.optim.b2"),
+    ("--config.optim.clip_norm=-1.0", "config.optim.clip_norm"),
+    ("--config.optim.ema_decays=1.5", "config.optim.ema_decays"),
+    ("--config.optim.ema_decays=abc", "config.optim.ema_decays"),
+    ("--config.optim.warmup_steps=-5", "config.optim.warmup_steps"),
+    ("--config.train.updates=0", "config.train.updates"),
+    ("--config.train.updates=many", "config.train.updates"),
+    ("--config.train.updates=1.5", "config.train.updates"),
+    ("--config.train.batch_size=0", "config.train.batch_size"),
+    ("--config.train.batch_size=130 --config.train.accumulate=4", "config.train.batch_size 130"),
+    ("--config.train.batch_size=128 --config.mesh.data=3", "config.train.batch_size 128"),
+    ("--config.train.label_dropout=1.0", "config.train.label_dropout"),
+    ("--config.train.latent_steps=3,1", "config.train.latent_steps"),
+    ("--config.train.latent_steps=0", "config.train.latent_steps"),
+    ("--config.train.latent_steps=1,9", "config.train.latent_steps"),
+    ("--config.model.heads=5", "config.model.heads"),
+    ("--config.model.heads=0", "config.model.heads"),
+    ("--config.model.depth=0", "config.model.depth"),
+    ("--config.model.width=130 --config.model.heads=2", "multiple of 4"),
+    ("--config.model.patch=3", "config.model.patch"),
+    ("--config.model.dtype=float8", "config.model.dtype"),
+    ("--config.model.remat=some", "config.model.remat"),
+    ("--config.model=3", "config.model"),
+    ("--config.model.qk_norm=perhaps", "config.model.qk_norm"),
+    ("--config.model.recursion.experts_per_token=3", "config.model.recursion.experts_per_token 3 exceeds"),
+    ("--config.model.recursion.latent_steps=0", "config.model.recursion.latent_steps"),
+    ("--config.model.recursion.blocks=4,9", "names block"),
+    ("--config.model.recursion.blocks=some", "config.model.recursion.blocks"),
+    ("--config.model.recursion.gate_inputs=tokens,time", "config.model.recursion.gate_inputs"),
+    ("--config.model.recursion.forward_weight=hard", "config.model.recursion.forward_weight"),
+    ("--config.model.recursion.routing_group=7", "config.model.recursion.routing_group 7"),
+    ("--config.model.recursion.temperature=0.0", "config.model.recursion.temperature"),
+    ("--config.model.recursion.dispatch=fast", "config.model.recursion.dispatch"),
+    ("--config.diffusion.objective=score", "objective"),
+    ("--config.diffusion.learned_sigma=true", "learned_sigma"),
+    ("--config.diffusion.beta_start=0.5", "beta_start"),
+    ("--config.sample.sampler=ddpm", "ddpm"),
+    ("--config.sample.sampler=dpm", "sampler"),
+    ("--config.sample.latent_steps=0", "config.sample.latent_steps"),
+    ("--config.sample.classes=3,11", "config.sample.classes"),
+    ("--config.sample.guidance_channels=first", "guidance channels"),
+    ("--config.sample.guidance_interval=0.9,0.1", "guidance interval"),
+    ("--config.sample.guidance_interval=0.5", "config.sample.guidance_interval"),
+    ("--config.sample.eta=0.5", "eta"),
+    ("--config.sample.parameters=0.9", "config.sample.parameters"),
+    ("--config.data.source=imagenet", "config.data.source"),
+    ("--config.data.workers=-1", "config.data.workers"),
+    ("--config.data.source=synthetic", "config.evaluate.kind"),
+    ("--config.evaluate.kind=fid", "config.evaluate.kind"),
+    ("--config.mesh.tensor=3", "config.mesh.tensor"),
+    ("--config.seed=-1", "config.seed"),
+    ("--config.checkpoint.keep=0", "config.checkpoint.keep"),
+    ("--config.model.architecture=unet", "config.model.architecture"),
+    ("--config.model.architecture=mmdit", "needs captions"),
+    ("--config.model.architecture=mmdit --config.model.text.encoder=encoded", "needs encoded text"),
+    ("--config.model.text.encoder=clip", "config.model.text.encoder"),
+    ("--config.model.text.recipe=sd4", "config.model.text.recipe"),
+    ("--config.model.text.pretrained_dtype=int8", "config.model.text.pretrained_dtype"),
+    ("--config.data.text=encodings", "config.data.text is for"),
+    ("--mode=sample --export=geneval", "--prompts"),
+    ("--mode=sample --export=parti --prompts=a", "export"),
+    ("--export=dpg --prompts=a", "--mode=sample"),
+    ("--config.data.num_classes=0", "needs labels"),
+    ("--prompt=a", "--mode=sample"),
+    ("--prompts=nowhere.txt --mode=sample", "no such file"),
+    ("--mode=trane", "mode"),
+    ("--platform=gpu", "platform"),
+    ("--bogus=1", "bogus"),
+    ("stray", "stray"),
+]
+OTHER_COMMANDS = [
+    ("--config=configs/none.py", "no such file"),
+    ("--config=configs/digits.py:model=S/2", "takes no options"),
+    ("--config=configs/imagenet256.py:model=Q/2", "Q/2"),
+    ("--config=configs/imagenet256.py:modle=S/2", "modle=S/2"),
+    ("--config=configs/imagenet256.py:recursion=maybe", "maybe"),
+    ("--config=configs/sd3_medium.py:recursion=30", "names block"),
+    ("--config=configs/sd3_medium.py --config.model.architecture=dit --config.data.source=scenes", "needs labels"),
+    ("--config=configs/scenes32.py --config.model.mmdit.dual_attention_blocks=9", "dual_attention_blocks 9"),
+    ("--config=configs/scenes32.py --config.model.mmdit.position_max_size=4", "8 tokens a side"),
+    ("--config=configs/scenes32.py --config.model.text.heads=3", "config.model.text.heads 3"),
+    ("--config=configs/scenes32.py --config.model.text.pooled_features=2", "config.model.text.pooled_features 2"),
+    ("--config=configs/scenes64.py --config.model.recursion.blocks=12", "names block"),
+    ("--config=configs/sd3_medium.py --config.model.text.length=77 --config.data.text=texts", "text.length is 77"),
+    ("--config=configs/sd3_medium.py --config.data.source=digits", "images without captions"),
+    ("--config=configs/scenes32.py --config.model.text.encoder=encoded", "config.evaluate.kind scenes"),
+    ("--mode=encode --prompts=a", "--mode=encode needs --config"),
+    ("--mode=train", "no experiment given"),
+    ("--config.model.depth=3", "config.model.depth"),
+]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    commands = [f"{DIGITS} {flags}" for flags, _ in MALFORMED] + [command for command, _ in OTHER_COMMANDS]
+    return parsed([f"{command} --workdir={tmp_path_factory.mktemp('run')}/none" for command in commands])
+
+
+CASES = MALFORMED + OTHER_COMMANDS
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=[flags for flags, _ in CASES])
+def test_malformed_command(outcomes, index):
+    code, text = outcomes[index]
+    line, devices = text.strip().splitlines()
+    assert code == 2
+    assert line.startswith("error: ") and CASES[index][1] in line
+    assert devices == "devices touched: False"
+
+
+def test_at_least_fifty_malformed_configs():
+    assert len({flags for flags, _ in MALFORMED}) >= 50
+
+
+def test_default_config_resolves_to_the_defaults():
+    assert resolve(default_config()) == config_module.Config()
+
+
+def test_tables_of_checks_name_fields():
+    for path in (*rules.CHOICES, *rules.AT_LEAST):
+        assert config_module.field_exists(f"config.{path}"), path
+
+
+def test_a_resolved_config_survives_json():
+    config = resolve(default_config())
+    assert resolve(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_wrong_types_are_named():
+    values = default_config()
+    values.unlock()
+    for path, value, message in [
+        ("optim", 3, "group of fields"),
+        ("seed", "one", "takes a int"),
+        ("seed", True, "takes a int"),
+        ("name", 4, "takes a str"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            resolve({**values.to_dict(), path: value})
+
+
+def test_variant():
+    assert variant("a=3", a="1", b="2") == {"a": "3", "b": "2"}
+    assert variant(None, a="1") == {"a": "1"}
+    with pytest.raises(UserError, match="a=1, b=2"):
+        variant("c=3", a="1", b="2")

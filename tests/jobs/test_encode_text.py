@@ -1,0 +1,333 @@
+"""Captions to encoded text: the same bytes however the job was cut; joined with latents, trained on, and drawn from."""
+
+import dataclasses
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from tests.jobs.encoders import FakeEncoder
+from tests.jobs.tiny import ROOT, write_tiny_vae
+from tests.run.test_prompts import text_config
+from trm_diffusion.config import to_dict
+from trm_diffusion.data.encodings import Encodings, open_encodings
+from trm_diffusion.data.pipeline import make_iterator
+from trm_diffusion.errors import Interrupted, UserError
+from trm_diffusion.experiment import build
+from trm_diffusion.jobs import encode_text as module
+from trm_diffusion.jobs import sample as sample_module
+from trm_diffusion.jobs.encode_text import encode
+from trm_diffusion.jobs.prepare_latents import prepare
+from trm_diffusion.jobs.sample import drawer
+from trm_diffusion.jobs.train import loss_and_metrics, train
+from trm_diffusion.jobs.verify_data import verify
+from trm_diffusion.models.text import Text
+from trm_diffusion.run import prompts
+from trm_diffusion.runtime.signals import StopRequest
+
+CAPTIONS = [["a cat", "one cat", "a grey cat"], ["a dog"], ["no picture"], ["two birds", "birds"], ["a cat"]]
+BAD, PER_SHARD = 2, 2
+
+
+def config_of(place, **overrides):
+    fields = dict(
+        data__source="caption_folder", data__path=str(place / "images"), data__channels=4, data__num_classes=0,
+        data__vae=str(place / "vae"), model__text__encoder="encoded", model__text__pretrained="some/encoder",
+        model__text__pooled_features=6, sample__per_class=1, train__updates=2,
+    )  # fmt: skip
+    return text_config(**fields | overrides)
+
+
+def latents_of(place, **overrides):
+    return config_of(place, data__source="latents", data__path=str(place / "latents"), **overrides)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Five pictures with captions, one damaged; their latents, with mirror images, and their encoded captions."""
+    place = tmp_path_factory.mktemp("encode")
+    write_tiny_vae(place / "vae")
+    (place / "images").mkdir()
+    lines = [json.dumps({"file": f"{i}.png", "captions": captions}) for i, captions in enumerate(CAPTIONS)]
+    (place / "images" / "captions.jsonl").write_text("\n".join(lines))
+    for i in range(len(CAPTIONS)):
+        pixels = np.random.default_rng(i).integers(0, 255, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(place / "images" / f"{i}.png")
+    (place / "images" / f"{BAD}.png").write_bytes(b"no picture")
+    prepare(config_of(place, data__flip=True), str(place / "latents"), StopRequest(), images_per_shard=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "PretrainedEncoder", FakeEncoder)
+        patch.setattr(prompts, "PretrainedEncoder", FakeEncoder)
+        encoded(place, place / "texts")
+        yield place
+
+
+def encoded(place, out, config=None, stop=None, **options):
+    encode(config or config_of(place), str(out), stop or StopRequest(), items_per_shard=PER_SHARD, **options)
+
+
+def contents(directory):
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+def test_every_caption_is_encoded_and_found(place):
+    encodings = open_encodings(str(place / "texts"), config_of(place).model.text)
+    fake = FakeEncoder(config_of(place).model.text)
+    assert encodings.names == [f"{i}.png" for i in range(5)] and len(encodings) == 5
+    encodings[0]  # readers are open before the copy is made
+    for reader in (encodings, pickle.loads(pickle.dumps(encodings))):
+        for item, captions in enumerate(CAPTIONS):
+            records = reader.records_of(item)
+            assert [reader.caption(record) for record in records] == captions
+            for record, caption in zip(records, captions, strict=True):
+                for found, wanted in zip(reader[record], fake.one(caption), strict=True):
+                    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-6)
+    assert encodings.find("birds") == 7 and encodings.caption(encodings.find("a cat")) == "a cat"
+    np.testing.assert_allclose(encodings.null.pooled, fake.one("").pooled, rtol=1e-6)
+    assert encodings.find("a horse") is None
+    manifest = json.loads((place / "texts" / "manifest.json").read_text())
+    assert manifest["records"] == 9 and [shard["records"] for shard in manifest["shards"]] == [4, 2, 3]
+    assert manifest["preparation"]["pretrained"] == "some/encoder" and manifest["written_by"]["fake"] == "1"
+
+
+def test_stopped_and_shared_by_two_it_ends_with_the_same_bytes(place, tmp_path, monkeypatch):
+    stop, write_shard = StopRequest(), module.write_shard
+
+    def stopping(writer, items, *others):
+        stop.requested = items[0].name == "1.png"
+        write_shard(writer, items, *others)
+
+    monkeypatch.setattr(module, "write_shard", stopping)
+    with pytest.raises(Interrupted, match="stopped in shard 2 of 3"):
+        encoded(place, tmp_path, stop=stop)
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "PretrainedEncoder", FakeEncoder)
+    assert len(contents(tmp_path)) == 2  # one shard and the file about it
+    with pytest.raises(UserError, match=r"no manifest\.json"):
+        Encodings(str(tmp_path))
+    for index in (1, 0):
+        encoded(place, tmp_path, process_index=index, process_count=2)
+    assert contents(tmp_path) == contents(place / "texts")
+
+
+DYING = """
+import os, signal, sys
+from tests.jobs.encoders import FakeEncoder
+from trm_diffusion.jobs import encode_text
+from trm_diffusion.main import main
+def dying(self, *record, write=encode_text.EncodingWriter.write):
+    write(self, *record)
+    if self._file.path.name == "texts-00001.array_record":
+        os.kill(os.getpid(), signal.SIGKILL)
+encode_text.PretrainedEncoder, encode_text.EncodingWriter.write = FakeEncoder, dying
+main(sys.argv)
+"""
+
+
+def test_killed_and_started_again_it_is_the_same(place, tmp_path):
+    """By the command line, -9 in the middle of a shard."""
+    settings, out = to_dict(config_of(place)), tmp_path / "texts"
+    (tmp_path / "tiny.py").write_text(
+        f"import ml_collections\ndef get_config():\n    return ml_collections.ConfigDict({settings!r})\n"
+    )
+    flags = ["--mode=encode", f"--config={tmp_path / 'tiny.py'}", f"--images_per_shard={PER_SHARD}", f"--out={out}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    killed = subprocess.run([sys.executable, "-c", DYING, *flags], cwd=ROOT, env=environment, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    assert contents(out).keys() == {
+        "texts-00000.array_record", "texts-00000.json", ".texts-00001.array_record.partial"
+    }  # fmt: skip
+    encoded(place, out)
+    assert contents(out) == contents(place / "texts")
+
+
+def test_what_was_encoded_otherwise_is_refused(place, tmp_path, monkeypatch):
+    before = contents(place / "texts")
+    text = config_of(place).model.text
+    for changes, says in (
+        (dict(features=12), "features 8, not config.model.text.features 12"),
+        (dict(length=9), "length 5, not"),
+        (dict(recipe="sd3"), "recipe 'single', not"),
+        (dict(pretrained="other/encoder"), "pretrained 'some/encoder', not"),
+        (dict(revision="v2"), "revision '', not"),
+    ):
+        with pytest.raises(UserError, match=says):
+            open_encodings(str(place / "texts"), dataclasses.replace(text, **changes))
+    with pytest.raises(UserError, match="made with length = 5, not 9: remove it, or give another --out"):
+        encoded(place, place / "texts", config_of(place, model__text__length=9))
+    monkeypatch.setattr(FakeEncoder, "weights", "second")
+    with pytest.raises(UserError, match="made with encoders = .*first.*, not .*second"):
+        encoded(place, place / "texts")
+    with pytest.raises(UserError, match="set config.data.source to one of emoji, caption_folder, tfds_captions"):
+        encoded(place, tmp_path / "refused", latents_of(place))
+    assert contents(place / "texts") == before and not (tmp_path / "refused").exists()
+
+
+def test_damage_is_named(place, tmp_path):
+    for name, content in contents(place / "texts").items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "texts-00001.json").write_text("{")
+    with pytest.raises(UserError, match="texts-00001.array_record, or the file about it, is missing or damaged"):
+        Encodings(str(tmp_path))
+
+
+def test_verify_reads_encoded_text_again(place, tmp_path, capsys, monkeypatch):
+    def copy(name):
+        (tmp_path / name).mkdir()
+        for file, content in contents(place / "texts").items():
+            (tmp_path / name / file).write_bytes(content)
+        return tmp_path / name
+
+    def flip(directory):
+        path = directory / "texts-00001.array_record"
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+    def other_sizes(directory):
+        path = directory / "manifest.json"
+        manifest = json.loads(path.read_text())
+        manifest["encoding"]["features"] += 1
+        path.write_text(json.dumps(manifest))
+
+    assert verify(str(place / "texts"), config_of(place))
+    report = json.loads(capsys.readouterr().out)
+    assert report["pass"] and report["items"] == 6 and report["text"] == "length 5, features 8, pooled_features 6"
+    for name, damage, says in (
+        ("byte", flip, "texts-00001.array_record is damaged: its checksum"),
+        ("gone", lambda d: (d / "texts-00001.array_record").unlink(), "texts-00001.array_record is missing"),
+        ("about", lambda d: (d / "texts-00001.json").write_text("{"), "texts-00001.json is damaged"),
+        ("more", lambda d: (d / "texts-00009.array_record").write_bytes(b""), "texts-00009.array_record is not in"),
+        ("sizes", other_sizes, "encoding is not what the records"),
+    ):
+        directory = copy(name)
+        damage(directory)
+        assert not verify(str(directory))
+        assert says in capsys.readouterr().err.splitlines()[0]
+    for number, content in enumerate(("3", '{"encoding": {}}', '{"format_version": 1, "encoding": 3}')):
+        (directory := copy(f"manifest{number}")).joinpath("manifest.json").write_text(content)
+        with pytest.raises(UserError, match="cannot be read"):
+            verify(str(directory))
+    assert not verify(str(place / "texts"), config_of(place, model__text__features=12))
+    assert "features 8, not config.model.text.features 12" in capsys.readouterr().err
+
+
+def test_latents_are_joined_with_the_captions_of_their_images(place):
+    """The damaged picture has none, and mirror images have their picture's; training draws every caption."""
+    config = latents_of(place, data__text=str(place / "texts"))
+    source = prompts.training_source(config)
+    images = [i for i in range(5) if i != BAD for _ in range(2)]
+    fake = FakeEncoder(config.model.text)
+    assert len(source) == len(images) == 8 and source.spec.channels == 4
+    assert verify(str(place / "latents"), latents_of(place))
+    for index, image in enumerate(images):
+        np.testing.assert_allclose(source[index]["pooled"], fake.one(CAPTIONS[image][0]).pooled, rtol=1e-6)
+    iterator = make_iterator(source, config.data, seed=0, batch_size=8 * 40)
+    batch = next(iterator)
+    iterator.close()
+    for index, image in enumerate(images):
+        drawn = {float(pooled[0]) for pooled in batch["pooled"][batch["index"] == index]}
+        assert drawn == {float(fake.one(caption).pooled[0]) for caption in CAPTIONS[image]}
+
+
+def test_encodings_of_other_images_are_refused(place, tmp_path):
+    (tmp_path / "words.txt").write_text("a cat\na dog\n")
+    encoded(place, tmp_path / "texts", prompts=str(tmp_path / "words.txt"))
+    with pytest.raises(UserError, match="the texts of other images"):
+        prompts.training_source(latents_of(place, data__text=str(tmp_path / "texts")))
+    with pytest.raises(UserError, match="encode the captions of config.data.source latents by --mode=encode"):
+        prompts.training_source(latents_of(place))
+
+
+@pytest.fixture(scope="module")
+def workdir(place):
+    path = epath.Path(place) / "run"
+    train(latents_of(place, data__text=str(place / "texts")), path, StopRequest())
+    return path
+
+
+def test_a_run_keeps_what_encodes_its_texts(place, workdir, monkeypatch):
+    kept = json.loads((workdir / "text.json").read_text())
+    assert kept["pretrained"] == "some/encoder" and kept["length"] == 5
+    assert (workdir / "metrics.jsonl").exists()
+    monkeypatch.setattr(FakeEncoder, "weights", "second")
+    for start in (workdir, workdir / "new"):
+        with pytest.raises(UserError, match="texts are encoded with other encoders than those of the run"):
+            prompts.text_reader(latents_of(place, init__workdir=str(workdir)), start)
+
+
+def test_the_empty_text_stands_for_none_in_training_and_in_guidance(place):
+    config = latents_of(place, data__text=str(place / "texts"))
+    null, fake = Encodings(str(place / "texts")).null, FakeEncoder(config.model.text)
+    experiment, rng = build(config), np.random.default_rng(0)
+    parameters = {
+        name: jnp.asarray(0.3 * rng.standard_normal(shape.shape), jnp.float32)
+        for name, shape in experiment.model.shapes.items()
+    }
+    images = jnp.asarray(rng.standard_normal((8, 8, 8, 4)), jnp.float32)
+    given, empty = (
+        Text(*map(jnp.stack, zip(*texts, strict=True))) for texts in (map(fake.one, "abcdefgh"), [null] * 8)
+    )
+
+    def of(null_text, **changes):
+        settings = {group: dataclasses.replace(getattr(config, group), **fields) for group, fields in changes.items()}
+        return dataclasses.replace(experiment, config=dataclasses.replace(config, **settings), null_text=null_text)
+
+    def loss(experiment):
+        return jax.jit(lambda text: loss_and_metrics(experiment, parameters, images, text, jax.random.key(1))[0])
+
+    keep = loss(of(null, train=dict(label_dropout=0.0)))
+    np.testing.assert_allclose(loss(of(null, train=dict(label_dropout=0.999999)))(given), keep(empty), rtol=1e-6)
+    assert abs(keep(given) - keep(empty)) > 1e-4
+
+    def drawn(experiment):
+        return np.asarray(drawer(experiment)(parameters, empty, jnp.arange(8)))
+
+    plain = drawn(of(null, sample=dict(guidance=1.0)))
+    np.testing.assert_allclose(drawn(of(null, sample=dict(guidance=3.0))), plain, atol=1e-4)  # from itself to itself
+    assert np.abs(drawn(of(fake.one("a"), sample=dict(guidance=3.0))) - plain).max() > 1e-2
+
+
+def test_prompts_are_read_from_a_cache_or_encoded(place, workdir):
+    texts, asked = str(place / "texts"), ["a dog", "a horse", "birds"]
+
+    def request(prompts_, **overrides):
+        return prompts.request_of(build(latents_of(place, **overrides)), workdir, prompts_)
+
+    fresh = request(asked)
+    for request_ in (fresh, request(asked, data__text=texts)):
+        assert request_.captions == asked
+        fake = FakeEncoder(latents_of(place).model.text)
+        for found, wanted in zip(
+            (*request_.condition, *request_.null_text), (*fake(asked), *fake.one("")), strict=True
+        ):
+            np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-6)
+    cached = request(["birds"], data__text=texts, model__text__pretrained="")
+    np.testing.assert_array_equal(cached.condition.pooled[0], fresh.condition.pooled[2])
+    own = request((), data__text=texts)
+    assert own.captions == ["a cat", "a dog", "no picture", "two birds", "a cat"]
+    for overrides, says in (
+        (dict(data__text=texts), 'has no "a dog!": encode prompts by --mode=encode --prompts=FILE'),
+        ({}, "this model reads encoded text: encode prompts"),
+    ):
+        with pytest.raises(UserError, match=says):
+            request(["a dog!"], model__text__pretrained="", **overrides)
+
+
+def test_samples_are_guided_away_from_the_empty_text(place, workdir, monkeypatch):
+    seen, draw = [], sample_module.image_drawer
+    monkeypatch.setattr(
+        sample_module, "image_drawer", lambda experiment, *rest: seen.append(experiment) or draw(experiment, *rest)
+    )
+    sample_module.sample(latents_of(place), workdir, StopRequest(), ["a dog"])
+    np.testing.assert_array_equal(seen[0].null_condition.pooled, FakeEncoder(seen[0].config.model.text).one("").pooled)
+    assert [path.name for path in (workdir / "samples" / "prompts_0000002").iterdir()] == ["0000_a-dog.png"]

@@ -1,0 +1,153 @@
+"""Many images of a run: each by its index alone, and the same bytes however the job was cut."""
+
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from tests.jobs.tiny import command, finished, tiny_config
+from trm_diffusion.config import to_dict
+from trm_diffusion.diffusion.samplers import draw_initial_noise
+from trm_diffusion.errors import Interrupted, UserError
+from trm_diffusion.jobs import export_images as module
+from trm_diffusion.jobs.evaluate_images import sampling_record
+from trm_diffusion.jobs.export_images import export
+from trm_diffusion.jobs.train import train
+from trm_diffusion.metrics.image_sets import open_images
+from trm_diffusion.runtime.random import Purpose, key_for
+from trm_diffusion.runtime.signals import StopRequest
+
+COUNT = 11
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    path = epath.Path(tmp_path_factory.mktemp("run") / "tiny")
+    train(tiny_config(), path, StopRequest())
+    return path
+
+
+def exported(workdir, out, stop=None, **overrides):
+    """The names and bytes of all that an export leaves."""
+    settings = {"sample__batch_size": 4, "evaluate__label_rule": "random"} | overrides
+    export(tiny_config(**settings), workdir, stop or StopRequest(), COUNT, str(out))
+    return contents(out)
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def pixels(files):
+    return np.stack([np.asarray(Image.open(epath.Path(file)), np.int32) for file in sorted(files.glob("*.png"))])
+
+
+@pytest.fixture(scope="module")
+def whole(workdir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "images"
+    exported(workdir, folder)
+    return folder
+
+
+def test_what_an_export_leaves(whole):
+    names = {f"{index:06d}.png" for index in range(COUNT)} | {"labels.npy", "sampling.json"}
+    assert contents(whole).keys() == names
+    assert pixels(whole).shape == (COUNT, 8, 8, 3) and len(np.unique(pixels(whole), axis=0)) == COUNT
+    record = sampling_record(open_images(str(whole)))
+    missing = [field for field, value in record.items() if value is None and field != "vae"]
+    assert missing == [] and record["label_rule"] == "random" and record["samples"] == COUNT
+    assert np.load(whole / "labels.npy").shape == (COUNT,)
+
+
+def test_interrupted_and_started_again_ends_with_the_same_bytes(workdir, whole, tmp_path, monkeypatch):
+    stop, save = StopRequest(), module.save_png
+
+    def stopping(path, image):
+        save(path, image)
+        stop.requested = True
+
+    monkeypatch.setattr(module, "save_png", stopping)
+    with pytest.raises(Interrupted, match="stopped after 4 of 11 images"):
+        exported(workdir, tmp_path / "images", stop)
+    monkeypatch.undo()
+    (tmp_path / "images" / "000002.png").unlink()  # as if killed within the first batch
+    assert exported(workdir, tmp_path / "images") == contents(whole)
+
+
+def test_nothing_is_drawn_twice(workdir, whole, monkeypatch):
+    monkeypatch.setattr(module, "save_png", None)  # would raise
+    assert exported(workdir, whole) == contents(whole)
+
+
+@pytest.mark.parametrize("size", [7, 64])
+def test_images_do_not_depend_on_the_batch(workdir, whole, tmp_path, size):
+    exported(workdir, tmp_path / "images", sample__batch_size=size)
+    assert np.abs(pixels(tmp_path / "images") - pixels(whole)).max() <= 1
+    assert (tmp_path / "images" / "labels.npy").read_bytes() == (whole / "labels.npy").read_bytes()
+
+
+def test_noise_is_the_same_to_the_bit_in_every_batch():
+    keys = jax.vmap(lambda index: key_for(0, Purpose.SAMPLING, index))(jnp.arange(64))
+    whole = jax.jit(lambda keys: draw_initial_noise(keys, (8, 8, 1)))(keys)
+    for first in range(0, 63, 7):
+        part = jax.jit(lambda keys: draw_initial_noise(keys, (8, 8, 1)))(keys[first : first + 7])
+        np.testing.assert_array_equal(part, whole[first : first + 7])
+
+
+def as_command(workdir, directory, count: int, **overrides) -> tuple[str, ...]:
+    """The flags of an export of the tiny run."""
+    settings = to_dict(tiny_config(evaluate__label_rule="random", **overrides))
+    (directory / "tiny.py").write_text(
+        f"import ml_collections\ndef get_config():\n    return ml_collections.ConfigDict({settings!r})\n"
+    )
+    return (f"--config={directory / 'tiny.py'}", f"--workdir={workdir}", "--mode=sample", f"--num={count}")
+
+
+def test_killed_and_started_again_ends_with_the_same_bytes(workdir, tmp_path):
+    count = 400
+    flags = as_command(workdir, tmp_path, count, sample__batch_size=1)
+    finished(command(*flags, f"--out={tmp_path / 'whole'}"))
+    process, images = command(*flags, f"--out={tmp_path / 'killed'}"), tmp_path / "killed"
+    while process.poll() is None and len(list(images.glob("*.png"))) < 20:
+        time.sleep(0.005)
+    process.kill()
+    process.communicate(timeout=60)
+    assert 20 <= len(list(images.glob("0*.png"))) < count
+    finished(command(*flags, f"--out={images}"))
+    kept = {name: data for name, data in contents(images).items() if not name.startswith(".")}  # a torn file may stay
+    assert kept == contents(tmp_path / "whole")
+
+
+def test_eight_devices_and_the_command_line_give_the_same_images(workdir, whole, tmp_path):
+    flags = as_command(workdir, tmp_path, COUNT, train__batch_size=16)
+    finished(command(*flags, f"--out={tmp_path / 'images'}", devices=8))
+    assert (tmp_path / "images" / "labels.npy").read_bytes() == (whole / "labels.npy").read_bytes()
+    assert np.abs(pixels(tmp_path / "images") - pixels(whole)).max() <= 1
+
+
+def test_one_npz_holds_the_same(workdir, whole, tmp_path):
+    export(tiny_config(evaluate__label_rule="random"), workdir, StopRequest(), COUNT, str(tmp_path / "all.npz"))
+    with np.load(tmp_path / "all.npz") as arrays:
+        assert arrays["arr_0"].dtype == np.uint8
+        assert np.abs(arrays["arr_0"].astype(int) - pixels(whole)).max() <= 1
+        np.testing.assert_array_equal(arrays["arr_1"], np.load(whole / "labels.npy"))
+    assert sampling_record(open_images(str(tmp_path / "all.npz")))["sampler"] == "euler"
+
+
+def test_a_folder_of_other_images_is_refused(workdir, whole):
+    before = contents(whole)
+    with pytest.raises(UserError, match="drawn with diffusion_steps = 2, not 3: remove it, or give another --out"):
+        exported(workdir, whole, sample__diffusion_steps=3)
+    assert contents(whole) == before
+    assert json.loads(before["sampling.json"])["diffusion_steps"] == 2
+
+
+def test_latents_cannot_be_exported(workdir, tmp_path):
+    config = tiny_config(data__source="synthetic", data__channels=4)
+    with pytest.raises(UserError, match="config.data.channels=4: latents are exported .* config.data.vae"):
+        export(config, workdir, StopRequest(), COUNT, str(tmp_path))

@@ -1,0 +1,130 @@
+"""The analysis job: how a trained run's tokens are routed, and how long they recurse, while it samples.
+
+One batch of `sample.batch_size` images is drawn, of the classes or texts of the run's grids in turn, and the gates'
+reports of every diffusion step are kept. They are means over all tokens that the network sees, the unconditional half
+of guidance included; with Heun's sampler they are the predictor's. With halting, the same batch is also drawn without
+it, and both are timed in turn.
+"""
+
+import dataclasses
+import json
+import statistics
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from trm_diffusion.analysis.halting import expert_rows, mean_latent_steps, saving
+from trm_diffusion.config import Config
+from trm_diffusion.errors import Interrupted, UserError
+from trm_diffusion.experiment import Experiment, build
+from trm_diffusion.jobs.evaluate import protocol
+from trm_diffusion.jobs.sample import drawer
+from trm_diffusion.models.architecture import stack_layout
+from trm_diffusion.models.recursion.report import RoutingReport
+from trm_diffusion.run.prompts import Request, request_of
+from trm_diffusion.run.restore import load_run, sampling_parameters
+from trm_diffusion.run.workdir import write_json
+from trm_diffusion.runtime.logging import say
+from trm_diffusion.runtime.parameters import Parameters
+from trm_diffusion.runtime.signals import StopRequest
+from trm_diffusion.runtime.timing import interleaved_seconds
+
+REPEATS = 9  # draws with and without halting, of whose seconds the median is reported
+DIGITS = 5  # decimals of the figures in the report
+
+
+def analyze(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
+    """Writes analysis.json of the run in `workdir`; prints it as one line, without the figures by diffusion step."""
+    if config.model.recursion.blocks == "none":
+        raise UserError("config.model.recursion.blocks is none: no block recurses, so there is nothing to analyze")
+    experiment, state = load_run(config, workdir)
+    parameters = sampling_parameters(experiment, state)
+    request = request_of(experiment, workdir)
+    experiment = dataclasses.replace(experiment, null_text=request.null_text)
+    condition = _condition_of_batch(experiment, request)
+    images, reports = _batch_drawer(experiment, parameters, condition, stop, with_reports=True)()
+    images, reports = jax.tree.map(np.asarray, (images, reports))
+    report = {
+        "blocks": list(stack_layout(config.model).recursive),
+        "latent_steps": reports.ran.shape[-1],
+        **_routing(reports),
+        "halting": {"rule": config.model.recursion.halting},
+        "protocol": {**protocol(config, update=int(state.step)), "samples": len(images), "label_rule": "grid"},
+    }
+    if config.model.recursion.halting != "none":
+        report["halting"] |= _halting(experiment, parameters, condition, images, reports, stop)
+    if jax.process_index() != 0:
+        return
+    write_json(workdir / "analysis.json", {**report, "by_diffusion_step": _by_diffusion_step(experiment, reports)})
+    say(f"wrote {workdir / 'analysis.json'}")
+    print(json.dumps(report), flush=True)
+
+
+def _condition_of_batch(experiment: Experiment, request: Request):
+    """The condition of the run's grids, cut or repeated to `sample.batch_size` images."""
+    size = experiment.config.sample.batch_size
+    return jax.tree.map(lambda leaf: np.resize(leaf, (size, *leaf.shape[1:])), request.condition)
+
+
+def _batch_drawer(experiment: Experiment, parameters: Parameters, condition, stop, *, with_reports: bool = False):
+    """A function that draws the batch."""
+    draw = drawer(experiment, with_reports=with_reports)
+    indices = np.arange(experiment.config.sample.batch_size)
+
+    def once():
+        if stop.reached():
+            raise Interrupted("stopped before the analysis was complete; nothing of it is written")
+        return draw(parameters, condition, indices)
+
+    return once
+
+
+def _routing(reports: RoutingReport) -> dict:
+    """What the gates did, by block [R], averaged over diffusion steps and the latent steps that ran."""
+    ran = reports.ran / reports.ran.sum((0, 2), keepdims=True)  # [S, R, T]
+    return {
+        "expert_load": _rounded(np.einsum("srt,srtpm->rpm", ran, reports.load)),
+        "gate_entropy_nats": _rounded(np.sum(ran * reports.entropy, axis=(0, 2))),
+    }
+
+
+def _halting(experiment: Experiment, parameters: Parameters, condition, images, reports: RoutingReport, stop) -> dict:
+    """What halting saved, and what it changed, against the same parameters without it."""
+    config = experiment.config
+    recursion = dataclasses.replace(config.model.recursion, halting="none")
+    plain = build(dataclasses.replace(config, model=dataclasses.replace(config.model, recursion=recursion)))
+    plain = dataclasses.replace(plain, null_text=experiment.null_text)
+    without = _batch_drawer(plain, {name: parameters[name] for name in plain.model.shapes}, condition, stop)
+    seconds = interleaved_seconds(
+        {"with": _batch_drawer(experiment, parameters, condition, stop), "without": without}, REPEATS
+    )
+    ratios = [one / other for one, other in zip(seconds["with"], seconds["without"], strict=True)]
+    rows = expert_rows(reports, experts_per_token=recursion.experts_per_token)
+    change = np.sqrt(np.mean(np.square(images - np.asarray(without()))))
+    return {
+        "mean_latent_steps": _rounded(mean_latent_steps(reports).mean(0)),  # [R]
+        "expert_rows_per_token": {name: _rounded(value) for name, value in rows.items()},
+        "saved": saving(rows),
+        "seconds_a_batch_with": _rounded(statistics.median(seconds["with"])),
+        "seconds_a_batch_without": _rounded(statistics.median(seconds["without"])),
+        "seconds_ratio": _rounded(statistics.median(ratios)),  # of draws next to each other
+        "timed_draws_of_each": REPEATS,
+        "root_mean_square_change_of_images": _rounded(change),
+    }
+
+
+def _by_diffusion_step(experiment: Experiment, reports: RoutingReport) -> list[dict]:
+    """For each diffusion step, its normalized time (1 noise, 0 clean), mean latent steps [R] and load [R, T, P, M]."""
+    objective, steps = experiment.objective, experiment.config.sample.diffusion_steps
+    times = objective.normalized(jnp.asarray(objective.time_grid(steps)[:-1], jnp.float32))
+    return [
+        {"normalized_time": _rounded(time), "mean_latent_steps": _rounded(latent_steps), "expert_load": _rounded(load)}
+        for time, latent_steps, load in zip(times, mean_latent_steps(reports), reports.load, strict=True)
+    ]
+
+
+def _rounded(values):
+    """A number or a nested list for JSON."""
+    return np.round(np.asarray(values, np.float64), DIGITS).tolist()

@@ -1,0 +1,116 @@
+"""The comparison job: several evaluations on one page, or a refusal where they were not measured alike."""
+
+import base64
+import html
+import io
+import json
+
+import numpy as np
+from etils import epath
+
+from trm_diffusion.analysis.grids import image_grid
+from trm_diffusion.errors import UserError
+from trm_diffusion.metrics.image_sets import open_images
+from trm_diffusion.run.workdir import write_text
+from trm_diffusion.runtime.logging import say
+
+METRICS = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "precision", "recall": "recall"}
+FIELDS = ("num_images", "fid_name", "intervals_95", "images", "protocol", "sampling")
+# What evaluations may differ in and still be compared: where files lie, and the models themselves.
+FREE_PROTOCOL = ("reference",)
+SHOWN = ("latent_steps", "recursive_blocks", "update", "train_seed")
+FREE_SAMPLING = (*SHOWN, "version", "git_commit", "jax", "device")
+GRID_IMAGES, GRID_COLUMNS, GRID_PIXELS = 32, 8, 64
+STYLE = """
+body { font: 15px sans-serif; margin: 2em auto; max-width: 75em }
+table { border-collapse: collapse } td, th { padding: .3em .8em; border-bottom: 1px solid #ccc; text-align: left }
+.interval { color: #777; font-size: 85% } .grids { display: flex; flex-wrap: wrap; gap: 1.5em }
+figure { margin: 0 } img { image-rendering: pixelated; max-width: 36em }
+"""
+
+
+def compare(paths: list[str], out: str) -> None:
+    """Writes one self-contained page: metrics with their intervals, what differs, sample grids side by side.
+
+    Raises:
+      UserError: fewer than two evaluations, files that are none, or another protocol, number of images or sampling.
+    """
+    if len(paths) < 2:
+        raise UserError("--evaluations needs two files or more, separated by commas")
+    reports = {path: read_evaluation(path) for path in paths}
+    first = paths[0]
+    for path, report in reports.items():
+        here, there = conditions(reports[first]), conditions(report)
+        different = [field for field in sorted(here | there) if here.get(field) != there.get(field)]
+        if different:
+            raise UserError(
+                f"{first} and {path} were not measured alike and cannot be compared: "
+                + "; ".join(f"{field} {here.get(field)!r} and {there.get(field)!r}" for field in different)
+            )
+    write_text(epath.Path(out), page(reports))
+    say(f"wrote {out}")
+
+
+def read_evaluation(path: str) -> dict:
+    """An evaluation.json of the ADM protocol. Raises UserError for anything else."""
+    try:
+        report = json.loads(epath.Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as an evaluation ({error})") from error
+    missing = [field for field in (*METRICS, *FIELDS) if field not in report]
+    if missing:
+        raise UserError(f"{path} is not an evaluation of images (no {missing[0]}); make one with --mode=evaluate")
+    return report
+
+
+def conditions(report: dict) -> dict:
+    """All that the figures depend on besides the model."""
+    measuring, sampling = report["protocol"].items(), report["sampling"].items()
+    return (
+        {"num_images": report["num_images"]}
+        | {f"protocol.{field}": value for field, value in measuring if field not in FREE_PROTOCOL}
+        | {f"sampling.{field}": value for field, value in sampling if field not in FREE_SAMPLING}
+    )
+
+
+def page(reports: dict[str, dict]) -> str:
+    """The page as HTML, pictures included."""
+    first = next(iter(reports.values()))
+    rows = "".join(_row(path, report) for path, report in reports.items())
+    figures = "".join(_figure(path, report) for path, report in reports.items())
+    warnings = dict.fromkeys(warning for report in reports.values() for warning in report.get("warnings", []))
+    head = "".join(f"<th>{label}</th>" for label in ("", *METRICS.values(), *SHOWN))
+    same = "".join(
+        f"<tr><td>{html.escape(field)}</td><td>{html.escape(str(value))}</td></tr>"
+        for field, value in conditions(first).items()
+    )
+    return (
+        f"<!doctype html><meta charset=utf-8><title>Comparison</title><style>{STYLE}</style>"
+        f"<h1>{html.escape(first['fid_name'])}</h1><table><tr>{head}</tr>{rows}</table>"
+        "<p class=interval>In brackets: 95% bootstrap intervals over the images, not over training seeds."
+        f"</p>{''.join(f'<p>{html.escape(warning)}</p>' for warning in warnings)}"
+        f"<div class=grids>{figures}</div><h2>The same for all</h2><table>{same}</table>\n"
+    )
+
+
+def _row(path: str, report: dict) -> str:
+    cells = [f"<td>{html.escape(path)}</td>"]
+    for metric in METRICS:
+        low, high = report["intervals_95"][metric]
+        cells.append(f"<td>{report[metric]:.4g} <span class=interval>[{low:.4g}, {high:.4g}]</span></td>")
+    cells += [f"<td>{html.escape(str(report['sampling'].get(field)))}</td>" for field in SHOWN]
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def _figure(path: str, report: dict) -> str:
+    """The first images of a set, as a picture within the page."""
+    from PIL import Image
+
+    images = open_images(report["images"], report["protocol"]["image_size_cropped_to"] or 0)
+    pixels = next(images.batches(GRID_IMAGES))
+    scale = max(1, GRID_PIXELS // pixels.shape[2])
+    grid = image_grid((pixels.astype(np.float32) - 127.5) / 127.5, GRID_COLUMNS, scale=scale)
+    stream = io.BytesIO()
+    Image.fromarray(grid).save(stream, format="PNG")
+    source = base64.b64encode(stream.getvalue()).decode()
+    return f"<figure><img src='data:image/png;base64,{source}'><figcaption>{html.escape(path)}</figcaption></figure>"

@@ -1,0 +1,85 @@
+"""The conversion job: published weights into a directory of ours, and a run's or a directory's weights out again."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+from etils import epath
+
+from trm_diffusion.config import Config
+from trm_diffusion.errors import UserError
+from trm_diffusion.run.decoder import kept_spec
+from trm_diffusion.run.restore import layers_of_run, model_of
+from trm_diffusion.run.workdir import load_config
+from trm_diffusion.runtime.logging import say
+from trm_diffusion.runtime.parameters import Parameters
+from trm_diffusion.weights.adapters import adapter_of, merged
+from trm_diffusion.weights.convert import LAYOUTS, Weights, in_dtype, to_ours, to_theirs
+from trm_diffusion.weights.safetensors import TensorSpec, write_safetensors
+from trm_diffusion.weights.source import open_source
+from trm_diffusion.weights.store import holds_weights, load_weights, new_directory, save_weights
+
+DIFFUSERS_FILE, PLAIN_FILE = "diffusion_pytorch_model.safetensors", "model.safetensors"
+
+
+ADAPTER = "adapter"  # in place of a layout's name: the gates and experts alone
+
+
+def convert(
+    source: str, destination: str, layout: str = "", to_layout: str = "", dtype: str = "", merge: bool = False
+) -> None:
+    """Reads `source`, a run, a directory of ours or published weights, and writes the directory `destination`.
+
+    to_layout "" writes a directory of ours, that `config.init.workdir` can start a run from; "adapter" one of the gates
+    and experts alone, for `config.init.adapter`; else safetensors with that layout's names. merge: put the experts into
+    the base weights first. Raises UserError in one line, and then has written nothing.
+    """
+    if not source or not destination:
+        raise UserError("--mode=convert needs --from=PATH_OR_HUB_ID and --to=DIR")
+    for flag, name, known in (("layout", layout, [*LAYOUTS]), ("to-layout", to_layout, [*LAYOUTS, ADAPTER])):
+        if name and name not in known:
+            raise UserError(f"--{flag}={name} is none of {', '.join(known)}")
+    weights = _open(source, layout)
+    if dtype:
+        weights = in_dtype(weights, dtype, source)
+    if merge:
+        weights = merged(weights, source)
+    if to_layout == ADAPTER:
+        weights = adapter_of(weights, source)
+        save_weights(destination, weights)
+    elif to_layout:
+        specs, tensors = to_theirs(weights, to_layout, source)
+        with new_directory(destination) as partial:
+            config = LAYOUTS[to_layout].config
+            if config:
+                (partial / "config.json").write_text(json.dumps(config(weights.model), indent=2) + "\n")
+            write_safetensors(partial / (DIFFUSERS_FILE if config else PLAIN_FILE), specs, tensors)
+    else:
+        save_weights(destination, weights)
+    what = f"a {weights.kind} of {weights.parameters:,} parameters"
+    say(f"{source} ({weights.record.get('layout', 'a run')}): {what} written to {destination} ({to_layout or 'ours'})")
+
+
+def _open(source: str, layout: str) -> Weights:
+    path = Path(source).expanduser()
+    if holds_weights(path):
+        return load_weights(path)
+    if (path / "checkpoints").is_dir():
+        return _of_run(path)
+    return to_ours(open_source(source), layout)
+
+
+def _of_run(workdir: Path) -> Weights:
+    """A run's parameters (first average)."""
+    path = epath.Path(workdir)
+    weights, spec = weights_of(load_config(path), layers_of_run(path), str(workdir)), kept_spec(path)
+    latent = {"latent": dataclasses.asdict(spec)} if spec else {}
+    return dataclasses.replace(weights, record=weights.record | latent)
+
+
+def weights_of(config: Config, layers: Parameters, source: str) -> Weights:
+    """Parameters of the model that a config describes, each block on its own."""
+    values = {name: np.asarray(value) for name, value in layers.items()}
+    specs = {name: TensorSpec(value.shape, value.dtype) for name, value in values.items()}
+    return Weights(config.model.architecture, model_of(config), specs, values.__getitem__, {"source": source})

@@ -1,0 +1,138 @@
+"""Jobs on image files: measuring samples by the ADM protocol, and making the reference that they are compared with."""
+
+import importlib.metadata
+import json
+
+import jax
+import numpy as np
+from etils import epath
+
+import trm_diffusion
+from trm_diffusion.errors import UserError
+from trm_diffusion.jobs.evaluate import git_commit
+from trm_diffusion.metrics.adm import (
+    PROTOCOL,
+    adm_metrics,
+    concatenated,
+    features_of,
+    read_reference,
+    reference_arrays,
+    warnings_about,
+)
+from trm_diffusion.metrics.image_sets import ImageSet, open_images
+from trm_diffusion.metrics.precision_recall import NEIGHBOURS
+from trm_diffusion.run.workdir import write_json
+from trm_diffusion.runtime.logging import say
+from trm_diffusion.runtime.processes import is_first
+from trm_diffusion.weights.inception import load_inception
+
+BATCH_SIZE = 64
+# What a figure depends on and the images do not tell; null where no record lies beside them.
+SAMPLING_FIELDS = (
+    "sampler",
+    "diffusion_steps",
+    "guidance_scale",
+    "guidance_interval",
+    "guidance_channels",
+    "latent_steps",
+    "label_rule",
+    "sample_seed",
+    "parameters",
+    "update",
+    "dtype",
+    "vae",
+)
+
+
+def evaluate_images(
+    images: str, reference: str, inception: str, out: str = "", image_size: int = 0, precision_dtype: str = "float32"
+) -> dict:
+    """Measures a folder or npz of samples; writes one JSON file with every figure and how it was taken, and prints it.
+
+    Args:
+      images: folder of pictures or .npz; `sampling.json` beside them tells how they were drawn.
+      reference: reference file of ADM's layout.
+      inception: weights of the FID Inception network.
+      out: the JSON file to write; evaluation.json beside the images by default.
+      image_size: crop pictures to this size first; 0 leaves them as they are.
+      precision_dtype: float32 or float16, of precision and recall.
+    """
+    samples = open_images(images, image_size)
+    target = read_reference(reference)
+    weights, weights_sha256 = load_inception(inception)
+    path = epath.Path(out) if out else beside(samples, "evaluation.json")
+    warnings = warnings_about(samples)
+    for warning in warnings:
+        say(f"warning: {warning}")
+
+    for images_of in (samples, target.images):
+        if len(images_of) <= NEIGHBOURS:
+            raise UserError(
+                f"{images_of.path} holds {len(images_of)} images; precision and recall need {NEIGHBOURS + 1}"
+            )
+    measured = concatenated(features_of(weights, samples, BATCH_SIZE, "samples"))
+    reference_pool = concatenated(features_of(weights, target.images, BATCH_SIZE, "reference")).pool
+    try:
+        figures = adm_metrics(measured, target, reference_pool, precision_dtype)
+    except ValueError as error:  # features that are not finite, or too large for float16
+        raise UserError(f"{images} cannot be measured: {error}") from error
+    report = {
+        **figures,
+        "warnings": warnings,
+        "images": str(samples.path),
+        "protocol": {
+            **PROTOCOL,
+            "precision_recall_dtype": precision_dtype,
+            "image_size_cropped_to": image_size or None,
+            "inception_sha256": weights_sha256,
+            "reference": str(target.images.path),
+            "reference_sha256": target.sha256,
+            "reference_images": len(target.images),
+        },
+        "sampling": sampling_record(samples),
+        "measured_by": {
+            "version": trm_diffusion.__version__,
+            "git_commit": git_commit(),
+            "jax": importlib.metadata.version("jax"),
+            "device": jax.devices()[0].device_kind,
+        },
+    }
+    if is_first():
+        write_json(path, report)
+        say(f"wrote {path}")
+        print(json.dumps(report), flush=True)
+    return report
+
+
+def make_reference(images: str, inception: str, out: str, image_size: int = 0) -> None:
+    """Writes a reference file from all images of a folder or npz; see `metrics.adm`."""
+    path = epath.Path(out)
+    if path.suffix != ".npz":
+        raise UserError(f"--out={out}: a reference is an .npz file")
+    source = open_images(images, image_size)
+    if len(source) < 2:
+        raise UserError(f"--images={images} holds one image; a reference needs a whole data set")
+    weights, _ = load_inception(inception)
+    arrays = reference_arrays(weights, source, BATCH_SIZE)
+    if not is_first():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        np.savez(file, **arrays)
+    partial.replace(path)
+    say(f"wrote {path}: statistics of {len(source)} images, {len(arrays['arr_0'])} of them for precision and recall")
+
+
+def sampling_record(samples: ImageSet) -> dict:
+    """How the samples were drawn: sampling.json beside them, or each of its fields as None."""
+    path = beside(samples, "sampling.json")
+    record = json.loads(path.read_text()) if path.exists() else {}
+    return {field: None for field in SAMPLING_FIELDS} | record
+
+
+def beside(samples: ImageSet, name: str) -> epath.Path:
+    """Where a file about the samples lies: in their folder, or next to their npz under its name."""
+    if samples.path.is_dir():
+        return samples.path / name
+    return samples.path.with_name(f"{samples.path.stem}.{name}")

@@ -1,0 +1,143 @@
+"""The export job of benchmarks of prompts: four images of each, in the layout that the benchmark's evaluator reads.
+
+Image i of prompt p depends on the prompt, on `sample.seed` and on its index 4 p + i alone. Prompts are drawn in groups,
+the same in every start of the job. A file appears whole or not at all, and a group of which one is missing is drawn
+again: an export that was interrupted ends with the same bytes.
+
+OUT                  the images, as `metrics/geneval.py` and `metrics/dpg.py` say
+OUT.sampling.json    how they were drawn
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import tqdm
+from etils import epath
+
+from trm_diffusion.analysis.grids import image_grid
+from trm_diffusion.config import Config
+from trm_diffusion.errors import UserError
+from trm_diffusion.jobs.evaluate import protocol
+from trm_diffusion.jobs.export_images import as_first_sees, keep_record, require_images
+from trm_diffusion.jobs.sample import draw_all, image_drawer
+from trm_diffusion.metrics import dpg, geneval
+from trm_diffusion.run.decoder import load_decoder
+from trm_diffusion.run.prompts import text_reader
+from trm_diffusion.run.restore import load_run, sampling_parameters
+from trm_diffusion.runtime.logging import say
+from trm_diffusion.runtime.processes import is_first
+from trm_diffusion.runtime.signals import StopRequest
+
+IMAGES = 4  # of a prompt, in either benchmark
+
+
+class Benchmark(NamedTuple):
+    """A benchmark's prompts, and its layout in a folder of images."""
+
+    texts: list[str]
+    unfinished: Callable[[pathlib.Path], set[int]]  # prompts of which something is missing
+    write: Callable[[pathlib.Path, int, np.ndarray], None]  # the images uint8 [4, H, W, 3] of a prompt
+    check: Callable[[pathlib.Path], object]  # raises UserError for a missing or an extra file
+
+
+def _geneval(path: str) -> Benchmark:
+    prompts = geneval.read_prompts(path)
+
+    def unfinished(folder):
+        metadata = {prompt for prompt in range(len(prompts)) if not geneval.metadata_path(folder, prompt).exists()}
+        return metadata | {prompt for prompt, _ in geneval.missing_images(folder, len(prompts))}
+
+    def write(folder, prompt, images):
+        for image, pixels in enumerate(images):
+            geneval.write_image(folder, prompts, prompt, image, pixels)
+
+    return Benchmark(
+        [prompt["prompt"] for prompt in prompts],
+        unfinished,
+        write,
+        lambda folder: geneval.check_export(folder, prompts),
+    )
+
+
+def _dpg(path: str) -> Benchmark:
+    prompts = dpg.read_prompts(path)
+    item_ids = list(prompts)
+    return Benchmark(
+        list(prompts.values()),
+        lambda folder: {i for i, item_id in enumerate(item_ids) if not (folder / f"{item_id}.png").exists()},
+        lambda folder, prompt, images: dpg.write_grid(folder, item_ids[prompt], images),
+        lambda folder: dpg.check_export(folder, item_ids),
+    )
+
+
+def export_prompts(
+    config: Config, workdir: epath.Path, stop: StopRequest, *, benchmark: str, prompts: str, out: str = ""
+) -> None:
+    """Draws the images of a benchmark from the run in `workdir`, sampling as `sample` says.
+
+    Args:
+      benchmark: geneval or dpg.
+      prompts: the user's copy of the benchmark's prompts.
+      out: the folder to write; workdir/samples/BENCHMARK_UPDATE by default.
+
+    Raises:
+      UserError: a model of labels, latents without their autoencoder, prompts that are malformed, or a folder that
+        holds something else.
+      Interrupted: asked to stop; what was drawn stays.
+    """
+    if config.model.architecture == "dit":
+        raise UserError(f"--export={benchmark} draws texts; this model (config.model.architecture dit) draws labels")
+    require_images(config)
+    if "://" in (out or str(workdir)):
+        raise UserError(f"--export={benchmark} writes files for an evaluator: give --out=DIR, a local directory")
+    suite = {"geneval": _geneval, "dpg": _dpg}[benchmark](prompts)
+    experiment, state = load_run(config, workdir)
+    reader, decoder = text_reader(config, workdir), load_decoder(experiment, workdir)
+    experiment = dataclasses.replace(experiment, null_text=reader.null_text)
+    folder = pathlib.Path(out or workdir / "samples" / f"{benchmark}_{int(state.step):07d}")
+    record = protocol(config, int(state.step), decoder) | {"text": reader.encoding}
+    start(folder, benchmark, suite.texts, record)
+    problems = [problem for problem in map(reader.problem, suite.texts) if problem]
+    if problems:
+        say(f"warning: of {len(problems)} of {len(suite.texts)} prompts not all is read; the first: {problems[0]}")
+
+    draw, parameters = image_drawer(experiment, decoder), sampling_parameters(experiment, state)
+    size, count = max(1, config.sample.batch_size // IMAGES), len(suite.texts)
+    groups = [range(first, min(first + size, count)) for first in range(0, count, size)]
+    unfinished = suite.unfinished(folder)
+    lacking = as_first_sees([not unfinished.isdisjoint(group) for group in groups])
+    groups = [group for group, lacks in zip(groups, lacking, strict=True) if lacks]
+    for group in tqdm.tqdm(groups, unit="group", mininterval=1, disable=None):
+        condition = reader([suite.texts[prompt] for prompt in group])
+        condition = jax.tree.map(lambda leaf: np.repeat(leaf, IMAGES, axis=0), condition)
+        drawn = draw_all(draw, config, parameters, condition, stop, first_index=IMAGES * group.start)
+        images = np.concatenate(list(drawn))
+        if is_first():
+            for prompt, four in zip(group, images.reshape(len(group), IMAGES, *images.shape[1:]), strict=True):
+                pixels = [image_grid(image[None], columns=1, padding=0) for image in four]
+                suite.write(folder, prompt, np.stack(pixels))
+    if is_first():
+        suite.check(folder)
+    say(f"drew {IMAGES} images of each of {count} prompts with {config.sample.parameters} parameters: {folder}")
+
+
+def start(folder: pathlib.Path, benchmark: str, texts: list[str], record: dict) -> None:
+    """Keeps how the images are drawn beside them, and clears what a killed job left half-written.
+
+    Raises UserError where the folder holds images drawn otherwise, or of unknown origin.
+    """
+    path = folder.with_name(f"{folder.name}.sampling.json")
+    if not path.exists() and folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty, and no {path.name} beside it says of what: give another --out")
+    del record["label_rule"]
+    prompts_sha256 = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    keep_record(path, folder, {**record, "samples": IMAGES * len(texts), benchmark: prompts_sha256})
+    if is_first():
+        for partial in folder.rglob(".*.partial-*"):
+            partial.unlink()

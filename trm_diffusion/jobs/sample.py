@@ -1,0 +1,174 @@
+"""The sampling job: from a checkpoint to images, and what training and evaluation share of it."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from trm_diffusion.analysis.grids import captioned_grid, image_grid, save_png
+from trm_diffusion.config import Config
+from trm_diffusion.diffusion.guidance import guide
+from trm_diffusion.diffusion.samplers import draw_initial_noise
+from trm_diffusion.diffusion.samplers import sample as run_sampler
+from trm_diffusion.errors import Interrupted
+from trm_diffusion.experiment import Experiment
+from trm_diffusion.run.decoder import Decoder, load_decoder
+from trm_diffusion.run.prompts import Request, request_of
+from trm_diffusion.run.restore import load_run, sampling_parameters
+from trm_diffusion.runtime.devices import compiler_options
+from trm_diffusion.runtime.logging import say
+from trm_diffusion.runtime.parameters import Parameters
+from trm_diffusion.runtime.random import Purpose, key_for
+from trm_diffusion.runtime.sharding import batch_sharding, distribute, replicated
+from trm_diffusion.runtime.signals import StopRequest
+from trm_diffusion.runtime.state import TrainState
+
+GRID_PIXELS = 64  # images narrower than this are shown enlarged
+CAPTIONED_PIXELS = 160  # and with captions than this
+
+
+def image_drawer(experiment: Experiment, decoder: Decoder | None) -> Callable:
+    """`drawer` of images, where there is a decoder for the latents that the model denoises."""
+    draw = drawer(experiment)
+    return draw if decoder is None else lambda *arguments: decoder(draw(*arguments))
+
+
+def drawer(experiment: Experiment, *, with_reports: bool = False, gathered: bool = True) -> Callable:
+    """`sampling_program` of a condition and indices that every process holds whole, as NumPy arrays."""
+    program = sampling_program(experiment, with_reports=with_reports, gathered=gathered)
+    batch = batch_sharding(experiment.mesh)
+
+    def draw(parameters: Parameters, condition: Any, indices: np.ndarray):
+        return program(parameters, *distribute((condition, indices), batch))
+
+    return draw
+
+
+def sampling_program(
+    experiment: Experiment, *, with_reports: bool = False, gathered: bool = True
+) -> jax.stages.Wrapped:
+    """program(parameters, condition [B, ...], indices [B]) -> images or latents [B, H, W, C] float32, over the mesh.
+
+    The result is on every device, or divided over them like the batch if not `gathered`.
+
+    An image depends on its condition (see `Experiment.condition_of`), its index and `sample.seed` alone, not on its
+    batch or the number of devices. With `with_reports` it also returns the gates' `RoutingReport` of every diffusion
+    step, [S, R, T, ...].
+    """
+    sample, data, objective = experiment.config.sample, experiment.config.data, experiment.objective
+    shape = (data.image_size, data.image_size, data.channels)
+
+    def program(parameters: Parameters, condition: Any, indices: jax.Array) -> jax.Array:
+        model = experiment.network(parameters)
+        keys = jax.vmap(lambda index: key_for(sample.seed, Purpose.SAMPLING, index))(indices)
+        network = guide(
+            lambda noisy, times, condition: model(noisy, times, condition, latent_steps=sample.latent_steps),
+            objective,
+            condition,
+            jax.tree.map(lambda null, given: jnp.broadcast_to(null, given.shape), experiment.null_condition, condition),
+            scale=sample.guidance,
+            interval=sample.guidance_interval,
+            channels=sample.guidance_channels,
+        )
+        images, reports = run_sampler(
+            network,
+            objective,
+            draw_initial_noise(keys, shape),
+            keys,
+            sampler=sample.sampler,
+            diffusion_steps=sample.diffusion_steps,
+            eta=sample.eta,
+        )
+        return (images, reports) if with_reports else images
+
+    batch = batch_sharding(experiment.mesh)
+    out = replicated(experiment.mesh) if gathered else batch
+    return jax.jit(
+        program,
+        in_shardings=(None, batch, batch),
+        out_shardings=out,
+        compiler_options=compiler_options(experiment.mesh),
+    )
+
+
+def draw_all(
+    draw: Callable,
+    config: Config,
+    parameters: Parameters,
+    condition: Any,
+    stop: StopRequest | None = None,
+    first_index: int = 0,
+) -> Iterator[np.ndarray]:
+    """Images of a condition [N, ...], batch by batch, in order; their indices count from the first.
+
+    Raises Interrupted if asked to.
+    """
+    size, count = config.sample.batch_size, len(jax.tree.leaves(condition)[0])
+    for first in range(0, count, size):
+        if stop is not None and stop.reached():
+            raise Interrupted(f"stopped after {first} of {count} images; they are drawn again next time")
+        rows = np.arange(first, min(first + size, count))
+        padded = np.resize(rows, size)  # one shape, one compilation
+        part = jax.tree.map(lambda leaf, rows=padded: leaf[rows], condition)
+        images = draw(parameters, part, first_index + np.arange(first, first + size))
+        yield np.asarray(images)[: len(rows)]
+
+
+def save_grid(
+    draw: Callable, experiment: Experiment, state: TrainState, request: Request, path: epath.Path
+) -> np.ndarray:
+    """Draws what is asked for and writes it as one PNG; returns it, uint8 [H, W, 3]."""
+    parameters = sampling_parameters(experiment, state)
+    images = np.concatenate(list(draw_all(draw, experiment.config, parameters, request.condition)))
+    return write_grid(path, images, experiment.config, request.captions)
+
+
+def write_grid(path: epath.Path, images: np.ndarray, config: Config, captions: Sequence[str] | None = None):
+    """Lays [N, H, W, C] out, `per_class` images in a row and captions under them, and writes a PNG; returns it."""
+    size, columns = images.shape[2], config.sample.per_class
+    if captions:
+        grid = captioned_grid(images, captions, columns, scale=max(1, CAPTIONED_PIXELS // size))
+    else:
+        grid = image_grid(images, columns, scale=max(1, GRID_PIXELS // size))
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_png(path, grid)
+    return grid
+
+
+def sample(config: Config, workdir: epath.Path, stop: StopRequest, prompts: Sequence[str] = ()) -> None:
+    """Draws the grid of the config, or of the prompts, from the run in `workdir`.
+
+    Writes a PNG and the images as an npz beside it; for prompts, each image as a PNG of its own too.
+    """
+    experiment, state = load_run(config, workdir)
+    request = request_of(experiment, workdir, prompts)
+    experiment = dataclasses.replace(experiment, null_text=request.null_text)
+    parameters = sampling_parameters(experiment, state)
+    draw = image_drawer(experiment, load_decoder(experiment, workdir))
+    images = np.concatenate(list(draw_all(draw, config, parameters, request.condition, stop)))
+    directory, step = workdir / "samples", f"{int(state.step):07d}"
+    path = directory / f"{'prompts' if prompts else 'grid'}_{step}.png"
+    write_grid(path, images, config, request.captions)
+    arrays = path.with_suffix(".npz")
+    if jax.process_index() == 0:
+        with arrays.open("wb") as file:
+            np.savez(file, images=images, **request.arrays())
+        if prompts:
+            write_images(directory / f"prompts_{step}", images, request.captions)
+    say(f"drew {len(images)} images with {config.sample.parameters} parameters: {path} and {arrays}")
+    if prompts:
+        say(f"each image by its prompt: {directory / f'prompts_{step}'}")
+
+
+def write_images(directory: epath.Path, images: np.ndarray, captions: Sequence[str]) -> None:
+    """Each image as "NUMBER_WORDS-OF-ITS-CAPTION.png", pixel by pixel."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        name = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:80]
+        save_png(directory / f"{number:04d}_{name}.png", image_grid(image[None], columns=1, padding=0))

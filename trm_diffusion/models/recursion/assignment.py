@@ -1,0 +1,68 @@
+"""Which expert takes which token, within the experts' capacity.
+
+Tokens are dispatched inside a *routing group*, the flat token list of a fixed number of images (paper, Figure 1). In
+training each expert takes at most C = ceil(capacity_factor * k * tokens / M) tokens of a group; those with the highest
+gate probability come first, ties by position (our reading). A token over capacity gets a zero update from that expert.
+At inference no token is dropped.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from trm_diffusion.models.recursion.gate import Routing
+
+
+class Assignment(NamedTuple):
+    """Which expert takes which token, with G routing groups of S tokens each and C places for tokens in each expert."""
+
+    combine: jax.Array  # [G, S, P, M] float32 weights, zero where a token is not taken
+    selected: jax.Array  # [G, S, P, M] bool, what the gate asked for
+    taken: jax.Array  # [G, S, P, M] bool, what the experts' capacity allowed
+    place: jax.Array  # [G, S, P, k] int32, m * C + the token's turn in expert m; M * C where it is not taken
+
+
+def expert_capacity(tokens: int, experts: int, experts_per_token: int, capacity_factor: float) -> int:
+    """C = ceil(capacity_factor * k * tokens / M), at most `tokens`."""
+    return min(tokens, math.ceil(capacity_factor * experts_per_token * tokens / experts))
+
+
+def assign(routing: Routing, group: int, capacity: int | None) -> Assignment:
+    """Assigns tokens to experts, `group` images to a routing group; `capacity` None takes every token.
+
+    A selected expert of -1 stands for none.
+    """
+    experts = routing.probabilities.shape[-1]
+    one_hot = grouped(jax.nn.one_hot(routing.experts, experts, dtype=jnp.float32), group)  # [G, S, P, k, M]
+    weights = jnp.einsum("gspk,gspkm->gspm", grouped(routing.weights, group), one_hot)
+    taken = selected = jnp.any(one_hot > 0, axis=-2)
+    places = selected.shape[1] if capacity is None else min(capacity, selected.shape[1])
+    if places < selected.shape[1]:
+        probabilities = jax.lax.stop_gradient(grouped(routing.probabilities, group))
+        taken = selected & _within_capacity(jnp.where(selected, probabilities, -1.0), places)
+    first_place = places * jax.lax.broadcasted_iota(jnp.int32, taken.shape, 3)
+    place = jnp.where(taken, first_place + turn(taken), experts * places)
+    place = jnp.min(jnp.where(one_hot > 0, place[..., None, :], experts * places), axis=-1)
+    return Assignment(jnp.where(taken, weights, 0.0), selected, taken, place)
+
+
+def turn(taken_gspm: jax.Array) -> jax.Array:
+    """[G, S, P, M] int32: how many earlier tokens of the group the expert takes."""
+    return jnp.cumsum(taken_gspm, axis=1, dtype=jnp.int32) - taken_gspm
+
+
+def grouped(x: jax.Array, group: int) -> jax.Array:
+    """[B, N, ...] -> [B / group, group * N, ...], the token list of each routing group."""
+    return x.reshape(x.shape[0] // group, group * x.shape[1], *x.shape[2:])
+
+
+def _within_capacity(priority_gspm: jax.Array, capacity: int) -> jax.Array:
+    """[G, S, P, M] bool: is the token among the `capacity` of highest priority? Ties go to the earlier token."""
+    by_expert = jnp.moveaxis(priority_gspm, 1, -1)  # [G, P, M, S]
+    # Sorted, since `jax.lax.top_k` would gather the priorities of all devices on each.
+    lowest = jnp.sort(by_expert, axis=-1)[..., -capacity]  # [G, P, M], the priority of the last to be taken
+    above = priority_gspm > lowest[:, None]
+    tied = priority_gspm == lowest[:, None]
+    return above | (tied & (turn(tied) < capacity - jnp.sum(above, axis=1, keepdims=True)))

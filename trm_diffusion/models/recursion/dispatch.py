@@ -1,0 +1,178 @@
+"""How tokens reach their experts.
+
+Three implementations of one function, equal to rounding, of which `auto` takes the cheapest (`cheapest_dispatch`):
+
+    dense     every expert for every token, as one wide matmul, masked in the r-wide middle: M times the useful products
+    capacity  each expert gathers its C tokens, and each token gathers its updates back, so that products are wasted on
+              empty places alone; the backward pass gathers as well, rather than scatter
+    one_hot   the same with products by one-hot matrices in place of gathers, for hardware that gathers slowly
+
+On a TPU models/kernels/fused_latent_step.py takes the place of `dense` where it can.
+
+Over an expert axis of E devices each owns M / E experts, and their weights come to the tokens: they are gathered where
+they are used, as with fsdp, and routing groups stay where their images are. Bytes that a device with S tokens receives
+in the forward pass of one latent step; the figures are of DiT-XL/2 (D = 1152, r = 128, bfloat16, 32 images, k = 1) with
+E = M:
+
+                                                       bytes / 2 D                      M = 2     M = 16
+    tokens to all, updates of q, k, v summed back      (1 + 3) S (E - 1)                75 MB   1,132 MB
+    tokens to their experts and back (all-to-all)      (1 + 3) 1.25 k S (E - 1) / E     47 MB      88 MB
+    weights to the tokens                              6 M r (E - 1) / E                 2 MB      27 MB
+
+Weights are the least to move from 1.2 M r / k tokens a device on: 307 for M = 2, ten images for M = 16. XLA gathers
+them by itself for `dense` and `one_hot`; for `capacity` it may move indices and sum tokens, so it is told; as
+tests/jobs/test_devices.py sees in the compiled programs.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from trm_diffusion.models.recursion.assignment import Assignment, turn
+from trm_diffusion.models.recursion.config import PROJECTIONS
+
+DENSE_FROM = 0.8  # `auto`: experts with room for this share of the tokens may as well compute them all
+ROW_COST = 600  # `auto`, TPU: moving a row of tokens into or out of place costs as much as so many products a feature
+
+
+def expert_updates(h_bnd, down_pmrd, up_pmrd, assignment: Assignment, capacity: int | None, dispatch: str) -> jax.Array:
+    """The weighted low-rank updates [B, N, 3, D] by the implementation that `dispatch` names.
+
+    h_bnd: the tokens of all routing groups in order, B * N = G * S; [G, S, D] is as good.
+    capacity: C as given to `assign`; where it is None, no token is dropped, and the implementation is always dense.
+    "auto" decides for the platform that the program is compiled for, which need not be the one it is compiled on.
+    """
+    operands, tokens = (h_bnd, down_pmrd, up_pmrd, assignment), assignment.taken.shape[1]
+    if capacity is None:
+        return dense_updates(*operands)
+    capacity = min(capacity, tokens)
+
+    def implementation(name: str):
+        return functools.partial(IMPLEMENTATIONS[name], capacity=capacity)
+
+    if dispatch != "auto":
+        return implementation(dispatch)(*operands)
+    _, experts, rank, _ = down_pmrd.shape
+    choices = assignment.taken.shape[2]
+    on_tpu, elsewhere = (cheapest_dispatch(on, tokens, experts, capacity, choices, rank) for on in ("tpu", "default"))
+    if on_tpu == elsewhere:
+        return implementation(elsewhere)(*operands)
+    return jax.lax.platform_dependent(*operands, tpu=implementation(on_tpu), default=implementation(elsewhere))
+
+
+def cheapest_dispatch(platform: str, tokens: int, experts: int, capacity: int, choices: int, rank: int) -> str:
+    """The rule of "auto" for a routing group of `tokens`; docs/results/benchmark_experts.json holds what it rests on.
+
+    On a TPU, whose compiler puts a gather of rows well above both: dense or one_hot, by their products forward and
+    backward. Elsewhere: capacity, unless the experts have places for nearly all tokens.
+    """
+    if platform != "tpu":
+        return "capacity" if capacity < DENSE_FROM * tokens else "dense"
+    places, moves = experts * capacity, choices + PROJECTIONS  # rows that each token is moved in, and out
+    pair = 3 * 2 * PROJECTIONS * rank  # products for one expert's update of one token and feature
+    one_hot = pair * places / tokens + moves * (2 * places + ROW_COST)  # one-hot matrices have no gradient
+    return "dense" if pair * experts <= one_hot else "one_hot"
+
+
+def dense_updates(h_bnd, down_pmrd, up_pmrd, assignment: Assignment, capacity: int | None = None) -> jax.Array:
+    """Every expert for every token; the weights mask the r-wide middle, so that M experts are one wide matmul.
+
+    Tokens stay in their images, and each projection has a product of its own: otherwise the updates, whose images and
+    projections the attention takes apart, would be laid out anew.
+    """
+    del capacity  # every expert has room for every token
+    weights = assignment.combine.reshape(*h_bnd.shape[:2], *assignment.combine.shape[2:], 1)  # [B, N, P, M, 1]
+    low = jnp.einsum("bnd,pmrd->bnpmr", h_bnd, down_pmrd)
+    low = low * weights.astype(low.dtype)  # P = 1 broadcasts over q, k, v
+    low = jnp.split(low, PROJECTIONS, axis=2)
+    return jnp.stack([jnp.einsum("bnmr,mrd->bnd", low[p].squeeze(2), up_pmrd[p]) for p in range(PROJECTIONS)], axis=2)
+
+
+def capacity_updates(h_bnd, down_pmrd, up_pmrd, assignment: Assignment, capacity: int) -> jax.Array:
+    """Each expert gathers the tokens it takes, and each token gathers its updates back."""
+    h_gsd = _in_groups(h_bnd, assignment)
+    groups, _, width = h_gsd.shape
+    experts = down_pmrd.shape[1]
+
+    def by_expert(x):  # [G, M * C, W] -> [M, G * C, W]: the groups join in one matmul for each expert
+        return x.reshape(groups, experts, capacity, -1).swapaxes(0, 1).reshape(experts, groups * capacity, -1)
+
+    def by_group(x):  # and back
+        return x.reshape(experts, groups, capacity, -1).swapaxes(0, 1).reshape(groups, experts * capacity, -1)
+
+    updates = []
+    for choice, projections in _choices(assignment):
+        place = assignment.place[:, :, choice]  # [G, S, k]
+        taker = _takers(place, experts * capacity)[..., None]  # [G, M * C, 1]
+        rows = by_expert(_fetch(h_gsd, taker, place))
+        weights = by_expert(_fetch(assignment.combine[:, :, choice], taker, place))  # [M, G * C, M]
+        weights = jnp.einsum("mcm->mc", weights)[..., None].astype(rows.dtype)
+        down = down_pmrd[projections]  # [p, M, r, D]
+        low = jnp.einsum("mcd,mrd->mcr", rows, down.swapaxes(0, 1).reshape(experts, -1, width)) * weights
+        for low_mcr, up_mrd in zip(jnp.split(low, len(down), axis=-1), up_pmrd[projections], strict=True):
+            updates.append(_fetch(by_group(jnp.einsum("mcr,mrd->mcd", low_mcr, up_mrd)), place, taker))
+    return jnp.stack(updates, axis=2).reshape(*h_bnd.shape[:2], PROJECTIONS, width)
+
+
+def one_hot_updates(h_bnd, down_pmrd, up_pmrd, assignment: Assignment, capacity: int) -> jax.Array:
+    """As `capacity_updates`, with one-hot products in place of gathers, as GShard and Switch transformers dispatch."""
+    h_gsd = _in_groups(h_bnd, assignment)
+    turns = jnp.where(assignment.taken, turn(assignment.taken), capacity)
+    updates = []
+    for choice, projections in _choices(assignment):
+        places = jax.nn.one_hot(turns[:, :, choice], capacity, dtype=h_gsd.dtype)  # [G, S, M, C]
+        weights = jnp.einsum("gsmc,gsm->gmc", places.astype(jnp.float32), assignment.combine[:, :, choice])
+        rows = jnp.einsum("gsmc,gsd->gmcd", places, h_gsd)
+        low = jnp.einsum("gmcd,pmrd->gmcpr", rows, down_pmrd[projections])
+        low = low * weights[..., None, None].astype(low.dtype)
+        high = jnp.einsum("gmcpr,pmrd->gmcpd", low, up_pmrd[projections])
+        updates.append(jnp.einsum("gsmc,gmcpd->gspd", places, high))
+    return jnp.concatenate(updates, axis=2).reshape(*h_bnd.shape[:2], PROJECTIONS, h_bnd.shape[2])
+
+
+IMPLEMENTATIONS = {"dense": dense_updates, "capacity": capacity_updates, "one_hot": one_hot_updates}
+
+
+def _in_groups(h_bnd: jax.Array, assignment: Assignment) -> jax.Array:
+    """[B, N, D] -> [G, S, D]."""
+    return h_bnd.reshape(*assignment.taken.shape[:2], -1)
+
+
+def _choices(assignment: Assignment) -> list[tuple[int, slice]]:
+    """(choice, the projections it routes): one choice of all three, or one for each."""
+    if assignment.taken.shape[2] == 1:
+        return [(0, slice(0, PROJECTIONS))]
+    return [(choice, slice(choice, choice + 1)) for choice in range(PROJECTIONS)]
+
+
+def _takers(place_gsk: jax.Array, places: int) -> jax.Array:
+    """The token in each place [G, places] int32, and S, which is none, in an empty one."""
+    tokens = place_gsk.shape[1]
+    token = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32)[:, None], place_gsk.shape[1:])
+    empty = jnp.full((places,), tokens, jnp.int32)
+    return jax.vmap(lambda place: empty.at[place].set(token, mode="drop"))(place_gsk)
+
+
+@jax.custom_vjp
+def _fetch(rows_gaw: jax.Array, source_gbj: jax.Array, destination_gal: jax.Array) -> jax.Array:
+    """Sum of rows by index, [G, A, W] -> [G, B, W]: row b of the result is the sum over j of rows[source[b, j]].
+
+    An index past the end adds nothing. destination [G, A, L] says the same from the other side, where each row went;
+    with it the backward pass is a gather too, where the transpose of a gather would be a scatter.
+    """
+    del destination_gal
+    take = jax.vmap(lambda rows, index: rows.at[index].get(mode="fill", fill_value=0))
+    return sum(take(rows_gaw, source_gbj[..., j]) for j in range(source_gbj.shape[-1]))
+
+
+def _fetch_forward(rows, source, destination):
+    return _fetch(rows, source, destination), (source, destination)
+
+
+def _fetch_backward(indices, cotangent):
+    source, destination = indices
+    return _fetch(cotangent, destination, source), None, None
+
+
+_fetch.defvjp(_fetch_forward, _fetch_backward)

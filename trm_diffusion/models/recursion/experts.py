@@ -1,0 +1,40 @@
+"""Low-rank experts for the q, k and v projections.
+
+An expert e updates projection p of token h by B_{e,p} A_{e,p} h, two maps D -> r -> D; a token's update is the sum over
+its selected experts, weighted by the gate (paper). B starts at zero, so an untrained expert changes nothing.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from trm_diffusion.models.partition import lay
+from trm_diffusion.models.recursion.assignment import Assignment
+from trm_diffusion.models.recursion.config import PROJECTIONS
+from trm_diffusion.models.recursion.dispatch import expert_updates
+
+
+class LowRankExperts(nnx.Module):
+    """M experts of rank r for each of q, k and v. Adds 6 * M * r * width parameters."""
+
+    def __init__(self, width: int, experts: int, rank: int, *, dispatch: str, dtype, rngs: nnx.Rngs):
+        self.dispatch, self.dtype = dispatch, dtype
+        init = nnx.initializers.normal(width**-0.5)
+        # Both lie as [3, M, r, D]: with M last but one, a TPU would pad 2 experts to 8 rows of a tile.
+        self.down = nnx.Param(  # A
+            jnp.moveaxis(init(rngs.params(), (width, PROJECTIONS, experts, rank), jnp.float32), 0, -1),
+            logical_axes=(None, "expert", "rank", "embed"),
+        )
+        self.up = nnx.Param(  # B
+            jnp.zeros((PROJECTIONS, experts, rank, width), jnp.float32),
+            logical_axes=(None, "expert", "rank", "heads"),
+        )
+
+    def __call__(self, h_bnd: jax.Array, assignment: Assignment, capacity: int | None) -> jax.Array:
+        """The weighted low-rank updates of q, k and v: [B, N, D] -> [B, N, 3, D]."""
+        return expert_updates(h_bnd.astype(self.dtype), *self.weights(), assignment, capacity, self.dispatch)
+
+    def weights(self) -> tuple[jax.Array, jax.Array]:
+        """A and B as they are computed with, [3, M, r, D] each, brought from their owners."""
+        down, up = self.down[...].astype(self.dtype), self.up[...].astype(self.dtype)
+        return lay(down, None, None, None, None), lay(up, None, None, None, "heads")

@@ -1,0 +1,122 @@
+"""The gate: which experts a visual token uses at one latent step, from the token, the timestep and the condition.
+
+logits = W_x LN(h) + W_y y                                  float32, always                      (paper)
+training:   z = (logits + Gumbel(0, 1)) / tau, the top k of z are selected                       (paper)
+inference:  z = logits / tau, no noise                                                           (paper)
+weights:    straight-through: forward exactly 1 for k = 1, softmax(z) renormalised over the k
+            selected otherwise; backward always through softmax(z)                               (our reading)
+            soft: softmax(z) of the selected, forward and backward                               (our reading)
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from trm_diffusion.models.layers import NORMAL_002, moments
+
+GATE_INPUTS = ("tokens", "timestep", "condition")
+HIGHEST = jax.lax.Precision.HIGHEST  # a float32 product in earnest, also where the default is bfloat16 passes
+FORWARD_WEIGHTS = ("straight_through", "soft")
+
+
+class Conditioning(NamedTuple):
+    """What a block is told besides its tokens; the conditioning vector y is the sum of the two."""
+
+    timestep: jax.Array  # [B, D] embedding of the diffusion timestep
+    condition: jax.Array  # [B, D] embedding of the class, or of the pooled text
+
+    @property
+    def vector(self) -> jax.Array:
+        return self.timestep + self.condition
+
+
+class Routing(NamedTuple):
+    """One gate decision. P is the number of separate choices: 1, or 3 when q, k and v are routed apart."""
+
+    experts: jax.Array  # [B, N, P, k] int32, the selected experts, best first
+    weights: jax.Array  # [B, N, P, k] float32, what each selected expert's output is multiplied by
+    probabilities: jax.Array  # [B, N, P, M] float32, softmax(z)
+    logits: jax.Array  # [B, N, P, M] float32, before noise and temperature
+
+
+class Gate(nnx.Module):
+    """Scores M experts for every token by the module's equations. Adds 2 P M D parameters, and P M of a bias if any."""
+
+    def __init__(
+        self,
+        width: int,
+        experts: int,
+        *,
+        experts_per_token: int = 1,
+        choices: int = 1,
+        temperature: float = 5.0,
+        inputs: tuple[str, ...] = GATE_INPUTS,
+        forward_weight: str = "straight_through",
+        balance_bias: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        self.experts_per_token = experts_per_token
+        self.temperature = temperature
+        self.inputs = tuple(inputs)
+        self.forward_weight = forward_weight
+        axes = {"logical_axes": ("embed", None, "expert")}
+        shape = (width, choices, experts)
+        self.token_kernel = nnx.Param(NORMAL_002(rngs.params(), shape, jnp.float32), **axes)  # W_x
+        self.condition_kernel = nnx.Param(NORMAL_002(rngs.params(), shape, jnp.float32), **axes)  # W_y
+        # Moved after each update towards an even load, never by a gradient; see models/recursion/balance.py.
+        self.balance_bias = nnx.Param(jnp.zeros((choices, experts), jnp.float32)) if balance_bias else None
+
+    def token_logits(self, h_bnd: jax.Array) -> jax.Array:
+        """W_x LN(h), [B, N, P, M] float32; zeros where tokens are switched off."""
+        if "tokens" not in self.inputs:
+            return jnp.zeros((*h_bnd.shape[:2], *self.token_kernel.shape[1:]), jnp.float32)
+        # LN(h) W = (h - mean h) W / sigma = h (W - mean W) / sigma: the normalised tokens are not written out.
+        h32, kernel = h_bnd.astype(jnp.float32), self.token_kernel[...]
+        centred = kernel - jnp.mean(kernel, axis=0, keepdims=True)
+        projected = jnp.einsum("bnd,dpm->bnpm", h32, centred, precision=HIGHEST)
+        return projected * moments(h32)[1][..., None]
+
+    def condition_logits(self, conditioning: Conditioning) -> jax.Array:
+        """W_y y over the inputs that are switched on, [B, P, M] float32."""
+        sources = [getattr(conditioning, name) for name in ("timestep", "condition") if name in self.inputs]
+        y_bd = sum((source.astype(jnp.float32) for source in sources), jnp.zeros(conditioning.timestep.shape))
+        return jnp.einsum("bd,dpm->bpm", y_bd, self.condition_kernel[...], precision=HIGHEST)
+
+    def logits(self, h_bnd: jax.Array, conditioning: Conditioning) -> jax.Array:
+        """W_x LN(h) + W_y y over the inputs that are switched on, [B, N, P, M] float32."""
+        return self.token_logits(h_bnd) + self.condition_logits(conditioning)[:, None]
+
+    def __call__(self, h_bnd: jax.Array, conditioning: Conditioning, key: jax.Array | None) -> Routing:
+        """Routes every token. `key` draws the Gumbel noise of training; None means inference, without noise."""
+        return self.route(self.logits(h_bnd, conditioning), key)
+
+    def route(self, logits: jax.Array, key: jax.Array | None) -> Routing:
+        """As a call, from the logits [B, N, P, M]."""
+        noise = 0.0 if key is None else jax.random.gumbel(key, logits.shape, jnp.float32)
+        z = (logits + noise) / self.temperature
+        scores = jax.lax.stop_gradient(z if self.balance_bias is None else z + self.balance_bias[...][None, None])
+        experts = _best(scores, self.experts_per_token)  # [B, N, P, k]
+        probabilities = jax.nn.softmax(z, axis=-1)
+        # One-hot, since the transpose of a gather is a scatter, and for few experts the gather is the dearer too.
+        chosen = jax.nn.one_hot(experts, probabilities.shape[-1], dtype=jnp.float32)  # [B, N, P, k, M]
+        weights = jnp.sum(chosen * probabilities[..., None, :], axis=-1)
+        if self.forward_weight == "straight_through":
+            renormalized = weights / jnp.sum(weights, axis=-1, keepdims=True)
+            # In this order the forward value is the renormalised weight to the last bit.
+            weights = jax.lax.stop_gradient(renormalized) + (weights - jax.lax.stop_gradient(weights))
+        return Routing(experts, weights, probabilities, logits)
+
+
+def _best(scores: jax.Array, count: int) -> jax.Array:
+    """Indices int32 [..., count] of the largest scores [..., M], best first, ties to the earlier.
+
+    As `jax.lax.top_k`, which the compiler does not divide: it would gather the scores of all devices on each.
+    """
+    best = []
+    for _ in range(count):
+        index = jnp.argmax(scores, axis=-1)
+        scores = jnp.where(jax.nn.one_hot(index, scores.shape[-1], dtype=bool), -jnp.inf, scores)
+        best.append(index.astype(jnp.int32))
+    return jnp.stack(best, axis=-1)
