@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The linter and every test, from nothing, but the tests of parity with PyTorch; --parity runs these, in an environment of
+# The linters and every test, from nothing, but the tests of parity with PyTorch; --parity runs these, in an environment of
 # their own. Further arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -15,4 +15,5 @@ fi
 setup_venv requirements.txt requirements-test.txt requirements-emoji.txt
 .venv/bin/python -m ruff check --quiet .
 .venv/bin/python -m ruff format --check --quiet .
+.venv/bin/lint-imports --no-logo --no-cache
 exec .venv/bin/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile "$@"

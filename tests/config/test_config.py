@@ -108,7 +108,7 @@ OTHER_COMMANDS = [
     ("--config=configs/sd3_medium.py --config.data.source=digits", "images without captions"),
     ("--config=configs/scenes32.py --config.model.text.encoder=encoded", "config.evaluate.kind scenes"),
     ("--mode=encode --prompts=a", "--mode=encode needs --config"),
-    ("--mode=train", "no experiment given"),
+    ("--mode=train", "--mode=train needs --config"),
     ("--config.model.depth=3", "config.model.depth"),
 ]
 

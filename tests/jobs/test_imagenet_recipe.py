@@ -13,8 +13,6 @@ from tests.commands import ROOT, ran
 from tests.recipe import CELLS, IMAGES, PAGE, STEPS, UPDATES, miniature, without_torch, write_inputs
 from trm_diffusion.metrics.image_sets import open_images
 
-MOCK = f"import tensorflow_datasets as t; mock = t.testing.mock_data(num_examples={IMAGES}); mock.__enter__()"
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -29,7 +27,7 @@ def outputs(place):
     commands = [without_torch(command) for command in miniature()]
     (recursive,) = [command for command in commands if "--out=samples/middle" in command]
     commands.append(recursive.replace("/middle", "/fresh"))
-    found = ran(commands, place, before=MOCK)
+    found = ran(commands, place, mock_images=IMAGES)
     for command, (code, text) in zip(commands, found, strict=True):
         assert code == 0, f"{command}\n{text[-3000:]}"
     return [text for _, text in found]
