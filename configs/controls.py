@@ -1,16 +1,16 @@
-"""The controls that stand beside the full mechanism in a table of results, each made from another experiment's config.
+"""Controls for the full mechanism, the rows of a results table. Each is derived from another experiment's config.
 
     base          the base model, frozen
-    sft           its q, k and v projections in the same blocks, trained as they are
-    lora          a plain LoRA on them (T = 1, M = 1, h = x~), of rank M r, which makes as many experts' parameters
+    sft           fine-tuning of the q, k and v projections in the same blocks
+    lora          a plain LoRA on them (T = 1, M = 1, h = x~) of rank M r, with as many parameters as the experts
     mixture       experts without recursion (T = 1)
     recursion     recursion without a mixture (M = 1)
     without_mod   recursion and mixture, h = LN(a)
     full          the experiment itself
 
-The rows differ in what is said here and in nothing else; each starts from the base in `init.workdir`.
+The rows differ in nothing else. Each starts from the base in `init.workdir`.
 
-Options, after a colon: base=digits (a file of this directory), row=full (or another of these). For example
+Options, after a colon: base=digits (a file in this directory), row=full (or another row). For example
 configs/controls.py:base=digits,row=lora with --config.init.workdir=BASE_RUN
 """
 
@@ -27,14 +27,14 @@ ROWS = ("base", "sft", "lora", "mixture", "recursion", "without_mod", "full")
 
 
 def control(config: ml_collections.ConfigDict, row: str) -> ml_collections.ConfigDict:
-    """The config of one row. Raises UserError where there is no such row, or the experiment has no recursion."""
+    """The config of one row. Raises UserError if the row is unknown or the experiment has no recursion."""
     if row not in ROWS:
         raise UserError(f"row {row!r} is none of {', '.join(ROWS)}")
     config = config.copy_and_resolve_references()
     model, recursion = config.model, config.model.recursion
     blocks = recursive_blocks(recursion.blocks, model.depth)
     if not blocks:
-        raise UserError("config.model.recursion.blocks is none: the controls are those of an experiment with recursion")
+        raise UserError("config.model.recursion.blocks is none: controls need an experiment with recursion")
     config.name = f"{config.name}_{row}"
     config.train.trainable = "recursion"
     config.init.missing = "*/recursion/*"

@@ -1,4 +1,4 @@
-"""Real scanned digits, 8x8, in pixel space: a small DiT with recursion, trained on two CPU cores in minutes."""
+"""Scanned digits, 8x8, in pixel space: a small DiT with recursion, trained on two CPU cores in minutes."""
 
 from trm_diffusion.config import default_config
 
@@ -7,9 +7,9 @@ def get_config():
     c = default_config()
     c.name = "digits"
 
-    c.data.source = "digits"  # scikit-learn's 1,797 scanned digits, inside the package
+    c.data.source = "digits"  # scikit-learn's 1,797 scanned digits; nothing to download
     c.data.image_size = 8  # pixels a side
-    c.data.channels = 1  # grey
+    c.data.channels = 1  # greyscale
     c.data.num_classes = 10
 
     c.model.depth = 4

@@ -1,6 +1,6 @@
-"""Text to image on real drawings: OpenMoji's glyphs with their names, 32x32. Needs requirements-emoji.txt.
+"""Text to image on emoji: OpenMoji's glyphs with their names, 32x32. Needs requirements-emoji.txt.
 
-Glyphs and whatever shows them: designed by OpenMoji (https://openmoji.org), licence CC BY-SA 4.0.
+Credit for the glyphs and any image that shows them: designed by OpenMoji (https://openmoji.org), licence CC BY-SA 4.0.
 """
 
 from trm_diffusion.config import default_config
@@ -10,10 +10,10 @@ def get_config():
     c = default_config()
     c.name = "emoji"
 
-    c.data.source = "emoji"  # 1,914 glyphs, one name each: memorised rather than generalised, a test of the pipeline
+    c.data.source = "emoji"  # 1,914 glyphs, one name each: a test of the pipeline; the model memorises them
     c.data.image_size = 32
     c.data.channels = 3
-    c.data.num_classes = 0  # captions take the place of labels
+    c.data.num_classes = 0  # captions instead of labels
 
     c.model.architecture = "mmdit"
     c.model.depth = 6
@@ -22,11 +22,11 @@ def get_config():
     c.model.patch = 4  # 64 tokens an image
     c.model.qk_norm = True
     c.model.dtype = "float32"  # CPUs gain nothing from bfloat16
-    c.model.mmdit.position_max_size = 8  # the grid itself: nothing is cropped
+    c.model.mmdit.position_max_size = 8  # the whole grid, no cropping
     c.model.mmdit.position_base_size = 8
     c.model.mmdit.mask_padding = True
     c.model.text.length = 9  # the longest name has 8 words
-    c.model.text.vocabulary = 1792  # 1,759 words and the special ones
+    c.model.text.vocabulary = 1792  # 1,759 words and the special tokens
     c.model.recursion.blocks = "middle"
     c.model.recursion.rank = 32
 

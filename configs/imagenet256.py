@@ -26,16 +26,16 @@ def get_config(argument: str = ""):
     c.model.recursion.blocks = blocks  # the paper: one middle layer, or several
     c.model.recursion.rank = 128  # paper
     c.model.recursion.temperature = 5.0  # paper
-    c.model.dtype = "bfloat16"  # of the computation; parameters stay float32
-    c.model.remat = "selective"  # the policies are compared in trm_diffusion/models/remat.py
+    c.model.dtype = "bfloat16"  # compute dtype; parameters stay float32
+    c.model.remat = "selective"  # trm_diffusion/models/remat.py compares the policies
 
-    c.data.source = "latents"  # prepared latents; synthetic runs anywhere
+    c.data.source = "latents"  # prepared latents; synthetic needs no data
     c.data.image_size = 32  # latent cells a side
-    c.data.channels = 4  # of the Stable Diffusion autoencoder
+    c.data.channels = 4  # of Stable Diffusion's autoencoder
     c.data.num_classes = 1000
 
-    c.diffusion.objective = "ddpm"  # as in DiT: eps-prediction, 1,000 linear betas
-    c.diffusion.learned_sigma = True  # and learned-range variance with the hybrid loss
+    c.diffusion.objective = "ddpm"  # as in DiT: eps-prediction, 1,000 steps, linear betas
+    c.diffusion.learned_sigma = True  # as in DiT: learned-range variance, hybrid loss
 
     c.train.updates = 400_000  # DiT's ablation length; its published XL/2 took 7,000,000
     c.train.batch_size = 256
@@ -45,13 +45,13 @@ def get_config(argument: str = ""):
 
     c.sample.sampler = "ddpm"
     c.sample.diffusion_steps = 250
-    c.sample.guidance = 1.5  # DiT's for its best FID
-    c.sample.guidance_channels = "all"  # the published figures used dit3
-    c.sample.classes = (207, 360, 387, 974, 88, 979, 417, 279)  # DiT's showcase
+    c.sample.guidance = 1.5  # DiT's setting for its best FID
+    c.sample.guidance_channels = "all"  # DiT's published figures used dit3
+    c.sample.classes = (207, 360, 387, 974, 88, 979, 417, 279)  # the classes that DiT shows
     c.sample.per_class = 4
     c.sample.batch_size = 64
 
-    c.mesh.fsdp = -1  # one device, or as many shards of the state as the devices of a pod allow
+    c.mesh.fsdp = -1  # shard the state over as many devices of a slice as possible
 
     c.log.every = 100
     c.log.samples_every = 10_000

@@ -7,19 +7,19 @@ def get_config():
     c = default_config()
     c.name = "scenes32"
 
-    c.data.source = "scenes"  # rendered as they are asked for, with captions in GenEval's six categories
+    c.data.source = "scenes"  # rendered on the fly, with captions for GenEval's six tasks
     c.data.image_size = 32
     c.data.channels = 3
-    c.data.num_classes = 0  # captions take the place of labels
+    c.data.num_classes = 0  # captions instead of labels
 
     c.model.architecture = "mmdit"
     c.model.depth = 5
     c.model.width = 128
     c.model.heads = 4
-    c.model.patch = 4  # 64 tokens an image; an object is about three of them across
+    c.model.patch = 4  # 64 tokens an image; an object is about 3 tokens wide
     c.model.qk_norm = True
     c.model.dtype = "float32"  # CPUs gain nothing from bfloat16
-    c.model.mmdit.position_max_size = 8  # the grid itself: nothing is cropped
+    c.model.mmdit.position_max_size = 8  # the whole grid, no cropping
     c.model.mmdit.position_base_size = 8
     c.model.mmdit.mask_padding = True
     c.model.text.length = 21  # the longest caption has 20 words
@@ -29,7 +29,7 @@ def get_config():
 
     c.diffusion.objective = "rectified_flow"
     c.diffusion.time_distribution = "uniform"
-    c.diffusion.shift = 2.0  # objects are large and flat: only where noise hides them does a caption say something new
+    c.diffusion.shift = 2.0  # captions are informative only at noise that hides the large, flat objects
 
     c.train.updates = 14_000
     c.train.batch_size = 32
@@ -48,7 +48,7 @@ def get_config():
     c.sample.per_class = 6
     c.sample.batch_size = 60
     c.evaluate.kind = "scenes"
-    c.evaluate.num_samples = 1200  # 200 of each category
+    c.evaluate.num_samples = 1200  # 200 per task
 
     c.log.every = 50
     c.log.samples_every = 2000

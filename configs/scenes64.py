@@ -10,7 +10,7 @@ def get_config():
     c.data.source = "scenes"
     c.data.image_size = 64
     c.data.channels = 3
-    c.data.num_classes = 0  # captions take the place of labels
+    c.data.num_classes = 0  # captions instead of labels
     c.data.workers = 8
 
     c.model.architecture = "mmdit"
@@ -20,7 +20,7 @@ def get_config():
     c.model.patch = 4  # 256 tokens an image
     c.model.qk_norm = True
     c.model.dtype = "bfloat16"
-    c.model.mmdit.position_max_size = 16  # the grid itself: nothing is cropped
+    c.model.mmdit.position_max_size = 16  # the whole grid, no cropping
     c.model.mmdit.position_base_size = 16
     c.model.mmdit.mask_padding = True
     c.model.text.length = 21  # the longest caption has 20 words

@@ -1,8 +1,8 @@
-"""Stable Diffusion 3 medium at 1024x1024, frozen, with the paper's recursion to be trained in layers 4, 8 and 12.
+"""Stable Diffusion 3 medium at 1024x1024, frozen; the paper's recursion is trained in layers 4, 8 and 12.
 
 Options, after a colon: recursion=off|middle|all|4.8.12 (block indices, joined by dots), T=2 (latent steps), M=2
-(experts). The data are synthetic latents and text encodings as long as config.data.source says so; docs/text.md has the
-way from captioned pictures to GenEval and DPG-Bench.
+(experts). By default the data are synthetic latents and text encodings; docs/text.md goes from captioned images to
+GenEval and DPG-Bench.
 """
 
 from trm_diffusion.config import default_config, variant
@@ -21,9 +21,9 @@ def get_config(argument: str = ""):
     c.model.mmdit.position_max_size = 192
     c.model.mmdit.position_base_size = 64
     c.model.text.encoder = "encoded"
-    c.model.text.recipe = "sd3"  # CLIP-L, CLIP-G and T5-XXL, put together as published
-    c.model.text.pretrained = ""  # these three: a local copy of the published pipeline, or its hub id
-    c.model.text.pretrained_dtype = "float32"  # what they compute in; bfloat16 halves the 22 GB that they take
+    c.model.text.recipe = "sd3"  # CLIP-L, CLIP-G and T5-XXL, combined as published
+    c.model.text.pretrained = ""  # local copy of the published pipeline that has all three, or its hub id
+    c.model.text.pretrained_dtype = "float32"  # of the encoders; bfloat16 halves their 22 GB
     c.model.text.length = 333  # 77 tokens of the two CLIP encoders, then 256 of T5
     c.model.text.features = 4096
     c.model.text.pooled_features = 2048
@@ -42,15 +42,15 @@ def get_config(argument: str = ""):
     c.model.remat = "full"
 
     c.data.source = "synthetic"
-    c.data.image_size = 128  # latent cells a side, of 8 pixels each
+    c.data.image_size = 128  # latent cells a side, 8 pixels each
     c.data.channels = 16
-    c.data.num_classes = 0  # captions take the place of labels
-    c.data.text = ""  # their encodings, a directory that --mode=encode has written; with config.data.source=latents
+    c.data.num_classes = 0  # captions instead of labels
+    c.data.text = ""  # directory written by --mode=encode; use it with config.data.source=latents
 
     c.diffusion.objective = "rectified_flow"
-    c.diffusion.shift = 3.0  # SD3's at this resolution
+    c.diffusion.shift = 3.0  # SD3's value at this resolution
 
-    c.train.trainable = "recursion"  # gates and experts; the base stays as published
+    c.train.trainable = "recursion"  # gates and experts; the base stays frozen
     c.train.updates = 5_000
     c.train.batch_size = 16
     c.optim.lr = 1e-4
@@ -63,7 +63,7 @@ def get_config(argument: str = ""):
     c.sample.per_class = 1
     c.sample.batch_size = 16
 
-    c.mesh.fsdp = -1  # one device, or as many shards of the state as the devices of a pod allow
+    c.mesh.fsdp = -1  # shard the state over as many devices of a slice as possible
 
     c.log.every = 20
     c.checkpoint.every = 500

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# GenEval's own detector (Mask2Former, and CLIP for colours) on exported images, in an environment of its own: PyTorch, mmcv
-# and mmdet of 2023, conda, and an NVIDIA GPU. Nothing of it is ever imported here; what passes between the two is files.
+# Scores exported images with GenEval's own detector (Mask2Former, and CLIP for colours). It needs conda and an NVIDIA GPU,
+# and runs in a separate environment (PyTorch, mmcv and mmdet of 2023). The two environments exchange only files.
 #
-#   bash launch/geneval.sh install --home=DIR              the evaluator, its environment and its detector, once
+#   bash launch/geneval.sh install --home=DIR              install the evaluator, its environment and its detector, once
 #   bash launch/geneval.sh score --home=DIR --images=IMAGES --results=RESULTS.jsonl
 #
-# score checks that IMAGES holds four images for every prompt (trm_diffusion/metrics/geneval.py has the layout), lets the
-# detector judge each, and prints the official figures of RESULTS.jsonl as one line of JSON.
+# score checks that IMAGES holds four images for every prompt (trm_diffusion/metrics/geneval.py describes the layout), runs
+# the detector on each, and prints the official scores of RESULTS.jsonl as one line of JSON.
 #   --dry-run               print every command and run none
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -15,11 +15,11 @@ source launch/remote.sh
 
 evaluator=https://github.com/djghosh13/geneval
 evaluator_commit=16382b084e1f9ceeefed3a8cb102044e67486dd8
-detector=https://github.com/open-mmlab/mmdetection # installed from its sources: its packages lack the detector's settings
-detector_version=v2.27.0                          # with mmcv-full 1.7.1, which the evaluator's environment names
+detector=https://github.com/open-mmlab/mmdetection # from source: its packages lack the detector's configs
+detector_version=v2.27.0                          # fits mmcv-full 1.7.1, which the evaluator's environment pins
 
 install() {
-    need_tool git "install it with the system's packages"
+    need_tool git "install it with the system's package manager"
     need_tool conda "https://docs.conda.io/projects/miniconda"
     run git clone $evaluator "$home/geneval"
     run git -C "$home/geneval" checkout $evaluator_commit
@@ -44,7 +44,7 @@ command=${1:-help}
 case $command in
     install | score) ;;
     help | --help | -h) usage && exit ;;
-    *) fail "$command is no command; bash $0 help lists them" ;;
+    *) fail "$command is not a command; bash $0 help lists them" ;;
 esac
 home='' images='' results=''
 parse_options "home images results" "dry-run" "$@"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One process of a job, as the scripts that start many of them run it: bash launch/job.sh PLATFORM FLAGS...
-# PLATFORM is cpu, cuda or tpu; FLAGS go to trm_diffusion.main, whose exit code is this script's (75: start it again).
+# Runs one process of a job; the other launch scripts call it: bash launch/job.sh PLATFORM FLAGS...
+# PLATFORM is cpu, cuda or tpu; FLAGS go to trm_diffusion.main, whose exit code is returned (75: start it again).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/setup.sh
@@ -12,6 +12,6 @@ platform=${1:-}
 [[ $platform =~ ^(cpu|cuda|tpu)$ ]] || fail "the platform is '$platform'; bash launch/job.sh cpu|cuda|tpu FLAGS..."
 shift
 python=.venv/bin/python
-[ -x $python ] || python=$(find_python) # in a container, where the requirements are the system's
+[ -x $python ] || python=$(find_python) # in a container, where the system's Python has the requirements
 xla_flags "$platform"
 exec "$python" -m trm_diffusion.main --platform="$platform" "$@"

@@ -1,6 +1,6 @@
-# Sourced by the other scripts: a virtual environment with locked requirements, made once.
-# The files are complete, so no package brings what they do not name (torch-fidelity would bring torchvision and CUDA).
-# Usage: setup_venv REQUIREMENTS_FILE...            the environment is .venv, or $venv
+# Sourced by the other scripts: creates a virtual environment with locked requirements, once.
+# The requirement files are complete, so dependencies are not resolved (torch-fidelity would pull in torchvision and CUDA).
+# Usage: setup_venv REQUIREMENTS_FILE...            in .venv, or in $venv
 
 fail() {
     echo "error: $*" >&2
@@ -15,15 +15,15 @@ find_python() {
             return
         fi
     done
-    fail "no Python 3.11 or newer was found; install one, or name it: PYTHON=/path/to/python3.11 bash $0"
+    fail "Python 3.11 or newer was not found; install it, or give its path: PYTHON=/path/to/python3.11 bash $0"
 }
 
 setup_venv() {
     local python file venv=${venv:-.venv}
     if [ ! -x "$venv/bin/python" ]; then
         python=$(find_python) || exit 2
-        echo "making $venv with $("$python" --version)" >&2
-        "$python" -m venv "$venv" || fail "$python cannot make a virtual environment; install its venv module"
+        echo "creating $venv with $("$python" --version)" >&2
+        "$python" -m venv "$venv" || fail "$python cannot create a virtual environment; install its venv module"
     fi
     for file in "$@"; do
         cmp -s "$file" "$venv/installed-$file" && continue

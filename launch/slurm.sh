@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Training on a Slurm cluster with NVIDIA GPUs: one process for each GPU, on as many nodes as wanted.
+# Trains on a Slurm cluster with NVIDIA GPUs: one process per GPU, on any number of nodes.
 #
-#   bash launch/install.sh cuda                                   once, where the file system is shared
+#   bash launch/install.sh cuda                                   once, on the shared file system
 #   bash launch/slurm.sh submit --nodes=N [OPTIONS] -- FLAGS OF trm_diffusion.main
 #
-# The job is asked to save 300 seconds before its time ends, leaves with exit code 75, and is queued again; so it is where
-# Slurm preempts it, or a node fails. It goes on from its workdir, which must be on the shared file system.
+# 300 seconds before its time limit, the job is asked to save, exits with code 75 and is requeued. The same happens when
+# Slurm preempts it or a node fails. It resumes from its workdir, which must be on the shared file system.
 # scancel JOB ends it for good.
 #
 #   --nodes=N               number of nodes
 #   --gpus-per-node=N       8 by default
-#   --cpus-per-task=N       8 by default: cores of each process, which read its data
-#   --time=TIME             24:00:00 by default, of one turn in the queue
+#   --cpus-per-task=N       8 by default: cores per process, for reading data
+#   --time=TIME             24:00:00 by default: time limit between requeues
 #   --name=NAME             trm_diffusion by default
 #   --sbatch-flags="..."    further flags of sbatch, such as --partition=gpu --account=me
 #   --dry-run               print every command and run none
 set -euo pipefail
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" # Slurm runs a copy of this script, from elsewhere
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" # Slurm runs a copy of this script in another place
 # shellcheck source=launch/remote.sh
 source launch/remote.sh
 
@@ -32,11 +32,11 @@ submit() {
 
 batch() {
     local ended=0
-    # Every task sees all GPUs of its node and takes the one of its number. One that is done waits for the others to save.
+    # Each task sees all GPUs of its node and takes the one with its index. After one exits, the others have time to save.
     run srun --kill-on-bad-exit=0 --wait=600 "--cpus-per-task=${SLURM_CPUS_PER_TASK:-$cpus_per_task}" \
         bash launch/job.sh cuda "${job_flags[@]}" || ended=$?
     if [ -n "$dry_run" ]; then
-        echo "# where that ends with exit code 75:"
+        echo "# if that ends with exit code 75:"
         ended=75
     fi
     [ $ended != 75 ] || run scontrol requeue "${SLURM_JOB_ID:-JOB}"
@@ -54,7 +54,7 @@ case $command in
         ;;
     batch) parse_options "" "" "$@" ;;
     help | --help | -h) usage && exit ;;
-    *) fail "$command is no command; bash $0 help lists them" ;;
+    *) fail "$command is not a command; bash $0 help lists them" ;;
 esac
 [ ${#job_flags[@]} -gt 0 ] || fail "$command needs the job's flags after --, such as -- --config=configs/imagenet256.py"
 "$command"

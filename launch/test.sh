@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The linters and every test, from nothing, but the tests of parity with PyTorch; --parity runs these, in an environment of
-# their own. Further arguments go to pytest.
+# Installs, then runs the linters and all tests except those of parity with PyTorch; --parity runs those, in a separate
+# environment. Further arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/setup.sh

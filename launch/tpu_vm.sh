@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# Training on Cloud TPU VMs, one slice or several, through queued resources.
+# Trains on Cloud TPU VMs, one slice or several, through queued resources.
 #
 #   bash launch/tpu_vm.sh COMMAND --name=NAME --zone=ZONE [OPTIONS] [-- FLAGS OF trm_diffusion.main]
 #
-#   keep      everything until the job is done: create, install, start, watch; if the slices are preempted, all of it
-#             again, and the job goes on from its workdir on gs://
-#   create    ask for the slices, and wait until they are there
-#   install   copy this checkout to every worker and make its environment there
-#   start     start the job on every worker and leave it running; its flags come after --
-#   status    the state of the slices; of every worker: none, running, or the exit code of its job
-#   logs      follow what the first worker says
-#   stop      ask the job to save and leave with exit code 75; start goes on from there (keep at once: end it first)
-#   delete    give the slices back
+#   keep      everything until the job is done: create, install, start, watch; if the slices are preempted, repeat, and
+#             resume the job from its workdir on gs://
+#   create    request the slices, and wait for them
+#   install   copy this checkout to every worker and install its environment there
+#   start     start the job on every worker in the background; its flags go after --
+#   status    the state of the slices; for every worker: none, running, or the exit code of its job
+#   logs      follow the first worker's log
+#   stop      ask the job to save and exit with code 75; start resumes it. A running keep resumes it at once: end that first
+#   delete    delete the slices
 #
-#   --name=NAME           of the queued resource
+#   --name=NAME           name of the queued resource
 #   --zone=ZONE           such as us-east5-a
-#   --project=PROJECT     gcloud's own by default
+#   --project=PROJECT     by default gcloud's project
 #   --type=TYPE           keep, create: accelerator type of a slice, such as v5p-128 or v6e-64
-#   --slices=N            number of slices, 1 by default; every command needs to know
+#   --slices=N            number of slices, 1 by default; give it to every command
 #   --runtime=VERSION     keep, create: the image; by default the one for --type
-#   --spot                keep, create: cheaper, and may be taken away
-#   --reserved            keep, create: from the project's reservation
+#   --spot                keep, create: cheaper, but can be preempted
+#   --reserved            keep, create: use the project's reservation
 #   --create-flags="..."  keep, create: further flags of gcloud compute tpus queued-resources create
 #   --dry-run             print every command and run none
 set -euo pipefail
@@ -39,7 +39,7 @@ runtime_for() {
         v5p-*) echo v2-alpha-tpuv5 ;;
         v5litepod-*) echo v2-alpha-tpuv5-lite ;;
         v[234]-*) echo tpu-ubuntu2204-base ;;
-        *) fail "--type=$1 is no accelerator type that we know (v4-, v5litepod-, v5p-, v6e-); give its --runtime too" ;;
+        *) fail "--type=$1 is not a known accelerator type (v4-, v5litepod-, v5p-, v6e-); give its --runtime too" ;;
     esac
 }
 
@@ -59,11 +59,11 @@ request() {
     run "${queued[@]}" create "$name" "${place[@]}" "${flags[@]}" ${extra[@]+"${extra[@]}"}
 }
 
-slices_state() { # $1: what a dry run assumes
+slices_state() { # $1: the state that a dry run assumes
     ask "$1" "${queued[@]}" describe "$name" "${place[@]}" --format="value(state.state)" 2>/dev/null || echo NONE
 }
 
-wait_for_slices() { # fails where they will not come
+wait_for_slices() { # fails if they will not become active
     local state
     while true; do
         state=$(slices_state ACTIVE)
@@ -78,7 +78,7 @@ wait_for_slices() { # fails where they will not come
 
 create() {
     request
-    wait_for_slices || fail "$name was not given; bash $0 status says why, and keep would ask again"
+    wait_for_slices || fail "the request for $name failed; bash $0 status says why, and keep would retry"
 }
 
 on_workers() { # $1: command
@@ -107,7 +107,7 @@ start() {
     on_workers "bash trm_diffusion/launch/worker.sh start tpu $(quoted "${job_flags[@]}")"
 }
 
-job_status() { # $1: what a dry run assumes; of the first worker, which all others wait for
+job_status() { # of the first worker, which all others wait for; $1: the status that a dry run assumes
     ask "$1" "${vm[@]}" ssh "${nodes[0]}" "${place[@]}" --worker=0 --command="bash trm_diffusion/launch/worker.sh status" \
         2>/dev/null || echo unreachable
 }
@@ -124,7 +124,7 @@ keep() {
         state=$(slices_state NONE)
         case $state in
             SUSPENDING | SUSPENDED | FAILED)
-                echo "$name is $state; asking for it anew" >&2
+                echo "$name is $state; requesting it again" >&2
                 delete
                 request
                 ;;
@@ -143,13 +143,13 @@ keep() {
         done
         case $ended in
             0)
-                [ -n "$dry_run" ] || echo "the job of $name is done; bash $0 delete gives the slices back" >&2
+                [ -n "$dry_run" ] || echo "the job of $name is done; bash $0 delete deletes the slices" >&2
                 return
                 ;;
-            75 | none | unreachable) echo "the job of $name stopped ($ended); going on" >&2 ;;
+            75 | none | unreachable) echo "the job of $name stopped ($ended); resuming it" >&2 ;;
             *) fail "the job of $name ended with exit code $ended; bash $0 logs shows why" ;;
         esac
-        sleep "$poll_seconds" # preempted slices are still called ACTIVE for a moment
+        sleep "$poll_seconds" # preempted slices stay ACTIVE for a moment
     done
 }
 
@@ -158,12 +158,12 @@ command=${1:-help}
 case $command in
     keep | create | install | start | status | logs | stop | delete) ;;
     help | --help | -h) usage && exit ;;
-    *) fail "$command is no command; bash $0 help lists them" ;;
+    *) fail "$command is not a command; bash $0 help lists them" ;;
 esac
 name='' zone='' project='' type='' slices=1 runtime='' create_flags='' spot='' reserved=''
 parse_options "name zone project type slices runtime create-flags" "spot reserved dry-run" "$@"
 need_option name zone
-[[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices=$slices is no number of slices"
+[[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices=$slices is not a number of slices"
 need_tool gcloud "https://cloud.google.com/sdk/docs/install"
 place=("--zone=$zone")
 [ -z "$project" ] || place+=("--project=$project")

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A job in the background of one machine, so that it outlives the connection that started it.
+# Runs a job in the background, so that it outlives the connection that started it.
 #
-#   bash launch/worker.sh start PLATFORM FLAGS...    starts launch/job.sh with them, unless it runs already
-#   bash launch/worker.sh status                     one word: none, running, or the exit code
-#   bash launch/worker.sh stop                       asks it to save and leave with 75
+#   bash launch/worker.sh start PLATFORM FLAGS...    start launch/job.sh with these arguments, unless it is running
+#   bash launch/worker.sh status                     print one word: none, running, or the exit code
+#   bash launch/worker.sh stop                       ask it to save and exit with code 75
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/setup.sh
@@ -15,7 +15,7 @@ status() {
     if [ -e $code ]; then
         cat $code
     elif [ -e $pid ]; then
-        # Killed with its shell, as by the machine's restart, it left no code: as if it had never run.
+        # If it was killed together with its shell, as by a reboot, there is no exit code: report none.
         if kill -0 "$(cat $pid)" 2>/dev/null; then echo running; else echo none; fi
     else
         echo none
@@ -35,7 +35,7 @@ case ${1:-} in
         shift
         [ "$(status)" != running ] || exit 0
         rm -f $code $pid
-        # In a session of its own, which the end of the connection does not reach.
+        # In its own session, which the end of the connection does not reach.
         setsid bash launch/worker.sh run "$@" </dev/null >/dev/null 2>&1 &
         until [ -s $pid ]; do sleep 0.1; done
         ;;

@@ -1,30 +1,30 @@
 #!/usr/bin/env bash
-# Training on TPUs of Google Kubernetes Engine, through xpk; launch/xpk.md tells the way.
+# Trains on TPUs of Google Kubernetes Engine, through xpk; see launch/xpk.md.
 #
 #   bash launch/xpk.sh COMMAND --cluster=CLUSTER --zone=ZONE --project=PROJECT [OPTIONS] [-- FLAGS OF trm_diffusion.main]
 #
-#   create    make the cluster, with nodes for the slices
+#   create    create the cluster, with nodes for the slices
 #   image     build the image of launch/Dockerfile and push it
-#   start     start the job; its flags come after --. Preempted or stopped, it is started again and goes on from its workdir
+#   start     start the job; its flags go after --. If it is preempted or fails, it restarts and resumes from its workdir
 #   status    list the jobs of the cluster
-#   logs      follow what the first worker says
-#   stop      ask the job to save, and remove it; start goes on from there
-#   delete    remove the cluster
+#   logs      follow the first worker's log
+#   stop      ask the job to save, and remove it; start resumes it
+#   delete    delete the cluster
 #
 #   --cluster, --zone, --project
-#   --name=NAME         start, logs, stop: of the job
+#   --name=NAME         start, logs, stop: name of the job
 #   --type=TYPE         create, start: TPU type of a slice, such as v5p-128 or v6e-64
 #   --slices=N          create, start: number of slices, 1 by default
 #   --image=IMAGE       image, start: such as us-docker.pkg.dev/PROJECT/REPOSITORY/trm_diffusion:latest
-#   --spot              create: cheaper, and may be taken away
-#   --restarts=N        start: how often at most, 100 by default
+#   --spot              create: cheaper, but can be preempted
+#   --restarts=N        start: maximum number of restarts, 100 by default
 #   --dry-run           print every command and run none
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/remote.sh
 source launch/remote.sh
 
-grace_seconds=300 # to save in, when a node is taken away
+grace_seconds=300 # time to save when a node is preempted
 
 create() {
     need_option type
@@ -62,7 +62,7 @@ command=${1:-help}
 case $command in
     create | image | start | status | logs | stop | delete) ;;
     help | --help | -h) usage && exit ;;
-    *) fail "$command is no command; bash $0 help lists them" ;;
+    *) fail "$command is not a command; bash $0 help lists them" ;;
 esac
 cluster='' zone='' project='' name='' type='' slices=1 image='' spot='' restarts=100
 parse_options "cluster zone project name type slices image restarts" "spot dry-run" "$@"

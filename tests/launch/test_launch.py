@@ -168,12 +168,12 @@ def test_slurm_queues_a_saved_job_again(fakes, ended, requeued):
 @pytest.mark.parametrize(
     ("script", "arguments", "said"),
     [
-        ("tpu_vm.sh", ["creat"], "creat is no command"),
+        ("tpu_vm.sh", ["creat"], "creat is not a command"),
         ("tpu_vm.sh", ["create", "--zone=z"], "needs --name"),
         ("tpu_vm.sh", ["create", "--name=a", "--zone=z"], "needs --type"),
-        ("tpu_vm.sh", ["create", "--name=a", "--zone=z", "--tipe=v4-8"], "--tipe=v4-8 is no option"),
+        ("tpu_vm.sh", ["create", "--name=a", "--zone=z", "--tipe=v4-8"], "--tipe=v4-8 is not an option"),
         ("tpu_vm.sh", ["create", "--name=a", "--zone=z", "--type=h100-8"], "give its --runtime"),
-        ("tpu_vm.sh", ["status", "--name=a", "--zone=z", "--slices=two"], "--slices=two is no number"),
+        ("tpu_vm.sh", ["status", "--name=a", "--zone=z", "--slices=two"], "--slices=two is not a number"),
         ("tpu_vm.sh", ["start", "--name=a", "--zone=z"], "flags after --"),
         ("tpu_vm.sh", ["keep", *TPU_VM, "--", "--config=c", "--workdir=runs/x"], "--workdir=gs://"),
         ("xpk.sh", ["start", "--cluster=c", "--zone=z", "--project=p", "--name=n"], "needs --type"),
