@@ -1,14 +1,14 @@
-"""How long does training stand still for a checkpoint: at most a tenth of a step at DiT-B size on a local disk?
+"""How long does saving a checkpoint block training? At DiT-B size on a local disk, at most a tenth of a step.
 
     python -m benchmarks.checkpoint [--directory DIR] [--save docs/results/benchmark_checkpoint.json]
 
-The training job's own step and checkpoints: DiT-B/2 in float32, parameters, both moments and one average (2 GB), 8
+It uses the training job's own step and checkpoints: DiT-B/2 in float32, parameters, both moments and one EMA (2 GB), 8
 images a step, on the devices that JAX finds. The reference is a step while nothing is written. Two figures:
 
-blocked   the time until `save` returns and the next step can be sent; the target is for this one. The save before has
-          been written by then, as it has where saves are further apart than they take.
-slowed    what the steps then take longer while the save is written in the background. Where the CPU itself trains, as
-          here, the two share its cores; beside an accelerator they do not.
+blocked   the time until `save` returns and the next step can be dispatched; the target is for this one. The previous
+          save has been written by then, as in training, where saves are further apart than they take.
+slowed    how much longer the steps take while the save is written in the background. If the CPU itself trains, as here,
+          the two share its cores; with an accelerator they do not.
 """
 
 import argparse
@@ -32,7 +32,7 @@ MOST_BLOCKED_SHARE = 0.10
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How much is timed; the tests take less."""
+    """Problem sizes; the tests use smaller ones."""
 
     model: str = "B/2"
     depth: int = 12
@@ -50,7 +50,7 @@ def measure(directory: str, sizes: Sizes) -> dict:
     step, state = make_train_step(built), built.fresh_state()
 
     def timed_steps(enough) -> list[float]:
-        """Seconds of each step, one at least, until `enough()`."""
+        """Seconds of each step until `enough(seconds)`, at least one step."""
         nonlocal state
         seconds = []
         while not seconds or not enough(seconds):

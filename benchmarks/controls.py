@@ -2,8 +2,8 @@
 
     python -m benchmarks.controls [BASE]       BASE is a file of configs/, digits by default
 
-It passes where the base trains nothing, and the plain LoRA as many parameters as the full row, but for the gate's.
-FLOPs are those of matrix products, two for each multiply-add, at inference and without guidance.
+It passes if the base trains nothing and the plain LoRA trains as many parameters as the full row without its gate.
+FLOPs count matrix products, two per multiply-add, at inference and without guidance.
 """
 
 import json
@@ -19,11 +19,11 @@ from trm_diffusion.config import Config, resolve
 from trm_diffusion.experiment import build
 from trm_diffusion.runtime.parameters import count, trainable_names
 
-SAME_PARAMETERS = 0.02  # share by which the LoRA's and the full row's may differ
+SAME_PARAMETERS = 0.02  # maximum relative difference between the LoRA's and the full row's
 
 
 def cost(config: Config) -> dict[str, int]:
-    """Parameters in all and trained, and forward FLOPs of one image."""
+    """Total and trained parameters, and forward FLOPs of one image."""
     experiment = build(config)
     data, shapes = config.data, experiment.model.shapes
     image = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, data.channels), jnp.float32)

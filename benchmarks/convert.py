@@ -2,9 +2,9 @@
 
     python -m benchmarks.convert
 
-Random weights in the published layout, 2.7 GB, are written to a temporary directory, converted by the command, and
-converted back, which must give the same tensors. Memory is the command's largest resident set; it counts the mapped
-pages of the files that are read.
+It writes random weights in the published layout, 2.7 GB, to a temporary directory, converts them with the command, and
+converts them back, which must give the same tensors. Memory is the command's peak resident set size, which includes the
+mapped pages of the files it reads.
 """
 
 import json
@@ -26,7 +26,7 @@ SECONDS, GIB = 120, 8
 
 
 def write_published(path: Path) -> int:
-    """Writes random float32 weights; returns how many."""
+    """Writes random float32 weights; returns the number of parameters."""
     rng, float32 = np.random.default_rng(0), np.dtype(np.float32)
     specs = {name: TensorSpec(shape, float32) for name, shape in LAYOUTS["dit"].shapes(XL_2).items()}
     weights = Weights("dit", XL_2, specs, lambda name: rng.standard_normal(specs[name].shape, np.float32), {})

@@ -1,11 +1,11 @@
-"""What the dispatch of tokens to experts costs, forward and backward, for every implementation.
+"""Cost of dispatching tokens to experts, forward and backward, for every implementation.
 
-The measure is the ratio to an ideal: plain matmuls of the same low-rank updates over each token's k token-expert pairs,
-all in one expert, with no routing and no waste. On the CPU by the clock; for a TPU by the compiler's own estimate
-(`optimal_seconds`), with the layouts of inputs and outputs left to it, where libtpu is installed. Routing is random, as
-of a fresh gate.
+The measure is the time relative to an ideal: plain matmuls of the same low-rank updates for each token's k experts, all
+with the weights of one expert, with no routing and no wasted work. CPU times are measured. TPU times, if libtpu is
+installed, are the compiler's estimate (`optimal_seconds`); it may choose the layouts of inputs and outputs. Routing is
+random, as with a fresh gate.
 
-Targets: `auto` is within 1.1 times the best implementation everywhere, and with 2 experts it takes at most 0.8 of the
+Targets: `auto` takes at most 1.1 times the best implementation's time everywhere, and with 2 experts at most 0.8 of the
 time of one-hot dispatch and combine products.
 
     python -m benchmarks.experts [--save docs/results/benchmark_experts.json]
@@ -37,7 +37,7 @@ from trm_diffusion.models.recursion.dispatch import cheapest_dispatch, expert_up
 from trm_diffusion.models.recursion.gate import Routing
 
 EXPERTS = (2, 5, 16)
-WIDTH, RANK = 1152, 128  # DiT-XL's, and the paper's
+WIDTH, RANK = 1152, 128  # DiT-XL's width, the paper's rank
 IMAGES_PER_GROUP, TOKENS_PER_IMAGE = 8, 256
 GROUP_TOKENS = IMAGES_PER_GROUP * TOKENS_PER_IMAGE
 CPU_TOKENS, TPU_TOKENS = 4096, 8192
@@ -72,7 +72,7 @@ def inputs(experts: int, tokens: int, dtype) -> dict[str, np.ndarray]:
 
 
 def program(dispatch: str, experts: int) -> Callable[[dict], tuple]:
-    """The updates, and the gradients of all that has one; assigning tokens to experts is part of it."""
+    """A jitted function of the inputs: updates and their gradients, including the assignment of tokens to experts."""
 
     def ideal(h, down, up, weights):
         groups, tokens, width = h.shape
@@ -130,7 +130,7 @@ def on_tpu(experts: int) -> dict:
 
 
 def judged(platform: str, experts: int, rows: dict) -> dict:
-    """The rows of one platform and number of experts, with what the targets speak of."""
+    """The rows of one platform and number of experts, with the figures for the targets and whether they are met."""
     ratio = {name: row["time_ratio_to_ideal"] for name, row in rows.items() if name != IDEAL}
     best = min((name for name in ratio if name != "auto"), key=ratio.get)
     over_best, over_one_hot = ratio["auto"] / ratio[best], ratio["auto"] / ratio["one_hot"]
@@ -148,7 +148,7 @@ def judged(platform: str, experts: int, rows: dict) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", default="", help="also write the result to this file")
-    parser.add_argument("--tpu", action="store_true", help=argparse.SUPPRESS)  # the child that has libtpu
+    parser.add_argument("--tpu", action="store_true", help=argparse.SUPPRESS)  # the child process with libtpu
     arguments = parser.parse_args()
     if arguments.tpu:
         print(json.dumps({str(experts): on_tpu(experts) for experts in EXPERTS}))

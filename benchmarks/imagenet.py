@@ -1,19 +1,19 @@
-"""How long does docs/imagenet.md take? By its FLOPs on two machines, and by the TPU compiler on one of them.
+"""How long does docs/imagenet.md take? Estimated from FLOPs for two machines, and by the TPU compiler for one of them.
 
-By FLOPs: those of matrix products and convolutions, two for each multiply-add, over a machine's peak at a stated
-utilisation. They are counted in the programs themselves: the training step's loss and gradients, the network twice for
-each diffusion step (guidance), the autoencoder, the metric network. Nothing is run, so reading and decoding pictures,
-communication, memory and compilation are in the utilisation or not at all. Work in float32 at full precision is
-measured against the machine's float32 peak: that of the CUDA cores of an H100, and a sixth of the bfloat16 peak of a
-TPU, which makes such a product of six in bfloat16.
+From FLOPs: matrix products and convolutions, two FLOPs per multiply-add, over a machine's peak at a stated utilisation.
+They are counted in the programs themselves: the training step's loss and gradients, the network twice per diffusion
+step (guidance), the autoencoder, the metric network. Nothing is run, so reading and decoding images, communication,
+memory and compilation count only through the utilisation, or not at all. Work in full float32 precision is divided by
+the machine's float32 peak: for an H100, that of its CUDA cores; for a TPU, which computes a float32 product as six
+bfloat16 products, a sixth of its bfloat16 peak.
 
-By the compiler: training and sampling as configs/imagenet256.py has them (samples 512 at a time), compiled for the
-chips of a v5p-64 as --mode=compile does, where libtpu is installed: its cycles, and bytes over the published speeds of
-the links, as if nothing overlapped. Loading, logging, checkpoints and the autoencoder are not in it. It takes minutes
-for each of four programs; --flops_only leaves it out.
+By the compiler, if libtpu is installed: training and sampling (512 samples at a time) with configs/imagenet256.py,
+compiled for the chips of a v5p-64 like --mode=compile: the compiler's cycles, plus bytes over the published link
+speeds, with no overlap. Loading, logging, checkpoints and the autoencoder are not included. Each of the four programs
+takes minutes; --flops_only skips them.
 
-It passes where DiT-XL/2 has the 118.64 G multiply-adds of the DiT paper's table 1, training the gates and experts of
-its middle block alone costs less than training all of it, and the compiler predicts less than the peak of the chips.
+It passes if DiT-XL/2 has the 118.64 G multiply-adds of the DiT paper's table 1, training only the gates and experts of
+its middle block costs less than training everything, and the compiler predicts less than the chips' peak.
 
     python -m benchmarks.imagenet [--flops_only] [--save docs/results/benchmark_imagenet.json]
 """
@@ -43,8 +43,8 @@ from trm_diffusion.weights.inception import INCEPTION, NUM_LOGITS
 from trm_diffusion.weights.vae import DIFFUSERS_VAE
 
 TRAINING_IMAGES, PIXELS = 1_281_167, 256
-UPDATES = {"400k": 400_000, "7M": 7_000_000}  # DiT's ablations and its published XL/2
-PROGRAMS = {"base": ("off", "all"), "recursion": ("middle", "recursion")}  # recursion's blocks, what is trained
+UPDATES = {"400k": 400_000, "7M": 7_000_000}  # of DiT's ablations, and of its published XL/2
+PROGRAMS = {"base": ("off", "all"), "recursion": ("middle", "recursion")}  # recursive blocks, trainable parameters
 TRAIN = {"base": "train DiT-XL/2 from scratch", "recursion": "train the recursion"}
 SAMPLE = {"base": "sample the base", "recursion": "sample the recursion"}
 COMPILED, TOPOLOGY, SAMPLES_AT_A_TIME = "v5p-64", "v5p:2x4x4", 512
@@ -57,7 +57,7 @@ class Machine:
     bfloat16: float  # peak FLOP/s of a chip, dense
     float32: float
     utilisation: float  # share of the peak
-    utilisation_is: str  # where that comes from
+    utilisation_is: str  # source of that figure
 
 
 MACHINES = {
@@ -76,9 +76,9 @@ def config_of(program: str) -> ml_collections.ConfigDict:
 
 
 def experiment(program: str) -> Experiment:
-    """The page's experiment, for one image at a time; nothing is computed twice to save memory."""
+    """The page's experiment with a batch of one image and no rematerialisation."""
     c = config_of(program)
-    c.model.remat = "none"  # what is computed twice to save memory is in the utilisation
+    c.model.remat = "none"  # recomputation counts through the utilisation
     c.train.batch_size = 1
     c.model.recursion.update(routing_group=1, remat="none")
     return build(resolve(c))
@@ -94,7 +94,7 @@ def image_of(built: Experiment) -> jax.ShapeDtypeStruct:
 
 
 def network_flops(built: Experiment) -> int:
-    """Of one image through the network once, as samples are drawn."""
+    """FLOPs of one forward pass of one image, as in sampling."""
     label = shape(1, dtype=jnp.int32)
     return forward_flops(
         lambda parameters, x, t, y: built.model.bind(parameters)(x, t, y),
@@ -106,7 +106,7 @@ def network_flops(built: Experiment) -> int:
 
 
 def training_flops(built: Experiment) -> int:
-    """Of one image's share of an update: loss and gradients."""
+    """FLOPs of one image in an update: loss and gradients."""
 
     def gradients(trainable, frozen, images, labels, key):
         def loss(trainable):
@@ -119,7 +119,7 @@ def training_flops(built: Experiment) -> int:
 
 
 def autoencoder_flops() -> tuple[int, int]:
-    """Of encoding one picture, and of decoding one."""
+    """FLOPs of encoding one image, and of decoding one."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: VAE(SD, rngs=nnx.Rngs(0))))
     cells = PIXELS // SD.factor
     picture, latent = shape(1, PIXELS, PIXELS, SD.image_channels), shape(1, cells, cells, SD.latent_channels)
@@ -130,14 +130,14 @@ def autoencoder_flops() -> tuple[int, int]:
 
 
 def inception_flops() -> int:
-    """Of the metric network's features of one picture."""
+    """FLOPs of the metric network's features of one image."""
     weights = {layer: {"kernel": shape(*size), "bias": shape(size[-1])} for layer, size in layer_shapes().items()}
     weights["fc"] = {"kernel": shape(POOL_WIDTH, NUM_LOGITS)}
     return forward_flops(inception_features, weights, shape(1, PIXELS, PIXELS, 3))
 
 
 def parameters(base: Experiment, recursive: Experiment) -> dict[str, int]:
-    """What --mode=convert and the training job say of the networks at their published sizes."""
+    """Parameter counts at the published sizes, as --mode=convert and the training job report them."""
     autoencoder = dataclasses.asdict(SD) | {"channels": list(SD.channels)}
     return {
         "autoencoder": sum(math.prod(size) for size in DIFFUSERS_VAE.shapes(autoencoder).values()),
@@ -148,7 +148,7 @@ def parameters(base: Experiment, recursive: Experiment) -> dict[str, int]:
 
 
 def stages(flops: dict[str, int]) -> dict[str, dict[str, float]]:
-    """Of each stage of the page, its FLOPs by the precision they are computed in."""
+    """FLOPs of each stage of the page, by precision: {stage: {dtype: FLOPs}}."""
     c = imagenet256.get_config()
     c.model.remat = "none"
     evaluations = 2 * c.sample.diffusion_steps * FID_50K_IMAGES
@@ -170,7 +170,7 @@ def hours(work: dict[str, float], machine: Machine) -> float:
 
 
 def by_compiler() -> dict:
-    """What the compiler says of the programs and the hours of their stages; {"not_measured": why} without libtpu."""
+    """The compiler's estimates of the programs, and hours by stage; {"not_measured": why} without libtpu."""
     programs, stages = {}, {}
     for name in PROGRAMS:
         config = resolve(config_of(name))
@@ -190,7 +190,7 @@ def by_compiler() -> dict:
 
 
 def table(by_flops: dict[str, dict[str, float]], compiled: dict) -> str:
-    """Hours by stage: a column for each machine by its FLOPs, and one by the compiler."""
+    """Hours by stage: one column per machine from FLOPs, and one from the compiler."""
     columns = by_flops | {f"{COMPILED}, compiler": compiled.get("hours", {})}
     lines = [f"{'hours':44}" + "".join(f"{name:>18}" for name in columns)]
     for stage in by_flops[COMPILED]:
@@ -202,7 +202,7 @@ def table(by_flops: dict[str, dict[str, float]], compiled: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", default="", help="also write the result to this file")
-    parser.add_argument("--flops_only", action="store_true", help="do not ask the TPU compiler, which takes minutes")
+    parser.add_argument("--flops_only", action="store_true", help="skip the TPU compiler, which takes minutes")
     arguments = parser.parse_args()
     base, recursive = experiment("base"), experiment("recursion")
     encode, decode = autoencoder_flops()

@@ -1,9 +1,9 @@
-"""How fast the metric network is on a CPU, beside the same network in PyTorch.
+"""Speed of the metric network on a CPU, compared with the same network in PyTorch.
 
-Images of 32 x 32 are resized and go through the whole network in float32, here by XLA and there by torch-fidelity's
-port; every round runs both, on all cores. The measure is PyTorch's time over ours.
+Images of 32 x 32 are resized and go through the whole network in float32, in XLA and in torch-fidelity's port. Every
+round runs both, on all cores. The measure is PyTorch's time over ours.
 
-Target: at least 0.6 of PyTorch's throughput. Needs the environment of the parity tests.
+Target: at least 0.6 of PyTorch's throughput. It needs the parity tests' environment.
 
     .venv-parity/bin/python -m benchmarks.inception [--save docs/results/benchmark_inception.json]
 """

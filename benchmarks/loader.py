@@ -1,15 +1,15 @@
-"""How fast does one process read prepared latents, and does training wait for its data?
+"""How fast does one process read prepared latents, and does training wait for data?
 
     python -m benchmarks.loader [--save docs/results/benchmark_loader.json]
 
-Random moments of 32x32x4 latents are written as `--mode=prepare` writes them and read as training reads them, in random
-order and drawn from their posteriors, in batches of 256. The process is bound to one core where the system can do so.
-The files have just been written, so they are read from memory: the figure is that of the code, not of a disk. Target:
-at least 3,000 images a second.
+Random moments of 32x32x4 latents are written as `--mode=prepare` writes them. They are read as in training: in random
+order, sampled from their posteriors, in batches of 256. The process is pinned to one core if the system allows it. The
+files have just been written and are read from memory, so this measures the code, not a disk. Target: at least 3,000
+images a second.
 
-Then the demo trains (configs/digits.py, without its pictures and its evaluation) on all cores, and the figure is the
-share of the time in which the loop waited for a batch, as metrics.jsonl has it, over all lines but the first, in which
-the step is compiled. Target: less than 5%.
+Then the demo trains (configs/digits.py, without sample grids and evaluation) on all cores. The figure is the share of
+time that the loop waited for a batch, from metrics.jsonl, without the first line, which includes compilation. Target:
+less than 5%.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def write_latents(directory: str) -> None:
 
 
 def read_latents() -> list[float]:
-    """Images a second, of each round."""
+    """Images per second in each round."""
     with tempfile.TemporaryDirectory() as directory:
         write_latents(directory)
         iterator = make_iterator(LatentSource(directory), DataConfig(source="latents"), seed=0, batch_size=BATCH_SIZE)

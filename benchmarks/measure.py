@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, the TPU compiler in a child process, and how results are given out."""
+"""Shared by the benchmarks: interleaved timing, the TPU compiler in a child process, and reporting of results."""
 
 import json
 import os
@@ -18,17 +18,17 @@ TPU_TOPOLOGY = "v5p:2x2x1"  # the smallest; programs are compiled for its first 
 
 
 def median_ratio(seconds: list[float], reference: list[float]) -> float:
-    """The median over rounds of one program's time over the other's."""
+    """Median over rounds of one program's time divided by the reference's."""
     return statistics.median(a / b for a, b in zip(seconds, reference, strict=True))
 
 
 def tpu_device() -> jax.Device:
-    """A v5p chip to compile for, which is described, not there. Needs libtpu."""
+    """A described v5p chip to compile for; no hardware needed. Needs libtpu."""
     return described_devices(parse_topology(TPU_TOPOLOGY))[0]
 
 
 def measured_for_tpu(module: str, *arguments: str) -> dict:
-    """What `python -m module --tpu arguments` reports with libtpu; {"not_measured": why} where there is none."""
+    """The report of `python -m module --tpu arguments`, run with libtpu; {"not_measured": why} without libtpu."""
     try:
         return run_with_libtpu(["-m", module, "--tpu", *arguments])
     except UserError as error:
@@ -40,7 +40,7 @@ def progress(line: str) -> None:
 
 
 def report(benchmark: str, result: dict, save: str) -> None:
-    """Prints the result with the machine and the command as one line of JSON; writes it to the file `save`, if any."""
+    """Prints the result, with machine and command, as one line of JSON; also writes it to the file `save` unless ""."""
     result = {
         "benchmark": benchmark,
         "command": f"python -m benchmarks.{benchmark}",
@@ -53,7 +53,7 @@ def report(benchmark: str, result: dict, save: str) -> None:
 
 
 def rounded(value, digits: int = 4):
-    """Floats in a nest of dictionaries and lists, to so many significant digits."""
+    """`value`, nested dicts and lists, with floats rounded to this many significant digits."""
     if isinstance(value, dict):
         return {key: rounded(entry, digits) for key, entry in value.items()}
     if isinstance(value, list):

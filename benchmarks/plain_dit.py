@@ -1,8 +1,8 @@
-"""A DiT's training step as one would write it by hand: functions on a dictionary of arrays, and nothing to configure.
+"""A DiT's training step written by hand: functions on a dictionary of arrays, and nothing to configure.
 
-The yardstick of what our step costs beside its mathematics (benchmarks/train_step.py). It computes what our step does
-for a DiT without recursion, in float32, with rectified flow, AdamW and one moving average, from the same parameters and
-draws; it does not log, skip, clip, accumulate or shard.
+benchmarks/train_step.py uses it to measure our step's overhead. It computes the same as our step for a DiT without
+recursion, in float32, with rectified flow, AdamW and one EMA, from the same parameters and random draws. It does not
+log, skip, clip, accumulate or shard.
 """
 
 from typing import NamedTuple
@@ -25,7 +25,7 @@ class State(NamedTuple):
 
 
 def initial_state(parameters: dict[str, jax.Array]) -> State:
-    """A state around copies of the parameters, since the step takes over what it is given."""
+    """A state with copies of the parameters, since the step donates its state."""
     zeros = jax.tree.map(jnp.zeros_like, parameters)
     copies = [jax.tree.map(jnp.copy, tree) for tree in (parameters, zeros, zeros, parameters)]
     return State(jnp.zeros((), jnp.int32), *copies)

@@ -1,32 +1,32 @@
-"""What recursion adds to a training step, in time and memory, beside the FLOPs it must add.
+"""Time and memory that recursion adds to a training step, compared with the FLOPs it has to add.
 
-The step is the training job's own, optimiser and moving average included. On the CPU it is DiT-S/2, timed by the clock.
-For a TPU v5p it is DiT-XL/2 in bfloat16 with 32 images and the attention kernel, by the compiler's own estimate
-(`optimal_seconds`), where libtpu is installed. That estimate counts the body of a loop once, so what is timed for the
-TPU has blocks and latent steps unrolled; and since the time of a step is then the sum of its blocks', and that of a
-block the sum of its latent steps', it is put together from programs of one and two blocks with T = 1, 2 and 3, and
-checked against a program with more blocks. Memory, program size and compile time are those of the program as shipped,
-at full depth, in loops. Each program is compiled in a process of its own, so that none finds what another left.
+The step is the training job's own, including optimiser and EMA. On the CPU it is DiT-S/2, measured. For a TPU v5p it is
+DiT-XL/2 in bfloat16 with 32 images and the attention kernel; the time is the compiler's estimate (`optimal_seconds`),
+if libtpu is installed. The estimate counts a loop body once, so the TPU programs have blocks and latent steps unrolled.
+A step's time is then the sum over its blocks, and a block's the sum over its latent steps. It is composed from programs
+of one and two blocks with T = 1, 2 and 3, and checked against a program with more blocks. Memory, program size and
+compile time are those of the program as shipped, at full depth, in loops. Each program is compiled in its own process,
+so that none reuses what another left behind.
 
-Forward FLOPs that a visual token adds in one block, for M experts of rank r of which it takes k, N tokens to an image
-and width D, two FLOPs to a product:
+Forward FLOPs that recursion adds per visual token and block, for M experts of rank r, k experts per token, N tokens per
+image and width D, two FLOPs per multiply-add:
 
     adapters   12 k r D   three maps D -> r -> D, for every latent step
     gate       2 P M D    logits from the token, for every latent step, with P choices (1, or 3 if per projection)
     attention  4 N D      q k^T and the product with v, for the T - 1 intermediate latent steps
 
-The analytic extra is three times these (forward, and two products for each in the backward pass) over the FLOPs of the
-step without recursion, likewise three times those of its forward pass. Beside it stands the extra with recomputation:
-under the shipped policy (`remat` full) the backward pass first runs an intermediate latent step again, but for the
-product with v, which no gradient needs, and for what is kept where there is one such step alone, adapters and gate.
-Experts that compute tokens they do not take, empty places, padding and elementwise work are in neither.
+The analytic extra is three times these FLOPs (one forward and two backward products for each) over the FLOPs of the
+step without recursion, likewise three times its forward FLOPs. The extra with recomputation is listed too: under the
+shipped policy (`remat` full) the backward pass first recomputes each intermediate latent step. It leaves out the
+product with v, which no gradient needs, and, if there is only one such step, the adapters and gate, which are saved.
+Neither counts tokens that an expert computes but does not take, unused capacity, padding or elementwise work.
 
-The estimate adds up, operation by operation, the longer of its products and its memory traffic. Copies between HBM and
-vector memory, which run beside other work, are added to it as well.
+For each operation, the estimate takes the longer of its products and its memory traffic, and sums them. It also adds
+copies between HBM and vector memory, although these run in parallel with other work.
 
 Targets: the extra time is at most 1.5 times the analytic extra, both relative to the step without recursion; DiT-XL/2
 with T = 2 in three blocks takes at most 5% longer; temporary memory grows by less than 10% from T = 2 to T = 5; neither
-the size of the program nor the time to compile it grows with T or with depth.
+program size nor compile time grows with T or with depth.
 
     python -m benchmarks.recursion [--save docs/results/benchmark_recursion.json]
 """
@@ -69,7 +69,7 @@ MOST_OVER_FLOPS, MOST_EXTRA, MOST_MEMORY_GROWTH, MOST_COMPILE_GROWTH = 1.5, 0.05
 def experiment(
     size: str, blocks: str, latent_steps: int, images: int, device: jax.Device | None = None, **model
 ) -> Experiment:
-    """The ImageNet experiment with these recursive blocks, for one described device, or the default ones.
+    """The ImageNet experiment with these recursive blocks, for one described device or the default devices.
 
     model: further fields of the model's config.
     """
@@ -89,14 +89,14 @@ def base_flops(built: Experiment) -> float:
     config, data = built.config.model, built.config.data
     d, n = config.width, (data.image_size // config.patch) ** 2
     patch_in, patch_out = (config.patch**2 * c for c in (data.channels, built.objective.output_channels(data.channels)))
-    # Of a block: q, k, v, the output and the MLP; the two products of the attention; per image, six modulations.
+    # Per block: q, k, v, output and MLP; the two attention products; for each image, six modulations.
     blocks = config.depth * (n * (8 + 4 * config.mlp_ratio) * d**2 + 4 * n**2 * d + 12 * d**2)
     ends = 2 * n * d * (patch_in + patch_out) + 4 * d**2 + 2 * d * (TIMESTEP_FREQUENCIES + d)
     return 3 * built.config.train.batch_size * (blocks + ends)
 
 
 def extra_flops(built: Experiment) -> tuple[float, float]:
-    """FLOPs that recursion adds to one training step: the analytic extra, and the extra with recomputation."""
+    """FLOPs that recursion adds to one training step: without and with recomputation."""
     config, data = built.config.model, built.config.data
     recursion, d, n = config.recursion, config.width, (data.image_size // config.patch) ** 2
     choices = 3 if recursion.routing_scope == "per_projection" else 1
@@ -109,7 +109,7 @@ def extra_flops(built: Experiment) -> tuple[float, float]:
 
 
 def comparison(built: Experiment, extra_time: float) -> dict:
-    """One row of the result; its ratios are to the step without recursion."""
+    """One row of the result; ratios are relative to the step without recursion."""
     useful, recomputed = (flops / base_flops(built) for flops in extra_flops(built))
     return {
         "extra_time_ratio": extra_time,
@@ -121,11 +121,11 @@ def comparison(built: Experiment, extra_time: float) -> dict:
 
 
 def shipped(built: Experiment) -> dict:
-    """The step as it is shipped: what it takes to compile, how large it is, and the memory it needs."""
+    """Compile time, program size and temporary memory of the step as shipped."""
     wall, cpu = time.perf_counter(), time.process_time()
     compiled = lowered_step(built).compile()
     return {
-        "compile_cpu_seconds": time.process_time() - cpu,  # of all threads, so that a busy machine matters less
+        "compile_cpu_seconds": time.process_time() - cpu,  # over all threads; less affected by a busy machine
         "compile_wall_seconds": time.perf_counter() - wall,
         "hlo_instructions": compiled.as_text().count(" = "),
         "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
@@ -137,12 +137,12 @@ def growth(rows: dict, name: str, before: str, after: str) -> float:
 
 
 def by_compiler(depth: int, recursive: int = 0, latent_steps: int = 1) -> dict:
-    """Estimated cost of an XL/2 step of `depth` unrolled blocks, of which the last `recursive` recurse."""
+    """Estimated cost of an XL/2 step with `depth` unrolled blocks; the last `recursive` of them recurse."""
     blocks = ",".join(map(str, range(depth - recursive, depth))) or "none"
     unrolled = {"depth": depth, "scan_blocks": False, "remat": "none", "recursion": {"scan_latent_steps": False}}
     built = experiment("XL/2", blocks, latent_steps, TPU_IMAGES, tpu_device(), **unrolled)
     cost = lowered_step(built).compile().cost_analysis()
-    if cost["optimal_seconds"] <= 0:  # how the compiler says that it has no estimate of some operation
+    if cost["optimal_seconds"] <= 0:  # the compiler has no estimate for some operation
         raise RuntimeError("the compiler has no estimate of the time")
     return {"seconds": cost["optimal_seconds"], "flops": cost["flops"], "bytes": cost["bytes accessed"]}
 
@@ -152,7 +152,7 @@ def shipped_for_tpu(blocks: str, latent_steps: int, depth: int) -> dict:
 
 
 def tpu_programs() -> dict[str, Callable[[], dict]]:
-    """What is compiled for the TPU, by name."""
+    """The programs to compile for the TPU, by name; each returns its cost."""
     depth, places = SIZES["XL"][0], PLACES["XL/2"]
     timed = {"one": (1,), "two": (2,), "T1": (2, 1, 1), "T2": (2, 1, 2), "T3": (2, 1, 3), "more": (3, 2, 3)}
     loops = {f"{place}_T{steps}": (places[place], steps, depth) for place in places for steps in LATENT_STEPS}
@@ -167,7 +167,7 @@ def combined(*terms: tuple[float, dict]) -> dict:
 
 
 def on_tpu(costs: dict[str, dict]) -> dict:
-    """The result, from what `tpu_programs` gave."""
+    """The result, from the costs of all `tpu_programs`."""
     one, two, depth, size = costs["one"], costs["two"], SIZES["XL"][0], "XL/2"
     block, last = combined((1, two), (-1, one)), combined((1, costs["T1"]), (-1, two))
     kept = combined((1, costs["T2"]), (-1, costs["T1"]))  # the only intermediate latent step
@@ -202,7 +202,7 @@ def on_tpu(costs: dict[str, dict]) -> dict:
 
 
 def measured_programs() -> dict:
-    """The result for the TPU, each program compiled in a process of its own, or why there is none."""
+    """The result for the TPU, each program compiled in its own process; {"not_measured": why} without libtpu."""
     costs = {}
     for name in tpu_programs():
         costs[name] = measured_for_tpu("benchmarks.recursion", name)
@@ -213,7 +213,7 @@ def measured_programs() -> dict:
 
 
 def timed_step(built: Experiment) -> Callable[[], dict]:
-    """Runs the next training step at each call."""
+    """A function that runs the next training step at each call and returns its metrics."""
     rng, state, step = np.random.default_rng(0), built.fresh_state(), make_train_step(built)
     shape = built.abstract_batch(built.config.train.batch_size)["image"].shape
     batch = {
@@ -249,7 +249,7 @@ def on_cpu() -> dict:
 
 
 def judged(measured: dict, most_extra: float | None = None) -> dict:
-    """What was measured on one platform, with the targets that speak of it."""
+    """The measurements on one platform, with growth and the targets met."""
     rows, programs = measured["rows"], measured["shipped"]
     temp = {place: growth(programs, "temp_bytes", f"{place}_T2", f"{place}_T5") for place in ("three", "all")}
     size = {"T2_to_T5": ("all_T2", "all_T5")}
@@ -280,7 +280,7 @@ def judged(measured: dict, most_extra: float | None = None) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", default="", help="also write the result to this file")
-    parser.add_argument("--tpu", choices=tpu_programs(), help=argparse.SUPPRESS)  # the child that has libtpu
+    parser.add_argument("--tpu", choices=tpu_programs(), help=argparse.SUPPRESS)  # the child process with libtpu
     arguments = parser.parse_args()
     if arguments.tpu:
         print(json.dumps(tpu_programs()[arguments.tpu]()))

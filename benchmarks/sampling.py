@@ -1,11 +1,11 @@
-"""What does sampling cost beside the network: the time of a diffusion step over that of one forward pass?
+"""What does sampling cost on top of the network? Measured as the time of a diffusion step over one forward pass.
 
     python -m benchmarks.sampling [--save docs/results/benchmark_sampling.json]
 
-The sampling job's own program, DiT-S/2 in float32 with 8 images, on the devices that JAX finds; noise and all diffusion
-steps are in it, files are not. The reference of each row is one forward pass of as many images as the network sees at a
-time: twice as many under guidance. Programs take turns, and ratios are medians over the turns. Target: what the sampler
-adds to the network is at most 10%.
+It times the sampling job's own program, DiT-S/2 in float32 with 8 images, on the devices that JAX finds. Noise and all
+diffusion steps are included, files are not. The reference of each row is one forward pass with the same batch as the
+network sees: twice as many images with guidance. Programs run in turns, and ratios are medians over the turns. Target:
+the sampler adds at most 10% to the network.
 """
 
 import argparse
@@ -26,7 +26,7 @@ MOST_OVER_FORWARD = 1.10
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How much is timed; the tests take less."""
+    """Problem sizes; the tests use smaller ones."""
 
     depth: int = 12
     images: int = 8

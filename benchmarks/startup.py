@@ -1,11 +1,10 @@
-"""How long until the first update: import, build, compile, with and without compiled programs kept from before?
+"""How long until the first update (import, build, compile), with an empty and with a filled compilation cache?
 
     python -m benchmarks.startup [--save docs/results/benchmark_startup.json]
 
-DiT-S/2 with recursion in its middle block, float32, 8 images, as `main` would start it: one process with an empty
-compilation cache, then some with what that one left. The reference is the first. Targets: a start
-with the cache compiles nothing anew that takes longer than the cache's threshold (runtime/devices.py), and its first
-update takes at most half the time.
+It starts DiT-S/2 with recursion in its middle block, float32, 8 images, as `main` would: one process with an empty
+compilation cache, the reference, then several that use its cache. Targets: with the cache, nothing is recompiled that
+takes longer than the cache's threshold (runtime/devices.py), and the first update takes at most half the time.
 """
 
 import argparse
@@ -24,7 +23,7 @@ MOST_WARM_SHARE = 0.5
 
 
 def child(cache: str, depth: int) -> dict:
-    """One start, timed from here on; the interpreter's own start is not in it."""
+    """Timings of one start, without that of the interpreter."""
     started = time.perf_counter()
     import jax
     import numpy as np
@@ -87,9 +86,9 @@ def measure(turns: int, depth: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", default="", help="also write the result to this file")
-    parser.add_argument("--child", help=argparse.SUPPRESS)  # one start, with this directory as its cache
-    parser.add_argument("--turns", type=int, default=3, help="starts with the cache")
-    parser.add_argument("--depth", type=int, default=12, help="blocks of the model")
+    parser.add_argument("--child", help=argparse.SUPPRESS)  # one start with this cache directory
+    parser.add_argument("--turns", type=int, default=3, help="number of starts with the cache")
+    parser.add_argument("--depth", type=int, default=12, help="number of blocks")
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(child(arguments.child, arguments.depth)))

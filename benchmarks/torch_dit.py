@@ -1,6 +1,6 @@
-"""PyTorch's side of benchmarks/train_step.py --vs-torch: the DiT of the parity tests and a training step of it.
+"""The PyTorch side of benchmarks/train_step.py --vs-torch: the parity tests' DiT and a training step for it.
 
-Needs PyTorch: bash launch/test.sh --parity makes an environment that has it.
+Needs PyTorch; bash launch/test.sh --parity creates an environment with it.
 """
 
 import copy
@@ -16,7 +16,7 @@ DECAY, LR = 0.9999, 1e-4
 
 
 class TorchPrograms:
-    """forward and train_step: programs by name, "pytorch" and, where torch.compile works, "pytorch_compiled"."""
+    """forward and train_step map names to programs: "pytorch" and, if torch.compile works, "pytorch_compiled"."""
 
     def __init__(self, *, depth, width, heads, patch, size, channels, classes, images):
         torch.set_num_threads(os.cpu_count())
@@ -33,7 +33,7 @@ class TorchPrograms:
             compiled = self._forward(torch.compile(model)), self._train_step(copy.deepcopy(model), torch.compile)
             for program in compiled:
                 program()
-        except Exception as error:  # noqa: BLE001  it needs a C++ compiler, and more that may be missing
+        except Exception as error:  # noqa: BLE001  it needs a C++ compiler and more that may be missing
             self.about["torch_compile"] = (
                 f"does not work here: {(str(error).splitlines() or [type(error).__name__])[0]}"
             )
@@ -50,7 +50,7 @@ class TorchPrograms:
         return run
 
     def _train_step(self, model, wrap: Callable) -> Callable[[], None]:
-        """Rectified flow with a tenth of the labels dropped, AdamW, and a moving average, as our step has them."""
+        """As our step: rectified flow with a tenth of the labels dropped, AdamW, and one EMA."""
         parameters = [p for p in model.parameters() if p.requires_grad]
         average = [p.detach().clone() for p in parameters]
         optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0)

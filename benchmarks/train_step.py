@@ -1,22 +1,21 @@
-"""How fast is a training step: on this machine, beside plain JAX, and beside PyTorch? (For a TPU: xl2_step.)
+"""How fast is a training step: on this machine, compared with plain JAX, and with PyTorch? (For a TPU: xl2_step.)
 
     python -m benchmarks.train_step [--save docs/results/benchmark_train_step.json]
     .venv-parity/bin/python -m benchmarks.train_step --vs-torch [--save docs/results/benchmark_train_step_vs_torch.json]
 
 here         DiT-S/2, float32, 8 images, the training job's own step, on the devices that JAX finds (the CPU, or any
-             accelerator); the reference is its own forward pass.
-accelerator  Where there is one, DiT-XL/2 in bfloat16 with 32 images and the shipped rematerialisation, one program
-             after the other: without recursion, the same with attention by XLA, and T = 2 in three blocks; the
-             reference is the first.
-dispatch     A tiny DiT, whose step is mostly overhead; the reference is benchmarks/plain_dit.py, which computes the
+             accelerator). The reference is its forward pass.
+accelerator  If there is one: DiT-XL/2 in bfloat16 with 32 images and the shipped rematerialisation, one program after
+             the other: without recursion, the same with XLA attention, and T = 2 in three blocks. The reference is the
+             first.
+dispatch     A tiny DiT, whose step is mostly overhead. The reference is benchmarks/plain_dit.py, which computes the
              same. Target: at most 1.5 times its time.
---vs-torch   DiT-S/2, float32, 8 images, rectified flow, AdamW and a moving average, nothing rematerialised, against an
-             equal PyTorch model with as many threads as there are cores, as it is, and through torch.compile where that
-             works. Targets: 2.0 times the speed of PyTorch as it is in the forward pass, 1.3 in the training step.
-             Beside them stands what a program would reach that did nothing but its products, each as fast as the MLP's
-             first by itself in the faster of the two libraries.
+--vs-torch   DiT-S/2, float32, 8 images, rectified flow, AdamW and one EMA, no rematerialisation, compared with an equal
+             PyTorch model with one thread per core, both eager and, if it works, with torch.compile. Targets: 2.0 times
+             the speed of eager PyTorch in the forward pass, 1.3 in the training step. products_alone is the speed of a
+             program of nothing but the products, each as fast as the MLP's first product alone in the faster library.
 
-Where several programs are timed they take turns, and ratios are medians over the turns.
+Programs that are compared run in turns (except for accelerator), and ratios are medians over the turns.
 """
 
 import argparse
@@ -48,7 +47,7 @@ MOST_DISPATCH, LEAST_FORWARD, LEAST_STEP = 1.5, 2.0, 1.3
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How much is timed; the tests take less."""
+    """Problem sizes; the tests use smaller ones."""
 
     model: str = "S/2"
     depth: int = 12
@@ -81,7 +80,7 @@ def here(sizes: Sizes) -> dict:
     }
 
 
-ON_ACCELERATOR = {  # name -> whether blocks recurse, with T = 2, and further fields of the model
+ON_ACCELERATOR = {  # name -> whether blocks recurse (T = 2), further fields of the model
     "without_recursion": (False, {}),
     "attention_by_xla": (False, {"attention": "xla"}),
     "three_blocks_T2": (True, {}),
@@ -89,7 +88,7 @@ ON_ACCELERATOR = {  # name -> whether blocks recurse, with T = 2, and further fi
 
 
 def accelerator(sizes: Sizes, steps: int = 4, blocks: str = PLACES["XL/2"]["three"], **model) -> dict:
-    """Training steps of a model that fills the accelerator; `steps` of them in one turn."""
+    """Times training steps of a model that fills the accelerator, `steps` of them per turn."""
     rows = {}
     for name, (recursive, fields) in ON_ACCELERATOR.items():
         built = experiment(sizes.model, blocks if recursive else "none", 2, sizes.images, **fields, **model)
@@ -115,7 +114,7 @@ def accelerator(sizes: Sizes, steps: int = 4, blocks: str = PLACES["XL/2"]["thre
 
 
 class TinyPrograms:
-    """The training step of a tiny DiT, ours and plain, from the same parameters and on the same batch."""
+    """The training step of a tiny DiT, ours and the plain one, with the same parameters and batch."""
 
     def __init__(self):
         c = default_config()
@@ -134,7 +133,7 @@ class TinyPrograms:
         )
 
     def ours(self, calls: int) -> jax.Array:
-        """The loss of the last of so many steps."""
+        """Runs `calls` steps; returns the last loss."""
         for _ in range(calls):
             self.state, metrics = self._step(self.state, {"image": self._images, "label": self._labels})
         return metrics["loss"]
@@ -159,10 +158,10 @@ def dispatch(programs: TinyPrograms, sizes: Sizes) -> dict:
 
 
 def vs_torch(sizes: Sizes) -> dict:
-    """Ours and PyTorch's forward pass and training step, on the CPU."""
+    """Compares our forward pass and training step with PyTorch's, on the CPU."""
     from benchmarks.torch_dit import TorchPrograms
 
-    # Both learn the velocity of the rectified flow, with as many output channels as there are input channels.
+    # Both predict the rectified flow's velocity, with as many output channels as input channels.
     c = size_of(sizes, remat="none").config
     flow = dataclasses.replace(c.diffusion, objective="rectified_flow", learned_sigma=False)
     sample = dataclasses.replace(c.sample, sampler="euler")
@@ -211,7 +210,7 @@ def vs_torch(sizes: Sizes) -> dict:
 
 
 def products_per_second(sizes: Sizes, width: int, tokens: int) -> float:
-    """FLOPs of the MLP's first product by itself, by the faster of JAX and PyTorch."""
+    """FLOP/s of the MLP's first product alone, in the faster of JAX and PyTorch."""
     import torch
 
     rng, shapes = np.random.default_rng(0), ((sizes.images * tokens, width), (width, 4 * width))
@@ -225,7 +224,7 @@ def products_per_second(sizes: Sizes, width: int, tokens: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vs-torch", action="store_true", help="against PyTorch, in the parity environment")
+    parser.add_argument("--vs-torch", action="store_true", help="compare with PyTorch, in the parity environment")
     parser.add_argument("--save", default="", help="also write the result to this file")
     arguments = parser.parse_args()
     sizes = Sizes()

@@ -1,14 +1,14 @@
-"""Does a training step cost each chip the same on 8 chips of a TPU v5p and on 1,024? By the compiler; nothing is run.
+"""Does a training step cost each chip the same on 8 and on 1,024 TPU v5p chips? By the compiler; nothing is run.
 
-DiT-XL/2 without recursion, its blocks under one loop, 16 images to a chip, fsdp 8 and copies of that over the rest.
+DiT-XL/2 without recursion, its blocks in one loop, 16 images per chip, fsdp 8 and data-parallel copies over the rest.
 
-Each of n devices of a copy holds 1/n of the P bytes of parameters (bfloat16, as they are computed with). It sends its
-part round to the others before the forward and before the backward pass, and gradients are summed into shards:
-3 P (n - 1) / n. Copies then sum their shards, at most in float32: with d of them, 2 (2 P / n) (d - 1) / d, less than
-4 P / n for any number of chips. So what a device sends is bounded.
+Each of the n devices of a copy holds 1/n of the P bytes of parameters (in bfloat16, the compute dtype). Parameters are
+all-gathered before the forward and before the backward pass, and gradients are reduce-scattered: a device sends
+3 P (n - 1) / n bytes. The d copies then all-reduce their shards, at most in float32: 2 (2 P / n) (d - 1) / d, less than
+4 P / n for any number of chips. So the bytes that a device sends are bounded.
 
-Targets: memory and FLOPs of a device constant within 5%; it sends at most 1.05 times what it sends on 8 chips and what
-the copies add.
+Targets: memory and FLOPs per device are constant within 5%; a device sends at most 1.05 times the bytes on 8 chips plus
+those that the copies add.
 
     python -m benchmarks.weak_scaling [--chips 8,64,256,1024] [--save docs/results/weak_scaling.json]
 """
@@ -36,7 +36,7 @@ def config_of(chips: int) -> Config:
 
 
 def added_by_copies(parameters: int, chips: int) -> float:
-    """Bytes that a device sends to sum gradients with the other copies, in float32."""
+    """Bytes that a device sends to all-reduce gradients with the other copies, in float32."""
     copies = chips // FSDP
     return 2 * 4 * parameters / FSDP * (copies - 1) / copies
 

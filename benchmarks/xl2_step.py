@@ -1,14 +1,14 @@
-"""DiT-XL/2's training step on one TPU v5p chip, and the attention it takes, by the TPU compiler; nothing is run.
+"""DiT-XL/2's training step on one TPU v5p chip, and its attention, by the TPU compiler; nothing is run.
 
-The step is the training job's own, optimiser and moving average included: no recursion, bfloat16, 32 images. Time is
-the compiler's estimate (`optimal_seconds`). It adds up the operations one after another, and counts an operand that is
-fetched ahead of its use four times; so do the bytes. The blocks are unrolled, since a loop's body would count once. A
-step's cost is linear in its blocks, so that it is put together from programs of one and two blocks, and checked against
-one of three. Compilation is that of the step as shipped, at full depth, its blocks under one scan; its cycles are the
-compiler's estimates of the operations too, with every turn of a loop.
+The step is the training job's own, including optimiser and EMA: no recursion, bfloat16, 32 images. Time is the
+compiler's estimate (`optimal_seconds`). It sums the operations one after another, and counts an operand that is
+prefetched four times; so do the bytes. The blocks are unrolled, since a loop body would count once. A step's cost is
+linear in the number of blocks, so it is composed from programs of one and two blocks, and checked against one of three.
+Compile time is that of the step as shipped, at full depth, with its blocks in one scan. Its cycles are also the
+compiler's estimates of the operations, with every iteration of a loop counted.
 
-The table of attention compares the implementations at the lengths that matter, forward and backward. JAX declares no
-cost for splash attention, so that its estimates leave its products out and only its memory can be compared.
+The attention table compares the implementations at the lengths that matter, forward and backward. JAX declares no cost
+for splash attention, so its estimates leave out its products, and only its memory can be compared.
 
     python -m benchmarks.xl2_step [--save docs/results/benchmark_xl2_step.json]
 """
@@ -50,7 +50,7 @@ def figures(compiled: jax.stages.Compiled) -> dict:
 
 
 def unrolled(device: jax.Device, depth: int, remat: str) -> dict:
-    """The figures of a step of so many blocks."""
+    """The figures of a step with `depth` unrolled blocks."""
     built = experiment(SIZE, "none", 1, IMAGES, device, depth=depth, scan_blocks=False, remat=remat)
     found = figures(lowered_step(built).compile())
     progress(f"{depth} blocks, remat {remat}: {found}")
@@ -58,12 +58,12 @@ def unrolled(device: jax.Device, depth: int, remat: str) -> dict:
 
 
 def composed(depth: int, one: dict, two: dict) -> dict:
-    """The figures of a step of any depth, from those of one and of two blocks."""
+    """The figures of a step of any depth, extrapolated from one and two blocks."""
     return combined((2 - depth, one), (depth - 1, two))
 
 
 def scanned(device: jax.Device) -> dict:
-    """The step as it is shipped."""
+    """Compile time, temporary memory and cycles of the step as shipped."""
     lowered = lowered_step(experiment(SIZE, "none", 1, IMAGES, device))
     wall, cpu = time.perf_counter(), time.process_time()
     compiled = lowered.compile()
@@ -73,7 +73,7 @@ def scanned(device: jax.Device) -> dict:
 
 
 def attention(device: jax.Device, shape: tuple[int, ...]) -> dict:
-    """Each implementation's figures at one shape, forward and backward, and which of them auto takes."""
+    """Each implementation's figures at one shape, forward and backward, and which one auto chooses."""
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=SingleDeviceSharding(device))
 
     def row(implementation: str) -> dict:
@@ -116,7 +116,7 @@ def on_tpu() -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", default="", help="also write the result to this file")
-    parser.add_argument("--tpu", action="store_true", help=argparse.SUPPRESS)  # the child that has libtpu
+    parser.add_argument("--tpu", action="store_true", help=argparse.SUPPRESS)  # the child process with libtpu
     arguments = parser.parse_args()
     if arguments.tpu:
         print(json.dumps(on_tpu()))

@@ -1,7 +1,7 @@
 """Controls for the full mechanism, the rows of a results table. Each is derived from another experiment's config.
 
     base          the base model, frozen
-    sft           fine-tuning of the q, k and v projections in the same blocks
+    sft           its q, k and v projections in the same blocks, fine-tuned
     lora          a plain LoRA on them (T = 1, M = 1, h = x~) of rank M r, with as many parameters as the experts
     mixture       experts without recursion (T = 1)
     recursion     recursion without a mixture (M = 1)
