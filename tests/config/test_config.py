@@ -1,13 +1,15 @@
 """Every mistake in a config or on the command line ends in one line and exit code 2, before any device is touched."""
 
+import dataclasses
 import json
 
 import pytest
 
 from tests.commands import parsed
 from trm_diffusion import config as config_module
-from trm_diffusion.config import default_config, resolve, rules, to_dict, variant
+from trm_diffusion.config import default_config, fields_of, resolve, to_dict, variant
 from trm_diffusion.errors import UserError
+from trm_diffusion.models.recursion import RecursionConfig
 
 DIGITS = "--config=configs/digits.py"
 MALFORMED = [  # the flags after --config=configs/digits.py, and what the one line must say
@@ -17,13 +19,17 @@ MALFORMED = [  # the flags after --config=configs/digits.py, and what the one li
     ("--config.train.batchsize=64", "did you mean config.train.batch_size?"),
     ("--config.model.recursion.latent_step=2", "did you mean config.model.recursion.latent_steps?"),
     ("--config.model.recursion.expert=2", "did you mean config.model.recursion.experts?"),
+    ("--config.train.lr=1", "did you mean config.optim.lr?"),
+    ("--config.modle.dpth=3", "did you mean config.model?"),
+    ("--config.mesh.colour=3", "config.mesh has data, "),
+    ("--config.seed.first=3", "config.seed is one"),
     ("--config.optim.lr=fast", "config.optim.lr"),
     ("--config.optim.lr=-1", "config.optim.lr is -1"),
     ("--config.optim.schedule=cosign", "config.optim.schedule"),
     ("--config.optim.optimizer=adam", "config.optim.optimizer"),
     ("--config.optim.b2=1.0", "config.optim.b2"),
     ("--config.optim.clip_norm=-1.0", "config.optim.clip_norm"),
-    ("--config.optim.ema_decays=1.5", "config.optim.ema_decays"),
+    ("--config.optim.ema_decays=1.5", "config.optim.ema_decays is (1.5,); each must be in [0, 1)"),
     ("--config.optim.ema_decays=abc", "config.optim.ema_decays"),
     ("--config.optim.warmup_steps=-5", "config.optim.warmup_steps"),
     ("--config.train.updates=0", "config.train.updates"),
@@ -56,12 +62,12 @@ MALFORMED = [  # the flags after --config=configs/digits.py, and what the one li
     ("--config.model.recursion.dispatch=fast", "config.model.recursion.dispatch"),
     ("--config.diffusion.objective=score", "objective"),
     ("--config.diffusion.learned_sigma=true", "learned_sigma"),
-    ("--config.diffusion.beta_start=0.5", "beta_start"),
+    ("--config.diffusion.beta_start=0.5", "config.diffusion.beta_start 0.5 exceeds"),
     ("--config.sample.sampler=ddpm", "ddpm"),
     ("--config.sample.sampler=dpm", "sampler"),
     ("--config.sample.latent_steps=0", "config.sample.latent_steps"),
-    ("--config.sample.classes=3,11", "config.sample.classes"),
-    ("--config.sample.guidance_channels=first", "guidance channels"),
+    ("--config.sample.classes=3,11", "labels go from 0 to 9"),
+    ("--config.sample.guidance_channels=first", "config.sample.guidance_channels"),
     ("--config.sample.guidance_interval=0.9,0.1", "guidance interval"),
     ("--config.sample.guidance_interval=0.5", "config.sample.guidance_interval"),
     ("--config.sample.eta=0.5", "eta"),
@@ -72,7 +78,8 @@ MALFORMED = [  # the flags after --config=configs/digits.py, and what the one li
     ("--config.evaluate.kind=fid", "config.evaluate.kind"),
     ("--config.mesh.tensor=3", "config.mesh.tensor"),
     ("--config.seed=-1", "config.seed"),
-    ("--config.checkpoint.keep=0", "config.checkpoint.keep"),
+    ("--config.checkpoint.keep=0", "config.checkpoint.keep is 0; it must be at least 1"),
+    ("--config.mesh.data=0", "config.mesh.data is 0; it must be -1 or at least 1"),
     ("--config.model.architecture=unet", "config.model.architecture"),
     ("--config.model.architecture=mmdit", "needs captions"),
     ("--config.model.architecture=mmdit --config.model.text.encoder=encoded", "needs encoded text"),
@@ -139,9 +146,35 @@ def test_default_config_resolves_to_the_defaults():
     assert resolve(default_config()) == config_module.Config()
 
 
-def test_tables_of_checks_name_fields():
-    for path in (*rules.CHOICES, *rules.AT_LEAST):
-        assert config_module.field_exists(f"config.{path}"), path
+FREE = {  # fields that take every value of their type, or that rules check together with others
+    "name", "model.recursion.blocks", "model.text.pretrained", "model.text.revision", "diffusion.logit_mean",
+    "data.text", "data.path", "data.tfds_name", "data.split", "data.vae", "train.latent_steps", "train.trainable",
+    "init.workdir", "init.adapter", "init.missing", "sample.guidance", "sample.parameters",
+    "evaluate.min_class_accuracy", "evaluate.min_judge_accuracy", "evaluate.min_strict_score",
+}  # fmt: skip
+
+
+def test_every_field_states_what_it_takes_or_is_free():
+    silent = {
+        path.removeprefix("config.")
+        for path, field in fields_of()
+        if "allowed" not in field.metadata and field.type is not bool and not dataclasses.is_dataclass(field.type)
+    }
+    assert silent == FREE
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (dict(latent_steps=0), "latent_steps is 0; it must be at least 1"),
+        (dict(residual="both"), "residual is 'both'; choose one of before_norm, after_norm"),
+        (dict(halting_prior=1.0), r"halting_prior is 1.0; it must be in \(0, 1\)"),
+        (dict(experts_per_token=3), "experts_per_token 3 exceeds experts 2"),
+    ],
+)
+def test_a_part_of_the_config_refuses_without_the_rest(change, says):
+    with pytest.raises(ValueError, match=says):
+        RecursionConfig(**change)
 
 
 def test_a_resolved_config_survives_json():

@@ -1,6 +1,7 @@
 """Sources keep one contract: element names, shapes, dtypes, ranges, and a config that matches the data."""
 
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -8,9 +9,11 @@ import chex
 import numpy as np
 import pytest
 
-from trm_diffusion.data.base import DataConfig
+from tests.commands import ROOT
+from trm_diffusion.data.base import DataConfig, Source
 from trm_diffusion.data.digits import load_digits_split
-from trm_diffusion.data.sources import make_source
+from trm_diffusion.data.registry import SOURCES
+from trm_diffusion.data.sources import CAPTIONED_SOURCES, make_source, source_class
 from trm_diffusion.errors import UserError
 
 
@@ -70,13 +73,10 @@ def test_synthetic_is_standard_normal_balanced_and_reproducible():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"source": "imagenet"}, "digits, synthetic, image_folder, image_tars, tfds, latents"),
         ({"image_size": 16}, "config.data.image_size=8"),
         ({"channels": 3}, "config.data.channels=1"),
         ({"num_classes": 11}, "config.data.num_classes=10"),
         ({"split": "validation"}, "train and test"),
-        ({"workers": -1}, "config.data.workers=-1"),
-        ({"source": "synthetic", "synthetic_records": 0}, "config.data.synthetic_records=0"),
         ({"source": "tfds", "channels": 4}, "config.data.channels=4"),
     ],
 )
@@ -84,6 +84,46 @@ def test_a_wrong_config_is_refused_in_one_line(changes, says):
     with pytest.raises(UserError) as caught:
         make_source(DataConfig(**changes))
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"source": "imagenet"}, "choose one of digits, synthetic, image_folder, image_tars, tfds, latents"),
+        ({"workers": -1}, "workers is -1"),
+        ({"synthetic_records": 0}, "synthetic_records is 0"),
+    ],
+)
+def test_a_field_out_of_range_is_refused_in_one_line(changes, says):
+    with pytest.raises(ValueError, match=says) as caught:
+        DataConfig(**changes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_name_of_the_registry_is_a_source(name):
+    kind = source_class(name)
+    assert issubclass(kind, Source) and callable(kind.from_config)
+    assert kind.captioned == (name in CAPTIONED_SOURCES)
+
+
+def test_a_new_source_is_a_file_and_a_line(tmp_path):
+    package = shutil.copytree(ROOT / "trm_diffusion", tmp_path / "trm_diffusion")
+    shutil.copy(ROOT / "tests/data/stripes.py", package / "data")
+    registry = package / "data/registry.py"
+    table = registry.read_text().rstrip()
+    assert table.endswith("}")
+    registry.write_text(table[:-1] + '    "stripes": "trm_diffusion.data.stripes:StripesSource",\n}\n')
+    program = (
+        "from trm_diffusion.config import default_config, resolve\n"
+        "from trm_diffusion.data.sources import make_source\n"
+        "c = default_config()\n"
+        "c.data.update(source='stripes', image_size=4, num_classes=2)\n"
+        "source = make_source(resolve(c).data)\n"
+        "print([int(source[index]['label']) for index in range(len(source))])\n"
+    )
+    outcome = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert outcome.stdout == "[0, 1]\n", outcome.stderr
 
 
 def test_imports_are_light_and_start_no_backend():

@@ -63,9 +63,9 @@ def test_evaluate_writes_and_prints_one_report(workdir, capsys):
 
 
 def test_labels_are_never_sorted_by_class():
-    balanced = evaluation_labels(tiny_config(evaluate__num_samples=20))
+    balanced = evaluation_labels(tiny_config(), 20)
     assert np.bincount(balanced).tolist() == [2] * 10 and (np.diff(balanced) < 0).any()
-    random = evaluation_labels(tiny_config(evaluate__num_samples=200, evaluate__label_rule="random"))
+    random = evaluation_labels(tiny_config(evaluate__label_rule="random"), 200)
     assert (np.diff(random) < 0).any() and set(random) == set(range(10))
 
 

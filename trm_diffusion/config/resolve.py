@@ -5,14 +5,15 @@ before any device is touched.
 """
 
 import dataclasses
-import difflib
+import re
 import types
 import typing
+from collections.abc import Iterator
 
 import ml_collections
 from ml_collections import config_dict
 
-from trm_diffusion.config.rules import check
+from trm_diffusion.config import rules
 from trm_diffusion.config.schema import Config
 from trm_diffusion.errors import UserError
 
@@ -44,30 +45,30 @@ def _plain_type(hint) -> type:
 def resolve(config: ml_collections.ConfigDict) -> Config:
     """ConfigDict -> validated `Config`. Raises UserError with one line for any mistake."""
     resolved = _build(Config, config, "config")
-    check(resolved)
+    rules.check(resolved)
     return resolved
 
 
 def _build(cls, values, where: str):
     hints = typing.get_type_hints(cls)
-    for name in values:
-        if name not in hints:
-            raise unknown_field(f"{where}.{name}")
     fields = {}
     for name in values:
-        if dataclasses.is_dataclass(hints[name]):
-            if not isinstance(values[name], ml_collections.ConfigDict | dict):
-                raise UserError(f"{where}.{name} is a group of fields, not {values[name]!r}")
-            fields[name] = _build(hints[name], values[name], f"{where}.{name}")
+        path = f"{where}.{name}"
+        if name not in hints:
+            raise unknown_field(path)
+        if not dataclasses.is_dataclass(hints[name]):
+            fields[name] = _typed(values[name], hints[name], path)
+        elif isinstance(values[name], ml_collections.ConfigDict | dict):
+            fields[name] = _build(hints[name], values[name], path)
         else:
-            fields[name] = _typed(values[name], hints[name], f"{where}.{name}")
+            raise UserError(f"{path} is a group of fields, not {values[name]!r}")
     try:
         return cls(**fields)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
+    except ValueError as error:  # a field's value, or two of this group; the message begins with the field's name
+        raise UserError(f"{where}.{error}") from None
 
 
-def _typed(value, hint, where: str):
+def _typed(value, hint, path: str):
     """The value as the field's type; an int passes for a float and a list for a tuple, nothing else does."""
     wanted = _plain_type(hint)
     if value is None and wanted is not hint:
@@ -76,38 +77,44 @@ def _typed(value, hint, where: str):
         return float(value)
     if wanted is tuple and isinstance(value, list | tuple):
         if any(isinstance(entry, bool) or not isinstance(entry, int | float) for entry in value):
-            raise UserError(f"{where} takes numbers separated by commas, not {value!r}")
+            raise UserError(f"{path} takes numbers separated by commas, not {value!r}")
         return tuple(value)
     if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-        raise UserError(f"{where} takes a {wanted.__name__}, not {value!r}")
+        raise UserError(f"{path} takes a {wanted.__name__}, not {value!r}")
     return value
 
 
-def unknown_field(path: str) -> UserError:
-    """The error for a field that does not exist, with the nearest that does."""
-    known = list(_field_paths(Config, "config"))
-    group, _, leaf = path.rpartition(".")
-    siblings = [name for name in known if name.rpartition(".")[0] == group]
-    near = (
-        difflib.get_close_matches(path, siblings, n=1, cutoff=0.85)
-        or [name for name in known if name.rpartition(".")[2] == leaf]
-        or difflib.get_close_matches(path, known, n=1, cutoff=0.0)
-    )
-    return UserError(f"{path} is not a field; did you mean {near[0]}?")
+def fields_of(cls=Config, where: str = "config") -> Iterator[tuple[str, dataclasses.Field]]:
+    """Every field with its path, "config.optim.lr", groups before the fields they hold."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        yield f"{where}.{field.name}", field
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from fields_of(hints[field.name], f"{where}.{field.name}")
 
 
 def field_exists(path: str) -> bool:
     """Is "config.optim.lr" a field?"""
-    return path in _field_paths(Config, "config")
+    return any(path == known for known, _ in fields_of())
 
 
-def _field_paths(cls, where: str):
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        path = f"{where}.{field.name}"
-        yield path
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from _field_paths(hints[field.name], path)
+def unknown_field(path: str) -> UserError:
+    """The error for a field that does not exist: ml_collections' guess at the name, or fields called so elsewhere."""
+    group, where = default_config(), "config"
+    names = path.split(".")[1:]
+    for depth, name in enumerate(names):
+        if not isinstance(group, ml_collections.ConfigDict):
+            return UserError(f"{path} is not a field; {where} is one, without fields below it")
+        try:
+            group, where = group[name], f"{where}.{name}"
+        except KeyError as error:
+            near = re.findall('Did you mean "(.+?)"', str(error))
+            guess = ".".join((where, *near, *names[depth + 1 :]))
+            namesakes = [known for known, _ in fields_of() if known.endswith(f".{names[-1]}")]
+            guesses = namesakes if not near else [guess if field_exists(guess) else f"{where}.{near[0]}"]
+            hint = f"did you mean {' or '.join(guesses)}?" if guesses else f"{where} has {', '.join(group)}"
+            return UserError(f"{path} is not a field; {hint}")
+    raise ValueError(f"{path} is a field")
 
 
 def variant(argument: str | None, **defaults: str) -> dict[str, str]:

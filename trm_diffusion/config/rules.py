@@ -1,121 +1,29 @@
-"""What a configuration may say: ranges of single fields, and what concerns more than one of them.
+"""Rules between fields of several parts of the configuration.
 
-Everything here is checked before any device is touched, but for the batch, which must fit the devices that are found.
+What a single field takes is stated in its dataclass, and relations within one part (DiffusionConfig, RecursionConfig)
+are checked there as well, for whoever uses that part alone. Everything here is checked before any device is touched,
+except the batch, which must also fit the devices that are found.
 """
 
 import functools
-from typing import TYPE_CHECKING
 
-from trm_diffusion.data.sources import CAPTIONED_SOURCES, SOURCES
+from trm_diffusion.config.schema import Config
+from trm_diffusion.data.sources import CAPTIONED_SOURCES
 from trm_diffusion.diffusion.guidance import check_guidance
 from trm_diffusion.diffusion.samplers import check_sampler
 from trm_diffusion.errors import UserError
-from trm_diffusion.models.architecture import ARCHITECTURES
-from trm_diffusion.models.attention import IMPLEMENTATIONS
-from trm_diffusion.models.recursion.config import (
-    BASE_INPUTS,
-    DISPATCH,
-    POOLS,
-    RESIDUALS,
-    ROUTING_SCOPES,
-    recursive_blocks,
-)
-from trm_diffusion.models.recursion.gate import FORWARD_WEIGHTS, GATE_INPUTS
-from trm_diffusion.models.recursion.halting import HALTING
-from trm_diffusion.models.remat import POLICIES
-from trm_diffusion.models.text import CLIP_LENGTH, ENCODERS, RECIPES
-from trm_diffusion.runtime.optimizer import OPTIMIZERS, SCHEDULES
+from trm_diffusion.models.recursion.config import recursive_blocks
+from trm_diffusion.models.text import CLIP_LENGTH
 
-if TYPE_CHECKING:
-    from trm_diffusion.config.schema import Config
 
-LABEL_RULES = ("balanced", "random")
-CHOICES = {  # field: the values it may take
-    "model.architecture": ARCHITECTURES,
-    "model.text.encoder": ENCODERS,
-    "model.text.recipe": RECIPES,
-    "model.text.pretrained_dtype": ("float32", "float16", "bfloat16"),
-    "model.frequency_shift": (0, 1),
-    "model.attention": IMPLEMENTATIONS,
-    "model.dtype": ("float32", "bfloat16"),
-    "model.remat": tuple(POLICIES),
-    "model.recursion.forward_weight": FORWARD_WEIGHTS,
-    "model.recursion.base_input": BASE_INPUTS,
-    "model.recursion.residual": RESIDUALS,
-    "model.recursion.pool": POOLS,
-    "model.recursion.routing_scope": ROUTING_SCOPES,
-    "model.recursion.dispatch": DISPATCH,
-    "model.recursion.remat": tuple(POLICIES),
-    "model.recursion.halting": HALTING,
-    "train.frozen_dtype": ("float32", "bfloat16"),
-    "data.source": SOURCES,
-    "optim.optimizer": OPTIMIZERS,
-    "optim.schedule": SCHEDULES,
-    "evaluate.kind": ("none", "digits", "scenes"),
-    "evaluate.label_rule": LABEL_RULES,
-}
-AT_LEAST = {  # field: its smallest value
-    "seed": 0,
-    "model.depth": 1,
-    "model.width": 4,
-    "model.heads": 1,
-    "model.patch": 1,
-    "model.mlp_ratio": 0.01,
-    "model.mmdit.dual_attention_blocks": 0,
-    "model.mmdit.position_max_size": 1,
-    "model.mmdit.position_base_size": 1,
-    "model.text.length": 1,
-    "model.text.features": 2,
-    "model.text.pooled_features": 1,
-    "model.text.depth": 0,
-    "model.text.heads": 1,
-    "model.text.vocabulary": 4,
-    "model.recursion.latent_steps": 1,
-    "model.recursion.experts": 1,
-    "model.recursion.experts_per_token": 1,
-    "model.recursion.rank": 1,
-    "model.recursion.routing_group": 1,
-    "model.recursion.temperature": 1e-3,
-    "model.recursion.capacity_factor": 0.01,
-    "model.recursion.truncated_latent_steps": 0,
-    "model.recursion.switch_loss_weight": 0,
-    "model.recursion.z_loss_weight": 0,
-    "model.recursion.balance_bias_rate": 0,
-    "model.recursion.halting_epsilon": 0,
-    "model.recursion.halting_patience": 1,
-    "model.recursion.halting_weight": 0,
-    "train.latent_step_loss_weight": 0,
-    "data.image_size": 1,
-    "data.channels": 1,
-    "data.num_classes": 0,
-    "data.synthetic_records": 1,
-    "data.workers": 0,
-    "train.updates": 1,
-    "train.batch_size": 1,
-    "train.accumulate": 1,
-    "train.nonfinite_limit": 1,
-    "optim.lr": 0,
-    "optim.lr_end": 0,
-    "optim.muon_lr_ratio": 0,
-    "optim.warmup_steps": 0,
-    "optim.eps": 0,
-    "optim.weight_decay": 0,
-    "optim.clip_norm": 0,
-    "checkpoint.every": 1,
-    "checkpoint.keep": 1,
-    "checkpoint.keep_every": 0,
-    "log.every": 1,
-    "log.samples_every": 0,
-    "sample.diffusion_steps": 1,
-    "sample.eta": 0,
-    "sample.latent_steps": 1,
-    "sample.per_class": 1,
-    "sample.batch_size": 1,
-    "sample.seed": 0,
-    "evaluate.num_samples": 2,
-    "mesh.tensor": 1,
-    "mesh.expert": 1,
-}
+def check(config: Config) -> None:
+    """Raises UserError, in one line, for the first rule that the config breaks."""
+    _check_model(config)
+    _check_recursion(config)
+    _check_condition(config)
+    _check_training(config)
+    _check_sampling(config)
+    _check_evaluation(config)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -123,62 +31,50 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def check(config: "Config") -> None:
-    """Raises UserError, in one line, for the first mistake."""
-    for path, choices in CHOICES.items():
-        value = _field(config, path)
-        _require(value in choices, f"config.{path} is {value!r}; choose one of {', '.join(map(str, choices))}")
-    for path, smallest in AT_LEAST.items():
-        value = _field(config, path)
-        _require(value is None or value >= smallest, f"config.{path} is {value}; it must be at least {smallest}")
-    _check_model(config)
-    _check_condition(config)
-    _check_training(config)
-    _check_sampling(config)
-
-
-def _field(config: "Config", path: str):
-    return functools.reduce(getattr, path.split("."), config)
-
-
-def _check_model(config: "Config") -> None:
-    model, recursion, mesh = config.model, config.model.recursion, config.mesh
-    for fields, value, divisor in (
-        ("model.width is not a multiple of config.model.heads", model.width, model.heads),
-        ("model.width is not a multiple of 4 (sine-cosine positions)", model.width, 4),
-        ("data.image_size is not a multiple of config.model.patch", config.data.image_size, model.patch),
-        ("model.width is not a multiple of config.mesh.fsdp", model.width, max(1, mesh.fsdp)),
-        ("model.heads is not a multiple of config.mesh.tensor", model.heads, mesh.tensor),
-        ("model.recursion.experts is not a multiple of config.mesh.expert", recursion.experts, mesh.expert),
-    ):
-        _require(value % divisor == 0, f"config.{fields}: {value} and {divisor}")
+def _require_multiple(config: Config, path: str, of: str) -> None:
+    """The field at `path` is a multiple of the field `of`. A mesh axis of -1 is settled later, and allows any."""
+    value, divisor = (functools.reduce(getattr, name.split("."), config) for name in (path, of))
     _require(
-        recursion.experts_per_token <= recursion.experts,
-        f"config.model.recursion.experts_per_token {recursion.experts_per_token} exceeds "
-        f"config.model.recursion.experts {recursion.experts}",
+        value % max(1, divisor) == 0,
+        f"config.{path} {value} is not a multiple of config.{of} {divisor}",
     )
-    inputs = recursion.gate_inputs.split(",")
+
+
+def _check_model(config: Config) -> None:
+    _require_multiple(config, "model.width", of="model.heads")
+    _require_multiple(config, "data.image_size", of="model.patch")
+    _require_multiple(config, "model.width", of="mesh.fsdp")
+    _require_multiple(config, "model.heads", of="mesh.tensor")
+
+
+def _check_recursion(config: Config) -> None:
+    recursion, latent_steps = config.model.recursion, config.train.latent_steps
+    _require_multiple(config, "model.recursion.experts", of="mesh.expert")
     _require(
-        set(inputs) <= set(GATE_INPUTS),
-        f"config.model.recursion.gate_inputs is {recursion.gate_inputs!r}; name some of {','.join(GATE_INPUTS)}",
-    )
-    _require(
-        0.0 < recursion.halting_prior < 1.0,
-        f"config.model.recursion.halting_prior is {recursion.halting_prior}; it must be in (0, 1)",
-    )
-    _require(
-        not (recursion.balance_bias_rate and recursion.pool != "shared" and len(config.train.latent_steps) == 2),
+        not (recursion.balance_bias_rate and recursion.pool != "shared" and len(latent_steps) == 2),
         "config.model.recursion.balance_bias_rate with pool per_latent_step needs a fixed config.train.latent_steps",
     )
     try:
-        recursive_blocks(recursion.blocks, model.depth)
+        recursive_blocks(recursion.blocks, config.model.depth)
     except ValueError as error:
         raise UserError(f"config.model.recursion.blocks: {error}") from None
+    _require(
+        len(latent_steps) <= 2
+        and all(isinstance(t, int) and 1 <= t <= recursion.latent_steps for t in latent_steps)
+        and list(latent_steps) == sorted(latent_steps),
+        f"config.train.latent_steps is {latent_steps}; give one number or low,high, from 1 to "
+        f"config.model.recursion.latent_steps {recursion.latent_steps}",
+    )
+    _require(
+        recursion.pool == "shared" or (config.sample.latent_steps or 1) <= recursion.latent_steps,
+        f"config.sample.latent_steps {config.sample.latent_steps} exceeds the {recursion.latent_steps} pools of "
+        "config.model.recursion.pool per_latent_step",
+    )
 
 
-def _check_condition(config: "Config") -> None:
+def _check_condition(config: Config) -> None:
     """The model is conditioned on what the data hold."""
-    model, text, source = config.model, config.model.text, config.data.source
+    model, source = config.model, config.data.source
     _require(
         not config.data.text or (model.architecture == "mmdit" and not model.reads_words),
         "config.data.text is for config.model.architecture mmdit with config.model.text.encoder encoded",
@@ -191,38 +87,9 @@ def _check_condition(config: "Config") -> None:
         )
         return
     if model.reads_words:
-        _require(
-            source in CAPTIONED_SOURCES,
-            f"config.model.text.encoder learned needs captions; config.data.source {source} has none, "
-            f"{', '.join(CAPTIONED_SOURCES)} have",
-        )
-        _require(
-            text.features % text.heads == 0 and text.features % 2 == 0,
-            f"config.model.text.features {text.features} must be even and a multiple of config.model.text.heads "
-            f"{text.heads}",
-        )
-        for fields, value, divisor in (
-            ("features is not a multiple of config.mesh.fsdp", text.features, max(1, config.mesh.fsdp)),
-            ("heads is not a multiple of config.mesh.tensor", text.heads, config.mesh.tensor),
-        ):
-            _require(value % divisor == 0, f"config.model.text.{fields}: {value} and {divisor}")
-        _require(
-            text.features == text.pooled_features,
-            f"config.model.text.pooled_features {text.pooled_features} must equal config.model.text.features "
-            f"{text.features} with config.model.text.encoder learned",
-        )
+        _check_words(config)
     else:
-        sources = ("synthetic", "latents", *CAPTIONED_SOURCES)
-        _require(
-            source in sources,
-            "config.model.text.encoder encoded needs encoded text, which images without captions lack: "
-            f"config.data.source one of {', '.join(sources)}, not {source}",
-        )
-        _require(
-            text.recipe != "sd3" or text.length > CLIP_LENGTH or not (text.pretrained or config.data.text),
-            f"config.model.text.length is {text.length}; with config.model.text.recipe sd3, {CLIP_LENGTH} tokens are "
-            "of the CLIP encoders, and the others T5's",
-        )
+        _check_encoded_text(config)
     _require(
         model.mmdit.dual_attention_blocks <= model.depth,
         f"config.model.mmdit.dual_attention_blocks {model.mmdit.dual_attention_blocks} exceeds config.model.depth "
@@ -236,75 +103,51 @@ def _check_condition(config: "Config") -> None:
     )
 
 
-def _check_training(config: "Config") -> None:
-    train, optim, recursion = config.train, config.optim, config.model.recursion
+def _check_words(config: Config) -> None:
+    """A text encoder that is trained with the model."""
+    text, source = config.model.text, config.data.source
     _require(
-        0.0 <= train.label_dropout < 1.0,
-        f"config.train.label_dropout is {train.label_dropout}; it must be in [0, 1)",
+        source in CAPTIONED_SOURCES,
+        f"config.model.text.encoder learned needs captions; config.data.source {source} has none, "
+        f"{', '.join(CAPTIONED_SOURCES)} have",
     )
     _require(
-        len(train.latent_steps) <= 2
-        and all(isinstance(t, int) and 1 <= t <= recursion.latent_steps for t in train.latent_steps)
-        and list(train.latent_steps) == sorted(train.latent_steps),
-        f"config.train.latent_steps is {train.latent_steps}; give one number or low,high, from 1 to "
-        f"config.model.recursion.latent_steps {recursion.latent_steps}",
+        text.features % text.heads == 0 and text.features % 2 == 0,
+        f"config.model.text.features {text.features} must be even and a multiple of config.model.text.heads "
+        f"{text.heads}",
     )
-    for name in ("b1", "b2"):
-        value = getattr(optim, name)
-        _require(0.0 <= value < 1.0, f"config.optim.{name} is {value}; it must be in [0, 1)")
+    _require_multiple(config, "model.text.features", of="mesh.fsdp")
+    _require_multiple(config, "model.text.heads", of="mesh.tensor")
     _require(
-        all(0.0 <= decay < 1.0 for decay in optim.ema_decays),
-        f"config.optim.ema_decays is {optim.ema_decays}; each must be in [0, 1)",
+        text.features == text.pooled_features,
+        f"config.model.text.pooled_features {text.pooled_features} must equal config.model.text.features "
+        f"{text.features} with config.model.text.encoder learned",
     )
+
+
+def _check_encoded_text(config: Config) -> None:
+    """Text that pretrained encoders have encoded before."""
+    text, source = config.model.text, config.data.source
+    sources = ("synthetic", "latents", *CAPTIONED_SOURCES)
+    _require(
+        source in sources,
+        "config.model.text.encoder encoded needs encoded text, which images without captions lack: "
+        f"config.data.source one of {', '.join(sources)}, not {source}",
+    )
+    _require(
+        text.recipe != "sd3" or text.length > CLIP_LENGTH or not (text.pretrained or config.data.text),
+        f"config.model.text.length is {text.length}; with config.model.text.recipe sd3 the first {CLIP_LENGTH} tokens "
+        "are the CLIP encoders' and the others T5's, so it must be greater",
+    )
+
+
+def _check_training(config: Config) -> None:
     mesh = config.mesh
-    for axis in ("data", "fsdp"):
-        size = getattr(mesh, axis)
-        _require(size == -1 or size >= 1, f"config.mesh.{axis} is {size}; it must be -1 or at least 1")
     check_batch(config, max(1, mesh.data) * max(1, mesh.fsdp) * mesh.expert)
 
 
-def _check_sampling(config: "Config") -> None:
-    sample, recursion, data = config.sample, config.model.recursion, config.data
-    _require(
-        len(sample.guidance_interval) == 2,
-        f"config.sample.guidance_interval is {sample.guidance_interval}; give two normalized times, low,high",
-    )
-    try:
-        check_sampler(sample.sampler, config.diffusion.objective, sample.eta)
-        check_guidance(sample.guidance_interval, sample.guidance_channels)
-    except ValueError as error:
-        raise UserError(f"config.sample: {error}") from None
-    _require(
-        config.diffusion.objective != "ddpm" or sample.diffusion_steps <= config.diffusion.timesteps,
-        f"config.sample.diffusion_steps {sample.diffusion_steps} exceeds config.diffusion.timesteps "
-        f"{config.diffusion.timesteps}",
-    )
-    _require(
-        recursion.pool == "shared" or (sample.latent_steps or 1) <= recursion.latent_steps,
-        f"config.sample.latent_steps {sample.latent_steps} exceeds the {recursion.latent_steps} pools of "
-        "config.model.recursion.pool per_latent_step",
-    )
-    _require(
-        all(isinstance(label, int) and 0 <= label < data.num_classes for label in sample.classes),
-        f"config.sample.classes is {sample.classes}; labels go from 0 to {data.num_classes - 1}",
-    )
-    averages = tuple(map(str, config.optim.ema_decays))
-    _require(
-        sample.parameters in (("ema", "raw", *averages) if averages else ("raw",)),
-        f"config.sample.parameters is {sample.parameters!r}; this run keeps {', '.join(('raw', *averages))}",
-    )
-    _require(
-        config.evaluate.kind in ("none", data.source),
-        f"config.evaluate.kind {config.evaluate.kind} is for images of config.data.source {config.evaluate.kind} only",
-    )
-    _require(
-        config.evaluate.kind != "scenes" or config.model.reads_words,
-        "config.evaluate.kind scenes is for config.model.text.encoder learned",
-    )
-
-
-def check_batch(config: "Config", shards: int) -> None:
-    """Batches divide over their shards and accumulated parts, and these over routing groups, or UserError."""
+def check_batch(config: Config, shards: int) -> None:
+    """Raises UserError unless batches divide over shards and accumulated parts, and these over routing groups."""
     train, recursion = config.train, config.model.recursion
     parts = shards * train.accumulate
     _require(
@@ -321,4 +164,43 @@ def check_batch(config: "Config", shards: int) -> None:
         recursion.blocks == "none" or part % recursion.routing_group == 0,
         f"config.model.recursion.routing_group {recursion.routing_group} does not divide the {part} images that a "
         "device holds at a time (config.train.batch_size over devices and accumulated parts)",
+    )
+
+
+def _check_sampling(config: Config) -> None:
+    sample, diffusion, data = config.sample, config.diffusion, config.data
+    _require(
+        len(sample.guidance_interval) == 2,
+        f"config.sample.guidance_interval is {sample.guidance_interval}; give two normalized times, low,high",
+    )
+    try:
+        check_sampler(sample.sampler, diffusion.objective, sample.eta)
+        check_guidance(sample.guidance_interval, sample.guidance_channels)
+    except ValueError as error:
+        raise UserError(f"config.sample: {error}") from None
+    _require(
+        diffusion.objective != "ddpm" or sample.diffusion_steps <= diffusion.timesteps,
+        f"config.sample.diffusion_steps {sample.diffusion_steps} exceeds config.diffusion.timesteps "
+        f"{diffusion.timesteps}",
+    )
+    _require(
+        all(isinstance(label, int) and label < data.num_classes for label in sample.classes),
+        f"config.sample.classes is {sample.classes}; labels go from 0 to {data.num_classes - 1}",
+    )
+    averages = tuple(map(str, config.optim.ema_decays))
+    _require(
+        sample.parameters in (("ema", "raw", *averages) if averages else ("raw",)),
+        f"config.sample.parameters is {sample.parameters!r}; this run keeps {', '.join(('raw', *averages))}",
+    )
+
+
+def _check_evaluation(config: Config) -> None:
+    kind = config.evaluate.kind
+    _require(
+        kind in ("none", config.data.source),
+        f"config.evaluate.kind {kind} is for images of config.data.source {kind} only",
+    )
+    _require(
+        kind != "scenes" or config.model.reads_words,
+        "config.evaluate.kind scenes is for config.model.text.encoder learned",
     )

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from trm_diffusion.data.registry import SOURCES
 from trm_diffusion.errors import UserError
 from trm_diffusion.models.latent import LatentSpec
+from trm_diffusion.models.settings import Settings, setting
 
 if TYPE_CHECKING:
     from trm_diffusion.data.encodings import Encodings
@@ -18,21 +20,19 @@ Element = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
-    # digits, synthetic, image_folder, image_tars, tfds, latents;
-    # with captions: scenes, emoji, caption_folder, tfds_captions
-    source: str = "digits"
+class DataConfig(Settings):
+    source: str = setting("digits", choices=SOURCES)  # where the records come from; data/registry.py
     text: str = ""  # encoded text of the data's captions, or of prompts: a directory that --mode=encode has written
     path: str = ""  # folders, tars, latents: the directory; tfds, tfds_captions: the data_dir ("" = TFDS's own default)
     tfds_name: str = "imagenet2012"  # tfds, tfds_captions: the dataset's name, with config and version if need be
     split: str = "train"  # digits: train or test; scenes: train, seen, held_out or all; tfds: any split expression
-    image_size: int = 8  # pixels or latent cells a side
+    image_size: int = setting(8, least=1)  # pixels or latent cells a side
     vae: str = ""  # converted autoencoder, for --mode=prepare and to decode samples of latents; "" shows latents
-    channels: int = 1  # 1 = grey, 3 = RGB, latents: the VAE's
-    num_classes: int = 10  # labels are 0 .. num_classes - 1; 0 where captions take their place
+    channels: int = setting(1, least=1)  # 1 = grey, 3 = RGB, latents: the VAE's
+    num_classes: int = setting(10, least=0)  # labels are 0 .. num_classes - 1; 0 where captions take their place
     flip: bool = False  # random horizontal flip, anew in each epoch
-    synthetic_records: int = 4096  # synthetic: records in one epoch
-    workers: int = 0  # loader worker processes (0 = in this process, with grain's read threads)
+    synthetic_records: int = setting(4096, least=1)  # synthetic: records in one epoch
+    workers: int = setting(0, least=0)  # loader worker processes (0 = in this process, with grain's read threads)
 
 
 class Source(abc.ABC):
@@ -51,6 +51,7 @@ class Source(abc.ABC):
       encodings: the encoded texts that records are given, where there are any.
       stochastic: whether `sample` uses its generator, so that a record differs from epoch to epoch.
       in_memory: whether reading is so cheap that more than one read thread would only cost time.
+      reads_image_files: whether records are image files, cropped to the config's size as they are read.
     """
 
     sample_shape: tuple[int, int, int]
@@ -61,6 +62,7 @@ class Source(abc.ABC):
     encodings: "Encodings | None" = None
     stochastic: bool = False
     in_memory: bool = False
+    reads_image_files: bool = False
 
     def name(self, index: int) -> str:
         """What a person finds record `index` by."""

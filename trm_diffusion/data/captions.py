@@ -8,8 +8,8 @@ import pathlib
 
 import numpy as np
 
-from trm_diffusion.data.base import Element, Source, make_captioned_element
-from trm_diffusion.data.images import IMAGE_SUFFIXES, TfdsSource, naming_damage, read_training_image
+from trm_diffusion.data.base import DataConfig, Element, Source, make_captioned_element
+from trm_diffusion.data.images import IMAGE_SUFFIXES, TfdsSource, naming_damage, pixel_format, read_training_image
 from trm_diffusion.errors import UserError
 
 CAPTIONS_FILE = "captions.jsonl"
@@ -44,6 +44,8 @@ class CaptionFolderSource(_CaptionedSource):
     Without it, beside each `name.png` (or another image) lies `name.txt`, one caption a line.
     """
 
+    reads_image_files = True
+
     def __init__(self, directory: str, *, image_size: int, channels: int):
         self._root = pathlib.Path(directory)
         if not directory or not self._root.is_dir():
@@ -56,6 +58,10 @@ class CaptionFolderSource(_CaptionedSource):
         if not self._records:
             raise UserError(f"config.data.path={directory!r} holds no images with captions")
         self.sample_shape = (image_size, image_size, channels)
+
+    @classmethod
+    def from_config(cls, config: DataConfig) -> "CaptionFolderSource":
+        return cls(config.path, **pixel_format(config))
 
     def __len__(self) -> int:
         return len(self._records)

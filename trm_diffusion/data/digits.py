@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 
-from trm_diffusion.data.base import Element, Source, make_element
+from trm_diffusion.data.base import DataConfig, Element, Source, make_element
 from trm_diffusion.errors import UserError
 
 PIXEL_MAX = 16  # a pixel counts the ink cells of a 4x4 block of the scan
@@ -53,6 +53,10 @@ class DigitsSource(Source):
         self._labels = train_labels if split == "train" else test_labels
         self.sample_shape = self._images.shape[1:]
         self.num_classes = NUM_CLASSES
+
+    @classmethod
+    def from_config(cls, config: DataConfig) -> "DigitsSource":
+        return cls(config.split)
 
     def __len__(self) -> int:
         return len(self._images)

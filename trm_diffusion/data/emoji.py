@@ -12,7 +12,7 @@ import unicodedata
 
 import numpy as np
 
-from trm_diffusion.data.base import Element, Source, make_captioned_element
+from trm_diffusion.data.base import DataConfig, Element, Source, make_captioned_element
 from trm_diffusion.errors import UserError
 
 BACKGROUND = "#ffffff"
@@ -33,6 +33,10 @@ class EmojiSource(Source):
         self._pixels, self._captions = _draw_all(image_size)
         self.sample_shape = (image_size, image_size, 3)
         self.vocabulary = tuple(sorted({word for caption in self._captions for word in caption.split()}))
+
+    @classmethod
+    def from_config(cls, config: DataConfig) -> "EmojiSource":
+        return cls(config.image_size, config.split)
 
     def __len__(self) -> int:
         return len(self._captions)

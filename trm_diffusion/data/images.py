@@ -7,7 +7,7 @@ import threading
 
 import numpy as np
 
-from trm_diffusion.data.base import Element, Source, make_element
+from trm_diffusion.data.base import DataConfig, Element, Source, make_element
 from trm_diffusion.errors import UserError
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -65,8 +65,17 @@ def naming_damage(name: str):
         raise UnreadableImage(f"cannot read the image {name} ({reason}): repair or remove it") from error
 
 
+def pixel_format(config: DataConfig) -> dict[str, int]:
+    """`image_size` and `channels` for a source of image files. Raises UserError for channels that images lack."""
+    if config.channels not in (1, 3):
+        raise UserError(f"config.data.channels={config.channels}: images have 1 (grey) or 3 (RGB) channels")
+    return {"image_size": config.image_size, "channels": config.channels}
+
+
 class ImageFolderSource(Source):
     """`directory/<class>/<image>`: classes are the subfolders, numbered in the order of their names."""
+
+    reads_image_files = True
 
     def __init__(self, directory: str, *, image_size: int, channels: int):
         root = pathlib.Path(directory)
@@ -93,6 +102,10 @@ class ImageFolderSource(Source):
         self.sample_shape = (image_size, image_size, channels)
         self.num_classes = len(folders)
 
+    @classmethod
+    def from_config(cls, config: DataConfig) -> "ImageFolderSource":
+        return cls(config.path, **pixel_format(config))
+
     def __len__(self) -> int:
         return len(self._files)
 
@@ -107,6 +120,8 @@ class ImageFolderSource(Source):
 
 class TfdsSource(Source):
     """A prepared TFDS dataset with the features `image` and `label`, read from its array_record files."""
+
+    reads_image_files = True
 
     def __init__(self, name: str, split: str, data_dir: str, *, image_size: int, channels: int):
         self._name, self._split, self._data_dir = name, split, data_dir
@@ -124,6 +139,10 @@ class TfdsSource(Source):
                 "in config.data.tfds_name that has an image and a class label, named image and label"
             )
         self.num_classes = features["label"].num_classes
+
+    @classmethod
+    def from_config(cls, config: DataConfig) -> "TfdsSource":
+        return cls(config.tfds_name, config.split, config.path, **pixel_format(config))
 
     def __len__(self) -> int:
         return self._length

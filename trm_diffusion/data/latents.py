@@ -17,7 +17,7 @@ import pathlib
 
 import numpy as np
 
-from trm_diffusion.data.base import Element, Source, make_element
+from trm_diffusion.data.base import DataConfig, Element, Source, make_element
 from trm_diffusion.data.shards import MANIFEST_NAME, ShardFile, ShardReader, read_about, write_json
 from trm_diffusion.errors import UserError
 from trm_diffusion.models.latent import LatentSpec
@@ -221,6 +221,15 @@ class LatentSource(Source):
         self.bad_images: list[str] = [image["name"] for image in manifest["bad_images"]]
         self.sample_shape = (self.spec.size, self.spec.size, self.spec.channels)
         self._records = ShardReader(directory, manifest["shards"], "prepare the latents again")
+
+    @classmethod
+    def from_config(cls, config: DataConfig) -> "LatentSource":
+        if config.flip:
+            raise UserError(
+                "config.data.flip=true with config.data.source=latents: a flipped latent is not the latent "
+                "of the flipped image; set flip=false, and flip=true when --mode=prepare makes the latents"
+            )
+        return cls(config.path)
 
     def __len__(self) -> int:
         return len(self._records)

@@ -11,8 +11,8 @@ import tarfile
 
 import numpy as np
 
-from trm_diffusion.data.base import Element, Source, make_element
-from trm_diffusion.data.images import IMAGE_SUFFIXES, read_training_image
+from trm_diffusion.data.base import DataConfig, Element, Source, make_element
+from trm_diffusion.data.images import IMAGE_SUFFIXES, pixel_format, read_training_image
 from trm_diffusion.errors import UserError
 
 LABEL_SUFFIX = ".cls"
@@ -20,6 +20,8 @@ LABEL_SUFFIX = ".cls"
 
 class ImageTarSource(Source):
     """`directory/*.tar`, uncompressed. Opening reads the headers of all members once."""
+
+    reads_image_files = True
 
     def __init__(self, directory: str, *, num_classes: int, image_size: int, channels: int):
         root = pathlib.Path(directory)
@@ -51,6 +53,10 @@ class ImageTarSource(Source):
             )
         self.num_classes = num_classes
         self.sample_shape = (image_size, image_size, channels)
+
+    @classmethod
+    def from_config(cls, config: DataConfig) -> "ImageTarSource":
+        return cls(config.path, num_classes=config.num_classes, **pixel_format(config))
 
     def __len__(self) -> int:
         return len(self._names)

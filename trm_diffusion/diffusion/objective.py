@@ -13,50 +13,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-OBJECTIVES = ("ddpm", "rectified_flow")
-TIME_DISTRIBUTIONS = ("logit_normal", "uniform")
-CONVENTIONS = ("sd3", "sit")
+from trm_diffusion.models.settings import Settings, setting
+
+OBJECTIVES = {  # name in the config: where its class is
+    "ddpm": "trm_diffusion.diffusion.ddpm:DDPM",
+    "rectified_flow": "trm_diffusion.diffusion.rectified_flow:RectifiedFlow",
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class DiffusionConfig:
+class DiffusionConfig(Settings):
     """The objective and its schedule. A value out of range raises ValueError, in one line."""
 
-    objective: str = "rectified_flow"  # "ddpm" or "rectified_flow"
+    objective: str = setting("rectified_flow", choices=OBJECTIVES)
     learned_sigma: bool = False  # ddpm: half the output names the variance; L_hybrid. sit: half of it is not used
-    timesteps: int = 1000  # ddpm: noise levels trained on
-    beta_start: float = 1e-4  # ddpm: variance added at the first level
-    beta_end: float = 0.02  # ddpm: variance added at the last level, linear in between
-    time_distribution: str = "logit_normal"  # rectified_flow: "logit_normal" or "uniform"
+    timesteps: int = setting(1000, least=2)  # ddpm: noise levels trained on
+    beta_start: float = setting(1e-4, above=0, below=1)  # ddpm: variance added at the first level
+    beta_end: float = setting(0.02, above=0, below=1)  # ddpm: variance added at the last level, linear in between
+    # rectified_flow: the training times
+    time_distribution: str = setting("logit_normal", choices=("logit_normal", "uniform"))
     logit_mean: float = 0.0  # logit_normal: mean of log(t / (1 - t)); above 0 favours noise
-    logit_std: float = 1.0  # logit_normal: its standard deviation
-    convention: str = "sd3"  # rectified_flow: the network sees 1000 t and answers noise - data (sd3), or 1 - t and
-    # data - noise (sit), as the published SiT weights do
-    shift: float = 1.0  # rectified_flow: t -> s t / (1 + (s - 1) t), in training and sampling
+    logit_std: float = setting(1.0, above=0)  # logit_normal: its standard deviation
+    # rectified_flow: the network sees 1000 t and answers noise - data (sd3), or 1 - t and data - noise (sit), as the
+    # published SiT weights do
+    convention: str = setting("sd3", choices=("sd3", "sit"))
+    shift: float = setting(1.0, above=0)  # rectified_flow: t -> s t / (1 + (s - 1) t), in training and sampling
 
     def __post_init__(self):
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"diffusion.objective is {self.objective!r}; choose one of {', '.join(OBJECTIVES)}")
-        if self.time_distribution not in TIME_DISTRIBUTIONS:
-            raise ValueError(
-                f"diffusion.time_distribution is {self.time_distribution!r}; "
-                f"choose one of {', '.join(TIME_DISTRIBUTIONS)}"
-            )
-        if self.convention not in CONVENTIONS:
-            raise ValueError(f"diffusion.convention is {self.convention!r}; choose one of {', '.join(CONVENTIONS)}")
+        super().__post_init__()
         if self.learned_sigma and self.objective != "ddpm" and self.convention != "sit":
-            raise ValueError(
-                "diffusion.learned_sigma needs diffusion.objective 'ddpm': a flow has no variance to learn"
-            )
-        if self.timesteps < 2:
-            raise ValueError(f"diffusion.timesteps is {self.timesteps}; it must be at least 2")
-        if not 0.0 < self.beta_start <= self.beta_end < 1.0:
-            raise ValueError(
-                f"diffusion.beta_start {self.beta_start} and beta_end {self.beta_end} "
-                "must satisfy 0 < beta_start <= beta_end < 1"
-            )
-        if self.logit_std <= 0.0 or self.shift <= 0.0:
-            raise ValueError(f"diffusion.logit_std {self.logit_std} and diffusion.shift {self.shift} must be positive")
+            raise ValueError("learned_sigma needs objective ddpm: a flow has no variance to learn")
+        if self.beta_start > self.beta_end:
+            raise ValueError(f"beta_start {self.beta_start} exceeds beta_end {self.beta_end}")
 
 
 class Prediction(NamedTuple):
@@ -72,7 +60,7 @@ class Prediction(NamedTuple):
 class Objective(Protocol):
     """One contract for every objective. `times` [B] are in the objective's own unit, larger is noisier."""
 
-    name: str  # one of OBJECTIVES
+    name: str  # its name in `OBJECTIVES`
 
     def output_channels(self, channels: int) -> int:
         """Channels that the network must produce for data of `channels` channels."""

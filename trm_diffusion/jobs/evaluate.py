@@ -56,7 +56,7 @@ def evaluate(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
 
 def _digits(config: Config, workdir: epath.Path, generate: Callable) -> dict:
     """Class accuracy by a judge trained on real digits, Frechet distance, memorisation."""
-    labels = evaluation_labels(config)
+    labels = evaluation_labels(config, config.evaluate.num_samples)
     images = generate(labels)
     measures = evaluate_digits(images, labels)
     by_class = np.argsort(labels, kind="stable").reshape(config.data.num_classes, -1) if _balanced(config) else None
@@ -84,9 +84,9 @@ def _scenes(config: Config, workdir: epath.Path, generate: Callable) -> dict:
     return {**measures, "pass": passed}
 
 
-def evaluation_labels(config: Config) -> np.ndarray:
-    """Labels [N] int32 of the images to generate, never sorted by class."""
-    number, classes = config.evaluate.num_samples, config.data.num_classes
+def evaluation_labels(config: Config, number: int) -> np.ndarray:
+    """Labels [number] int32 of the images to generate, never sorted by class."""
+    classes = config.data.num_classes
     if config.evaluate.label_rule == "balanced":
         return np.arange(number, dtype=np.int32) % classes
     rng = np.random.default_rng([config.sample.seed, int(Purpose.SAMPLING)])

@@ -10,7 +10,6 @@ sampling.json    how they were drawn
 """
 
 import contextlib
-import dataclasses
 import io
 import json
 import zipfile
@@ -52,15 +51,14 @@ def export(config: Config, workdir: epath.Path, stop: StopRequest, count: int, o
     if config.model.architecture != "dit":
         raise UserError("--num draws labels; a model of texts draws --prompts=FILE")
     require_images(config)
-    config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, num_samples=count))
     experiment, state = load_run(config, workdir)
     update = int(state.step)
     target = epath.Path(out or workdir / "samples" / f"images_{update:07d}")
     folder = target.with_suffix("") if target.suffix == ".npz" else target
-    labels = evaluation_labels(config)
+    labels = evaluation_labels(config, count)
     batches = unfinished_batches(folder, count, config.sample.batch_size)
     decoder = load_decoder(experiment, workdir, experiment.mesh.local_mesh)
-    start(folder, labels, protocol(config, update, decoder))
+    start(folder, labels, protocol(config, update, decoder) | {"samples": count})
 
     draw, parameters = drawer(experiment, gathered=False), sampling_parameters(experiment, state)
     missing = sum(len(indices) for indices in batches)

@@ -24,7 +24,7 @@ from trm_diffusion.data.base import Element, Source, names_sha256
 from trm_diffusion.data.images import CROP_RULE, UnreadableImage
 from trm_diffusion.data.latents import ShardWriter, read_shard_record, write_manifest
 from trm_diffusion.data.shards import refuse_change
-from trm_diffusion.data.sources import CAPTIONED_FILES, IMAGE_SOURCES, make_source
+from trm_diffusion.data.sources import IMAGE_FILE_SOURCES, make_source
 from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.models.latent import LatentSpec
 from trm_diffusion.models.vae import VAE
@@ -110,10 +110,9 @@ def process_share(process_index: int | None, process_count: int | None, images_p
 
 def image_source(config: Config, vae: VAE, spec: LatentSpec) -> Source:
     """The images of `config.data`, cropped to what the autoencoder makes latents of `data.image_size` cells of."""
-    sources = (*IMAGE_SOURCES, *CAPTIONED_FILES)
-    if config.data.source not in sources:
+    if config.data.source not in IMAGE_FILE_SOURCES:
         raise UserError(
-            f"--mode=prepare encodes images; set config.data.source to one of {', '.join(sources)}, "
+            f"--mode=prepare encodes images; set config.data.source to one of {', '.join(IMAGE_FILE_SOURCES)}, "
             f"not {config.data.source}"
         )
     pixels = {"image_size": spec.size * vae.config.factor, "channels": vae.config.image_channels}

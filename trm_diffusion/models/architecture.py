@@ -14,16 +14,15 @@ from flax import nnx
 from trm_diffusion.models import dit, mmdit
 from trm_diffusion.models.dit import DiT
 from trm_diffusion.models.mmdit import MMDiT, MMDiTConfig
+from trm_diffusion.models.settings import setting
 from trm_diffusion.models.stack import StackLayout
 from trm_diffusion.models.text import Text, TextConfig, TextEncoder
 from trm_diffusion.models.tokenizer import null_tokens
 
-ARCHITECTURES = ("dit", "mmdit")
-
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(MMDiTConfig):
-    architecture: str = "dit"  # dit (class labels) or mmdit (text)
+    architecture: str = setting("dit", choices=("dit", "mmdit"))  # conditioned on class labels (dit) or text (mmdit)
     text: TextConfig = dataclasses.field(default_factory=TextConfig)  # mmdit: the text it is conditioned on
 
     @property

@@ -26,18 +26,20 @@ from trm_diffusion.models.recursion.config import recursive_blocks
 from trm_diffusion.models.recursion.gate import Conditioning
 from trm_diffusion.models.recursion.layer import Recursion
 from trm_diffusion.models.recursion.report import RoutingReport
+from trm_diffusion.models.settings import Settings, setting
 from trm_diffusion.models.stack import BlockStack, StackLayout, segment_lengths
 from trm_diffusion.models.text import Text
 from trm_diffusion.models.transformer import FinalLayer, Stream, TransformerConfig, attention_of, project
 
 
 @dataclasses.dataclass(frozen=True)
-class JointConfig:
+class JointConfig(Settings):
     """What an MMDiT has beside the settings of every transformer here; the defaults are SD3-medium's."""
 
-    dual_attention_blocks: int = 0  # the first so many blocks have a second attention, over visual tokens alone (SD3.5)
-    position_max_size: int = 192  # rows and columns of the position table, which is cropped at its centre
-    position_base_size: int = 64  # the table's positions go from 0 to this
+    # the first so many blocks have a second attention, over visual tokens alone (SD3.5)
+    dual_attention_blocks: int = setting(0, least=0)
+    position_max_size: int = setting(192, least=1)  # rows and columns of the position table, cropped at its centre
+    position_base_size: int = setting(64, least=1)  # the table's positions go from 0 to this
     mask_padding: bool = False  # keep padding out of the attention; SD3 lets it take part
 
 

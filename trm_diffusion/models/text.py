@@ -10,10 +10,9 @@ from flax import nnx
 from trm_diffusion.models.attention import Attention
 from trm_diffusion.models.embed import sincos
 from trm_diffusion.models.layers import Mlp, layer_norm
+from trm_diffusion.models.settings import Settings, setting
 from trm_diffusion.models.tokenizer import PAD
 
-ENCODERS = ("learned", "encoded")
-RECIPES = ("single", "sd3")
 CLIP_LENGTH = 77  # tokens of a text in recipe sd3's two CLIP encoders
 UNIT_NORMAL = nnx.initializers.normal(1.0)
 
@@ -27,18 +26,21 @@ class Text(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class TextConfig:
-    encoder: str = "learned"  # learned (from words, with the model), or encoded (before, by pretrained encoders)
-    length: int = 32  # L, tokens of a text; longer ones are cut
-    features: int = 128  # C, of a token's state
-    pooled_features: int = 128  # P, of a whole text; learned: equal to features
-    depth: int = 2  # learned: transformer blocks
-    heads: int = 4  # learned: attention heads
-    vocabulary: int = 256  # learned: rows of the word table, at least the data's words and 3 special ones
-    recipe: str = "single"  # encoded: by one pretrained encoder, or sd3 (CLIP, CLIP and T5, put together as in SD3)
+class TextConfig(Settings):
+    # learned from words with the model, or encoded before by pretrained encoders
+    encoder: str = setting("learned", choices=("learned", "encoded"))
+    length: int = setting(32, least=1)  # L, tokens of a text; longer ones are cut
+    features: int = setting(128, least=2)  # C, of a token's state
+    pooled_features: int = setting(128, least=1)  # P, of a whole text; learned: equal to features
+    depth: int = setting(2, least=0)  # learned: transformer blocks
+    heads: int = setting(4, least=1)  # learned: attention heads
+    vocabulary: int = setting(256, least=4)  # learned: rows of the word table: the data's words and 3 special ones
+    # encoded: by one pretrained encoder, or sd3 (CLIP, CLIP and T5, put together as in SD3)
+    recipe: str = setting("single", choices=("single", "sd3"))
     pretrained: str = ""  # encoded: the encoders, a local path or hub id of the transformers library; sd3: a pipeline's
     revision: str = ""  # encoded: of the hub id, a branch, tag or commit; "" is its default
-    pretrained_dtype: str = "float32"  # encoded: what the encoders compute in: float32, float16 or bfloat16
+    # encoded: what the encoders compute in
+    pretrained_dtype: str = setting("float32", choices=("float32", "float16", "bfloat16"))
 
 
 class TextBlock(nnx.Module):

@@ -6,28 +6,30 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from trm_diffusion.models.attention import Attention, Context
+from trm_diffusion.models.attention import IMPLEMENTATIONS, Attention, Context
 from trm_diffusion.models.layers import ZEROS, Mlp, linear, modulated_norm
 from trm_diffusion.models.recursion.config import RecursionConfig
 from trm_diffusion.models.recursion.gate import Conditioning
 from trm_diffusion.models.recursion.layer import Recursion
 from trm_diffusion.models.recursion.report import RoutingReport
-from trm_diffusion.models.remat import kept
+from trm_diffusion.models.remat import POLICIES, kept
+from trm_diffusion.models.settings import Settings, setting
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformerConfig:
-    depth: int = 28  # transformer blocks
-    width: int = 1152  # D, features of a token
-    heads: int = 16  # H, attention heads
-    patch: int = 2  # pixels (or latent cells) a side of one token
-    mlp_ratio: float = 4.0  # hidden width of the MLP over D
+class TransformerConfig(Settings):
+    depth: int = setting(28, least=1)  # transformer blocks
+    width: int = setting(1152, least=4, multiple_of=4)  # D, features of a token; positions take 4 at a time
+    heads: int = setting(16, least=1)  # H, attention heads
+    patch: int = setting(2, least=1)  # pixels (or latent cells) a side of one token
+    mlp_ratio: float = setting(4.0, least=0.01)  # hidden width of the MLP over D
     qk_norm: bool = False  # RMS-normalise queries and keys per head
-    attention: str = "auto"  # auto, xla, or a kernel: fused, splash, cudnn (models/attention.py says which runs where)
-    frequency_shift: int = 0  # of a DiT's timestep embedding: 0 as it was published, 1 as diffusers computes it
-    dtype: str = "bfloat16"  # of the computation; parameters, norms, softmax and gate are float32
+    attention: str = setting("auto", choices=IMPLEMENTATIONS)  # models/attention.py says which runs where
+    frequency_shift: int = setting(0, choices=(0, 1))  # DiT's timestep embedding: 0 as published, 1 as in diffusers
+    # of the computation; parameters, norms, softmax and gate are float32
+    dtype: str = setting("bfloat16", choices=("float32", "bfloat16"))
     scan_blocks: bool = True  # run equal blocks under one scan (compiles once); False unrolls them
-    remat: str = "none"  # what the backward pass of a block keeps: none, selective, dots, full
+    remat: str = setting("none", choices=POLICIES)  # what the backward pass of a block keeps
     recursion: RecursionConfig = dataclasses.field(default_factory=RecursionConfig)
 
 

@@ -12,16 +12,17 @@ import jax
 from orbax.checkpoint import v1 as orbax
 
 from trm_diffusion.errors import UserError
+from trm_diffusion.models.settings import Settings, setting
 
 _save_policies = orbax.training.save_decision_policies
 _keep_policies = orbax.training.preservation_policies
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    every: int = 1000  # updates between saves; the last update is always saved
-    keep: int = 2  # most recent checkpoints kept
-    keep_every: int = 0  # also keep every checkpoint at a multiple of this many updates; 0 keeps none
+class CheckpointConfig(Settings):
+    every: int = setting(1000, least=1)  # updates between saves; the last update is always saved
+    keep: int = setting(2, least=1)  # most recent checkpoints kept
+    keep_every: int = setting(0, least=0)  # also keep every checkpoint at a multiple of this many updates; 0 keeps none
 
 
 class Checkpoints:

@@ -14,16 +14,17 @@ import tqdm
 from etils import epath
 
 from trm_diffusion.errors import UserError
+from trm_diffusion.models.settings import Settings, setting
 
 WALL_CLOCK_FIELDS = ("images_per_second", "data_wait_share", "seconds")
 
 
 @dataclasses.dataclass(frozen=True)
-class LogConfig:
-    every: int = 50  # updates per line of metrics, each the mean over them
+class LogConfig(Settings):
+    every: int = setting(50, least=1)  # updates per line of metrics, each the mean over them
     tensorboard: bool = True  # write TensorBoard event files into the workdir
     wandb: bool = False  # also log to Weights & Biases (package wandb, project trm_diffusion)
-    samples_every: int = 1000  # updates between sample grids; 0 draws none
+    samples_every: int = setting(1000, least=0)  # updates between sample grids; 0 draws none
 
 
 class MetricsFile:

@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from trm_diffusion.errors import UserError
 from trm_diffusion.models.partition import placed
+from trm_diffusion.models.settings import Settings, setting
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert")
 BATCH_AXES = ("data", "fsdp", "expert")  # the batch is divided over all of these
@@ -30,11 +31,13 @@ LOGICAL_TO_MESH = {
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    data: int = -1  # copies of the model; -1 takes the devices the other axes leave. Slices of a pod divide it
-    fsdp: int = 1  # shards of parameters, optimiser state and batch; -1 as many as a slice and the width allow
-    tensor: int = 1  # shards of heads and of the MLP's hidden width
-    expert: int = 1  # shards of the experts
+class MeshConfig(Settings):
+    # copies of the model; -1 takes the devices the other axes leave. Slices of a pod divide it
+    data: int = setting(-1, also=(-1,), least=1)
+    # shards of parameters, optimiser state and batch; -1 as many as a slice and the width allow
+    fsdp: int = setting(1, also=(-1,), least=1)
+    tensor: int = setting(1, least=1)  # shards of heads and of the MLP's hidden width
+    expert: int = setting(1, least=1)  # shards of the experts
 
 
 def mesh_shape(config: MeshConfig, devices: int, *, slices: int = 1, divisor: int = 1) -> tuple[int, ...]:

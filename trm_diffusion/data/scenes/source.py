@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trm_diffusion.data.base import Element, Source, make_captioned_element
+from trm_diffusion.data.base import DataConfig, Element, Source, make_captioned_element
 from trm_diffusion.data.scenes.captions import MAX_CAPTION_WORDS, make_caption, vocabulary
 from trm_diffusion.data.scenes.shapes import COLORS, SHAPES, render
 from trm_diffusion.errors import UserError
@@ -169,6 +169,10 @@ class SceneSource(Source):
         self.held_out = held_out(self.shapes)
         self.tasks = TASKS[1:] if split == "held_out" else TASKS
         self._num_scenes = num_scenes
+
+    @classmethod
+    def from_config(cls, config: DataConfig) -> "SceneSource":
+        return cls(config.image_size, config.split)
 
     def __len__(self) -> int:
         return self._num_scenes

@@ -2,47 +2,56 @@
 
 import dataclasses
 
+from trm_diffusion.models.remat import POLICIES
+from trm_diffusion.models.settings import Settings, setting
+
 PROJECTIONS = 3  # q, k, v
 DISPATCH = ("auto", "dense", "capacity", "one_hot")
-BASE_INPUTS = ("modulated", "carry")
-RESIDUALS = ("before_norm", "after_norm")
-POOLS = ("shared", "per_latent_step")
-ROUTING_SCOPES = ("shared", "per_projection")
+GATE_INPUTS = ("tokens", "timestep", "condition")
 
 
 @dataclasses.dataclass(frozen=True)
-class RecursionConfig:
+class RecursionConfig(Settings):
     """Every default is the paper's setting, or our reading where the paper leaves it open."""
 
     blocks: str = "none"  # which blocks recurse: none, middle, all, or indices such as "4,8,12"
-    latent_steps: int = 2  # T
-    experts: int = 2  # M, low-rank experts in a block's pool
-    experts_per_token: int = 1  # k
-    rank: int = 128  # r of the low-rank maps
-    temperature: float = 5.0  # tau of the gate's softmax in training
-    capacity_factor: float = 1.25  # room per expert in training, relative to an even split
-    routing_group: int = 8  # images whose tokens compete for the experts; divides each device's batch
-    gate_inputs: str = "tokens,timestep,condition"  # what the gate sees, any subset
-    forward_weight: str = "straight_through"  # straight_through (exactly 1 at k = 1) or soft
-    base_input: str = "modulated"  # the base projection sees x~ (modulated) or a_{T-1} + x~ (carry, figure 1)
+    latent_steps: int = setting(2, least=1)  # T
+    experts: int = setting(2, least=1)  # M, low-rank experts in a block's pool
+    experts_per_token: int = setting(1, least=1)  # k, at most M
+    rank: int = setting(128, least=1)  # r of the low-rank maps
+    temperature: float = setting(5.0, least=1e-3)  # tau of the gate's softmax in training
+    capacity_factor: float = setting(1.25, least=0.01)  # room per expert in training, relative to an even split
+    routing_group: int = setting(8, least=1)  # images whose tokens compete for the experts; divides a device's batch
+    gate_inputs: str = setting("tokens,timestep,condition", some_of=GATE_INPUTS)  # what the gate sees, any subset
+    # straight_through: weights are exactly 1 at k = 1; soft: the gate's probabilities
+    forward_weight: str = setting("straight_through", choices=("straight_through", "soft"))
+    # what the base projection sees: x~ (modulated), or a_{T-1} + x~ (carry, figure 1)
+    base_input: str = setting("modulated", choices=("modulated", "carry"))
     normalization: bool = True  # h starts from LN(a); False takes a as it is: at T = M = 1 without Mod a plain LoRA
     modulation: bool = True  # Mod is the block's shift and scale; False leaves it out
-    residual: str = "before_norm"  # x~ joins a before the norm, or h after it (after_norm, figure 1)
-    pool: str = "shared"  # one pool and gate for all latent steps, or one per_latent_step
-    routing_scope: str = "shared"  # one choice for q, k and v, or one per_projection
+    # x~ joins a before the norm, or h after it (figure 1)
+    residual: str = setting("before_norm", choices=("before_norm", "after_norm"))
+    pool: str = setting("shared", choices=("shared", "per_latent_step"))  # one pool and gate for all latent steps?
+    routing_scope: str = setting("shared", choices=("shared", "per_projection"))  # one choice for q, k and v, or three
     base_every_step: bool = False  # also add the base projection of h_t in the intermediate latent steps
-    dispatch: str = "auto"  # how tokens reach their experts: auto, dense, capacity or one_hot
-    remat: str = "full"  # what the backward pass keeps: none, dots, full (T = 2 keeps its products even so)
+    dispatch: str = setting("auto", choices=DISPATCH)  # how tokens reach their experts
+    remat: str = setting("full", choices=POLICIES)  # what the backward pass keeps (T = 2 keeps its products even so)
     scan_latent_steps: bool = True  # run the latent steps under one scan (compiles once); False unrolls them
-    truncated_latent_steps: int = 0  # the first so many latent steps pass no gradient
-    switch_loss_weight: float = 0.0  # weight of the Switch load-balance loss; the paper names none
-    z_loss_weight: float = 0.0  # weight of the router z-loss
-    balance_bias_rate: float = 0.0  # loss-free balance: step of the selection bias per update; 0 has no bias
-    halting: str = "none"  # which tokens stop early: none, convergence (no parameters), learned
-    halting_epsilon: float = 0.05  # convergence: relative change of a below which a token counts as settled
-    halting_patience: int = 1  # convergence: latent steps in a row it must be settled
-    halting_prior: float = 0.3  # learned: chance to stop at each latent step under the geometric prior
-    halting_weight: float = 0.01  # learned: weight of KL(p || prior) in the loss
+    truncated_latent_steps: int = setting(0, least=0)  # the first so many latent steps pass no gradient
+    switch_loss_weight: float = setting(0.0, least=0)  # weight of the Switch load-balance loss; the paper names none
+    z_loss_weight: float = setting(0.0, least=0)  # weight of the router z-loss
+    balance_bias_rate: float = setting(0.0, least=0)  # loss-free balance: step of the selection bias per update
+    # which tokens stop early: none, those whose state has converged (no parameters), those that a learned head stops
+    halting: str = setting("none", choices=("none", "convergence", "learned"))
+    halting_epsilon: float = setting(0.05, least=0)  # convergence: relative change of a below which a token is settled
+    halting_patience: int = setting(1, least=1)  # convergence: latent steps in a row it must be settled
+    halting_prior: float = setting(0.3, above=0, below=1)  # learned: geometric prior's chance to stop at a latent step
+    halting_weight: float = setting(0.01, least=0)  # learned: weight of KL(p || prior) in the loss
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.experts_per_token > self.experts:
+            raise ValueError(f"experts_per_token {self.experts_per_token} exceeds experts {self.experts}")
 
 
 def recursive_blocks(blocks: str, depth: int) -> tuple[int, ...]:

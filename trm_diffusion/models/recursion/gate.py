@@ -15,10 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from trm_diffusion.models.layers import NORMAL_002, moments
+from trm_diffusion.models.recursion.config import GATE_INPUTS
 
-GATE_INPUTS = ("tokens", "timestep", "condition")
 HIGHEST = jax.lax.Precision.HIGHEST  # a float32 product in earnest, also where the default is bfloat16 passes
-FORWARD_WEIGHTS = ("straight_through", "soft")
 
 
 class Conditioning(NamedTuple):

@@ -26,8 +26,6 @@ from flax import nnx
 
 from trm_diffusion.models.layers import ZEROS, layer_norm, linear
 
-HALTING = ("none", "convergence", "learned")
-
 
 class Progress(NamedTuple):
     """Where each token stands."""

@@ -1,0 +1,18 @@
+"""Every source of training records, by its name in the config.
+
+A source is a class that keeps the contract of data/base.py and is built by `from_config(config: DataConfig)`. A new
+one takes a file with that class, and a line here.
+"""
+
+SOURCES = {  # config.data.source: where its class is
+    "digits": "trm_diffusion.data.digits:DigitsSource",
+    "synthetic": "trm_diffusion.data.synthetic:SyntheticSource",
+    "image_folder": "trm_diffusion.data.images:ImageFolderSource",
+    "image_tars": "trm_diffusion.data.tars:ImageTarSource",
+    "tfds": "trm_diffusion.data.images:TfdsSource",
+    "latents": "trm_diffusion.data.latents:LatentSource",
+    "scenes": "trm_diffusion.data.scenes.source:SceneSource",
+    "emoji": "trm_diffusion.data.emoji:EmojiSource",
+    "caption_folder": "trm_diffusion.data.captions:CaptionFolderSource",
+    "tfds_captions": "trm_diffusion.data.captions:TfdsCaptionSource",
+}
