@@ -23,6 +23,7 @@ from etils import epath
 from trm_diffusion.analysis.grids import image_grid
 from trm_diffusion.config import Config
 from trm_diffusion.errors import UserError
+from trm_diffusion.files import clear_partial
 from trm_diffusion.jobs.evaluate import protocol
 from trm_diffusion.jobs.export_images import as_first_sees, keep_record, require_images
 from trm_diffusion.jobs.sample import draw_all, image_drawer
@@ -139,5 +140,4 @@ def start(folder: pathlib.Path, benchmark: str, texts: list[str], record: dict) 
     prompts_sha256 = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     keep_record(path, folder, {**record, "samples": IMAGES * len(texts), benchmark: prompts_sha256})
     if is_first():
-        for partial in folder.rglob(".*.partial-*"):
-            partial.unlink()
+        clear_partial(folder)

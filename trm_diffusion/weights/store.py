@@ -7,7 +7,6 @@ A directory appears under its name only when it is complete.
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from flax import nnx
 
 import trm_diffusion
 from trm_diffusion.errors import UserError
+from trm_diffusion.files import replacing, write_json
 from trm_diffusion.models.latent import LatentSpec
 from trm_diffusion.models.vae import VAE
 from trm_diffusion.weights import vae
@@ -40,7 +40,7 @@ def save_weights(directory: str | os.PathLike, weights: Weights) -> None:
             "parameters": weights.parameters,
             **weights.record,
         }
-        (partial / MANIFEST).write_text(json.dumps(record, indent=2) + "\n")
+        write_json(partial / MANIFEST, record)
 
 
 def holds_weights(directory) -> bool:
@@ -87,11 +87,6 @@ def new_directory(directory: str | os.PathLike) -> Iterator[Path]:
     directory = Path(directory)
     if directory.exists():
         raise UserError(f"{directory} exists already; choose another --to, or remove it")
-    partial = directory.parent / f".{directory.name}.{os.getpid()}.partial"
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(directory)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
+    with replacing(directory) as partial:
+        partial.mkdir()
+        yield Path(partial)
