@@ -12,7 +12,7 @@ import threading
 import numpy as np
 
 from trm_diffusion.errors import UserError
-from trm_diffusion.weights.source import sha256
+from trm_diffusion.files import sha256_of_file
 
 MANIFEST_NAME = "manifest.json"
 
@@ -36,7 +36,7 @@ class ShardFile:
         """Names the shard, and writes the file about it: its name, count and checksum, and `about`."""
         self._file.close()
         os.replace(self._partial, self.path)
-        record = {"file": self.path.name, "records": self.records, "sha256": sha256(self.path)}
+        record = {"file": self.path.name, "records": self.records, "sha256": sha256_of_file(self.path)}
         write_json(self.path.with_suffix(".json"), record | about)
 
     def discard(self) -> None:

@@ -6,8 +6,6 @@ the same bytes.
 """
 
 import dataclasses
-import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Sequence
@@ -16,12 +14,12 @@ import tqdm
 
 import trm_diffusion
 from trm_diffusion.config import Config
-from trm_diffusion.data.base import names_sha256
 from trm_diffusion.data.encodings import NONE, EncodingWriter, Item, read_shard_record, write_manifest
 from trm_diffusion.data.shards import refuse_change
 from trm_diffusion.data.sources import CAPTIONED_SOURCES, make_source
 from trm_diffusion.data.text_encoders import TEXTS_AT_ONCE, PretrainedEncoder
 from trm_diffusion.errors import Interrupted, UserError
+from trm_diffusion.files import sha256_of_json, sha256_of_names
 from trm_diffusion.jobs.prepare_latents import process_share
 from trm_diffusion.run.prompts import read_prompts
 from trm_diffusion.runtime.logging import say
@@ -64,8 +62,8 @@ def encode(
     encoder = PretrainedEncoder(config.model.text)
     preparation = {
         "items": len(items),
-        "names_sha256": names_sha256(item.name for item in items[1:]),
-        "captions_sha256": hashlib.sha256(json.dumps(items).encode()).hexdigest(),
+        "names_sha256": sha256_of_names(item.name for item in items[1:]),
+        "captions_sha256": sha256_of_json(items),
         "items_per_shard": items_per_shard,
         **encoder.origin,
     }

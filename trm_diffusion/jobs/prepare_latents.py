@@ -20,12 +20,13 @@ import tqdm
 
 import trm_diffusion
 from trm_diffusion.config import Config
-from trm_diffusion.data.base import Element, Source, names_sha256
+from trm_diffusion.data.base import Element, Source
 from trm_diffusion.data.images import CROP_RULE, UnreadableImage
 from trm_diffusion.data.latents import ShardWriter, read_shard_record, write_manifest
 from trm_diffusion.data.shards import refuse_change
 from trm_diffusion.data.sources import CAPTIONED_FILES, IMAGE_SOURCES, make_source
 from trm_diffusion.errors import Interrupted, UserError
+from trm_diffusion.files import sha256_of_names
 from trm_diffusion.models.latent import LatentSpec
 from trm_diffusion.models.vae import VAE
 from trm_diffusion.run.decoder import config_vae, images_at_once, sharded_over_batch
@@ -128,7 +129,7 @@ def preparation_of(config: Config, source: Source, spec: LatentSpec, images_per_
         "tfds_name": config.data.tfds_name if config.data.source.startswith("tfds") else None,
         "split": config.data.split if config.data.source.startswith("tfds") else None,
         "images": len(source),
-        "names_sha256": names_sha256(source.name(index) for index in range(len(source))),
+        "names_sha256": sha256_of_names(source.name(index) for index in range(len(source))),
         "image_size": source.sample_shape[0],
         "crop": CROP_RULE,
         "flip": config.data.flip,

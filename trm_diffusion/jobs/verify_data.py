@@ -15,10 +15,10 @@ from trm_diffusion.data.base import check_matches_config
 from trm_diffusion.data.latents import LatentSource, assemble_manifest, decode_record, read_manifest, read_shard_record
 from trm_diffusion.data.shards import MANIFEST_NAME
 from trm_diffusion.errors import UserError
+from trm_diffusion.files import sha256_of_file
 from trm_diffusion.models.latent import LatentSpec
 from trm_diffusion.run.decoder import config_vae, difference
 from trm_diffusion.runtime.logging import say
-from trm_diffusion.weights.source import sha256
 
 
 def verify(directory: str, config: Config | None = None) -> bool:
@@ -146,7 +146,7 @@ def _opened(path: pathlib.Path, shard: dict, about: dict | None) -> tuple[Any, s
 
     if not path.is_file():
         return None, f"{path} is missing"
-    if sha256(path) != shard.get("sha256"):
+    if sha256_of_file(path) != shard.get("sha256"):
         return None, f"{path} is damaged: its checksum is not the manifest's"
     reader, said = ArrayRecordReader(str(path)), path.with_suffix(".json")
     if reader.num_records() != shard["records"]:

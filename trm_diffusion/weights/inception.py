@@ -5,10 +5,11 @@ import json
 import numpy as np
 
 from trm_diffusion.errors import UserError
+from trm_diffusion.files import sha256_of_file
 from trm_diffusion.models.inception import Weights, layer_shapes
 from trm_diffusion.weights.forms import CONV, SAME, Rule, affine
 from trm_diffusion.weights.layout import Layout
-from trm_diffusion.weights.source import open_source, sha256
+from trm_diffusion.weights.source import open_source
 
 NUM_LOGITS, POOL_WIDTH = 1008, 2048
 BATCH_NORM_EPSILON = 1e-3
@@ -25,7 +26,7 @@ def load_inception(path: str) -> tuple[Weights, str]:
       UserError: no such file, another format, or tensors that are missing or of another shape.
     """
     source = open_source(path)
-    state, digest = source.tensors, sha256(source.files[0])
+    state, digest = source.tensors, sha256_of_file(source.files[0])
     manifest = source.files[0].parent / "manifest.json"
     if rules()[0].ours in state and manifest.exists():
         state = {

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from trm_diffusion.errors import UserError
+from trm_diffusion.files import sha256_of_file
 from trm_diffusion.weights.safetensors import read_safetensors
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -28,7 +28,8 @@ class Source:
 
     def record(self) -> dict:
         """What a manifest says of where weights came from; reads every file once."""
-        return {"source": self.name, "files": [{"file": path.name, "sha256": sha256(path)} for path in self.files]}
+        files = [{"file": path.name, "sha256": sha256_of_file(path)} for path in self.files]
+        return {"source": self.name, "files": files}
 
 
 def open_source(name: str) -> Source:
@@ -107,8 +108,3 @@ def _download(name: str) -> Path:
     except Exception as error:  # noqa: BLE001  whatever went wrong, the line says what and where
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name}: no such file or directory, and the hub did not give it ({reason})") from None
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,13 +15,12 @@ from flax import nnx
 
 import trm_diffusion
 from trm_diffusion.errors import UserError
-from trm_diffusion.files import replacing, write_json
+from trm_diffusion.files import replacing, sha256_of_file, write_json
 from trm_diffusion.models.latent import LatentSpec
 from trm_diffusion.models.vae import VAE
 from trm_diffusion.weights import vae
 from trm_diffusion.weights.convert import Weights
 from trm_diffusion.weights.safetensors import TensorSpec, read_safetensors, write_safetensors
-from trm_diffusion.weights.source import sha256
 
 FORMAT = 1
 OWN_FIELDS = ("format", "version", "kind", "model", "parameters")  # of a manifest; the others are the weights' record
@@ -76,7 +75,7 @@ def load_vae(directory: str | os.PathLike, latent_size: int) -> tuple[VAE, Laten
     config = vae.config_of(weights.model)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: VAE(config, rngs=nnx.Rngs(0))))
     flat = {path: np.asarray(weights.read("/".join(map(str, path)))) for path, _ in nnx.to_flat_state(state)}
-    vae_id = f"sha256:{sha256(directory / TENSORS)}"
+    vae_id = f"sha256:{sha256_of_file(directory / TENSORS)}"
     spec = config.latent_spec(vae_id, latent_size * config.factor)
     return nnx.merge(graphdef, nnx.from_flat_state(flat)), spec
 
