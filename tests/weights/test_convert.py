@@ -18,9 +18,10 @@ from trm_diffusion.errors import UserError
 from trm_diffusion.experiment import build
 from trm_diffusion.jobs.convert_weights import convert
 from trm_diffusion.jobs.train import starting_state
+from trm_diffusion.models.inception import random_state
 from trm_diffusion.runtime.checkpoints import Checkpoints
 from trm_diffusion.weights.convert import LAYOUTS, detect, to_ours
-from trm_diffusion.weights.inception import load_inception, random_state
+from trm_diffusion.weights.inception import load_inception
 from trm_diffusion.weights.safetensors import read_safetensors
 from trm_diffusion.weights.source import open_source
 from trm_diffusion.weights.store import load_weights
