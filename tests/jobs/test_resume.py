@@ -47,10 +47,17 @@ def start(directory, run: str, *flags: str):
     return command(f"--config={directory}/experiment.py", f"--workdir={directory}/{run}", *flags)
 
 
-def wait_until(process, condition, seconds: float = 120.0) -> None:
+def wait_until(process, condition, seconds: float = 300.0) -> bool:
+    """Whether the condition came true before the job ended; fails where neither happens in this time."""
     end = time.monotonic() + seconds
-    while not condition() and process.poll() is None and time.monotonic() < end:
+    while process.poll() is None:
+        if condition():
+            return True
+        if time.monotonic() > end:
+            process.kill()
+            pytest.fail(f"nothing happened in {seconds:.0f} s: {process.communicate()[1][-2000:]}")
         time.sleep(0.01)
+    return False
 
 
 def steps_saved(run) -> set[int]:
@@ -80,24 +87,27 @@ def assert_same_run(directory, one: str, other: str) -> None:
 def test_killed_at_random_moments(experiment):
     seed = random.randrange(10**6)
     print(f"seed of the kill moments: {seed}")
-    rng, run = random.Random(seed), experiment / "killed"
+    rng, run, killed = random.Random(seed), experiment / "killed", 0
     for kill in range(KILLS):
         process, before = start(experiment, "killed"), steps_saved(run)
-        if kill:  # the first kill may land before any checkpoint; the others after some progress
-            wait_until(process, lambda before=before: steps_saved(run) - before)
-        else:
-            wait_until(process, (run / "config.json").exists)
-        time.sleep(rng.uniform(0.0, 0.5))
-        process.kill()
-        process.communicate(timeout=60)  # ends once everything that holds its pipes has: no worker outlives the job
-        assert process.returncode in (-signal.SIGKILL, 0)
+        # The first kill may land before any checkpoint; the others after some progress.
+        moment = (lambda before=before: steps_saved(run) - before) if kill else (run / "config.json").exists
+        if wait_until(process, moment):
+            time.sleep(rng.uniform(0.0, 0.2))
+            process.kill()
+        _, err = process.communicate(timeout=60)  # ends once no worker that outlives the job holds its pipes
+        assert process.returncode in (-signal.SIGKILL, 0), err[-2000:]
+        if process.returncode == 0:  # the run is complete: there is nothing left to kill
+            break
+        killed += 1
+    assert killed >= 2, "hardly a kill met a running job"
     finished(start(experiment, "killed"))
     assert_same_run(experiment, "whole", "killed")
 
 
 def test_asked_to_stop_while_training(experiment):
     process = start(experiment, "stopped")
-    wait_until(process, lambda: steps_saved(experiment / "stopped"))
+    assert wait_until(process, lambda: steps_saved(experiment / "stopped")), process.communicate()[1][-2000:]
     process.send_signal(signal.SIGTERM)
     _, err = finished(process, code=75)
     assert "start the same command again" in err.splitlines()[-1]
