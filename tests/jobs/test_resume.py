@@ -9,42 +9,26 @@ import chex
 import pytest
 from etils import epath
 
+from tests.jobs.resume_experiment import UPDATES, get_config
 from tests.jobs.tiny import command, finished
 from trm_diffusion.config import resolve
 from trm_diffusion.experiment import build
 from trm_diffusion.runtime.checkpoints import Checkpoints
 from trm_diffusion.runtime.logging import WALL_CLOCK_FIELDS
 
-UPDATES, KILLS = 60, 5
-EXPERIMENT = f"""
-from trm_diffusion.config import default_config
-
-def get_config():
-    c = default_config()
-    c.model.update(depth=2, width=16, heads=2, patch=4, dtype="float32")
-    c.model.recursion.update(blocks="1", rank=4, routing_group=2)
-    c.train.update(updates={UPDATES}, batch_size=8)
-    c.optim.update(lr=1e-2, ema_decays=(0.9,))
-    c.sample.update(diffusion_steps=2, per_class=1, batch_size=8)
-    c.evaluate.update(kind="digits", num_samples=20)
-    c.log.update(every=4, samples_every=0, tensorboard=False)
-    c.checkpoint.every = 3
-    c.data.workers = 1
-    return c
-"""
+KILLS = 5
 
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
-    """The experiment's file, and its run without any interruption."""
+    """A directory of runs, with that of the experiment without any interruption."""
     directory = tmp_path_factory.mktemp("resume")
-    (directory / "experiment.py").write_text(EXPERIMENT)
     finished(start(directory, "whole"))
     return directory
 
 
 def start(directory, run: str, *flags: str):
-    return command(f"--config={directory}/experiment.py", f"--workdir={directory}/{run}", *flags)
+    return command("--config=tests/jobs/resume_experiment.py", f"--workdir={directory}/{run}", *flags)
 
 
 def wait_until(process, condition, seconds: float = 300.0) -> bool:
@@ -70,9 +54,7 @@ def assert_same_run(directory, one: str, other: str) -> None:
 
     The data order is part of it: another order of records would give other parameters.
     """
-    namespace: dict = {}
-    exec(EXPERIMENT, namespace)
-    abstract = build(resolve(namespace["get_config"]())).abstract_state
+    abstract = build(resolve(get_config())).abstract_state
     states, lines = [], []
     for run in (directory / one, directory / other):
         with Checkpoints(epath.Path(run / "checkpoints")) as checkpoints:
