@@ -16,6 +16,7 @@ import dataclasses
 import statistics
 import tempfile
 import time
+from pathlib import Path
 
 import jax
 
@@ -66,10 +67,10 @@ def measure(directory: str, sizes: Sizes) -> dict:
         alone = statistics.median(timed_steps(lambda seconds: len(seconds) == sizes.steps))
         progress(f"a step: {alone:.2f} s")
         for _ in range(sizes.saves):
-            started = time.perf_counter()
-            checkpoints.save(int(state.step), state, iterator, {"updates": 0})
+            update, started = int(state.step), time.perf_counter()
+            checkpoints.save(update, state, iterator, {"updates": 0})
             blocked.append(time.perf_counter() - started)
-            beside = timed_steps(lambda seconds: not checkpoints.saving)
+            beside = timed_steps(lambda seconds, saved=Path(directory) / str(update): saved.is_dir())
             slowed.append(sum(beside) - len(beside) * alone)
             progress(f"blocked {blocked[-1]:.3f} s, then {len(beside)} steps slowed by {slowed[-1]:.2f} s")
     share = statistics.median(blocked) / alone

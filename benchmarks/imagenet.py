@@ -36,10 +36,10 @@ from trm_diffusion.experiment import Experiment, build
 from trm_diffusion.jobs.compile_ahead import compiler_report
 from trm_diffusion.jobs.train import loss_and_metrics
 from trm_diffusion.metrics.adm import FID_50K_IMAGES, POOL_WIDTH, REFERENCE_IMAGES
-from trm_diffusion.models.inception import inception_features, layer_shapes
+from trm_diffusion.models.inception import NUM_LOGITS, inception_features, layer_shapes
 from trm_diffusion.models.vae import SD, VAE
 from trm_diffusion.runtime.parameters import count
-from trm_diffusion.weights.inception import INCEPTION, NUM_LOGITS
+from trm_diffusion.weights.inception import INCEPTION
 from trm_diffusion.weights.vae import DIFFUSERS_VAE
 
 TRAINING_IMAGES, PIXELS = 1_281_167, 256

@@ -18,8 +18,7 @@ import torch
 
 from benchmarks.measure import interleaved_seconds, median_ratio, report, rounded
 from tests.parity.fidelity import import_torch_fidelity
-from trm_diffusion.models.inception import inception_features
-from trm_diffusion.weights.inception import fold_batch_norms, random_state
+from trm_diffusion.models.inception import fold_batch_norms, inception_features, random_state
 
 BATCH_SIZE = 32
 ROUNDS = 9

@@ -15,6 +15,7 @@ less than 5%.
 import argparse
 import json
 import os
+import pathlib
 import statistics
 import tempfile
 import time
@@ -26,8 +27,10 @@ from benchmarks.measure import report, rounded
 from configs import digits
 from trm_diffusion.config import resolve
 from trm_diffusion.data.base import DataConfig
-from trm_diffusion.data.latents import LatentSource, LatentWriter
+from trm_diffusion.data.latents import LatentSource, ShardWriter, assemble_manifest, read_shard_record
 from trm_diffusion.data.pipeline import make_iterator
+from trm_diffusion.data.sharded import consecutive_ranges
+from trm_diffusion.data.shards import write_manifest
 from trm_diffusion.jobs.train import train
 from trm_diffusion.models.vae import SD
 from trm_diffusion.runtime.signals import StopRequest
@@ -37,20 +40,23 @@ LEAST_IMAGES_PER_SECOND, MOST_DATA_WAIT_SHARE = 3_000, 0.05
 UPDATES = 300  # of the demo
 
 
-def write_latents(directory: str) -> None:
+def write_latents(directory: pathlib.Path) -> None:
     spec = SD.latent_spec("random", 256)
     rng = np.random.default_rng(0)
     moments = rng.standard_normal((64, 2, spec.size, spec.size, spec.channels), np.float32)
-    with LatentWriter(directory, spec, num_classes=1000, records_per_shard=5_000) as writer:
-        for index in range(RECORDS):
-            mean, deviation = moments[index % len(moments)]
-            writer.write(mean, np.abs(deviation), index % 1000)
+    shards = consecutive_ranges(RECORDS, 5_000)
+    for number, indices in enumerate(shards):
+        with ShardWriter(directory, number, spec, num_classes=1000) as writer:
+            for index in indices:
+                mean, deviation = moments[index % len(moments)]
+                writer.write(mean, np.abs(deviation), index % 1000)
+    write_manifest(directory, assemble_manifest([read_shard_record(directory, i) for i in range(len(shards))]))
 
 
 def read_latents() -> list[float]:
     """Images per second in each round."""
     with tempfile.TemporaryDirectory() as directory:
-        write_latents(directory)
+        write_latents(pathlib.Path(directory))
         iterator = make_iterator(LatentSource(directory), DataConfig(source="latents"), seed=0, batch_size=BATCH_SIZE)
         next(iterator)
         speeds = []

@@ -11,8 +11,8 @@ import numpy as np
 from tests.commands import ROOT
 from tests.weights.published import random_tensors, write
 from trm_diffusion.metrics.adm import POOL_WIDTH, SPATIAL_WIDTH
+from trm_diffusion.models.inception import random_state
 from trm_diffusion.weights.convert import LAYOUTS
-from trm_diffusion.weights.inception import random_state
 
 PAGE = ROOT / "docs/imagenet.md"
 COMMANDS = re.findall(r"^ {4}(\S.*)$", PAGE.read_text(), re.MULTILINE)

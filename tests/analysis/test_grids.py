@@ -69,7 +69,7 @@ def test_png_round_trip_and_a_failure_leaves_the_old_file(tmp_path, monkeypatch)
     np.testing.assert_array_equal(np.asarray(Image.open(path)), pixels)
 
     def fail_half_way(self, file, **options):
-        file.write_bytes(b"half")
+        file.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(Image.Image, "save", fail_half_way)

@@ -9,8 +9,9 @@ import chex
 import numpy as np
 import pytest
 
+from tests.data.written import write_latents
 from trm_diffusion.data.base import DataConfig
-from trm_diffusion.data.latents import LatentSource, LatentWriter
+from trm_diffusion.data.latents import ShardWriter, read_shard_record
 from trm_diffusion.data.pipeline import make_iterator
 from trm_diffusion.data.sources import make_source
 from trm_diffusion.errors import UserError
@@ -28,11 +29,8 @@ def posteriors():
     return means, stds, np.arange(COUNT) % 3
 
 
-def prepare(directory, **changes):
-    with LatentWriter(directory, SPEC, num_classes=3, **{"records_per_shard": 3} | changes) as writer:
-        for mean, std, label in zip(*posteriors(), strict=True):
-            writer.write(mean, std, label)
-    return directory
+def prepare(directory):
+    return write_latents(directory, SPEC, 3, zip(*posteriors(), strict=True), per_shard=3)
 
 
 def latent_config(path, **changes):
@@ -99,8 +97,10 @@ def test_the_same_records_give_the_same_bytes(tmp_path):
 
 def test_an_interrupted_writer_leaves_no_manifest_and_can_run_again(tmp_path):
     directory = tmp_path / "latents"
-    with pytest.raises(KeyboardInterrupt), LatentWriter(directory, SPEC, num_classes=3) as writer:
+    directory.mkdir()
+    with pytest.raises(KeyboardInterrupt), ShardWriter(directory, 0, SPEC, num_classes=3) as writer:
         writer.write(np.zeros(SHAPE), np.ones(SHAPE), 0)
+        assert list(directory.iterdir())
         raise KeyboardInterrupt
     assert not list(directory.iterdir())
     with pytest.raises(UserError, match=r"manifest\.json.*--mode=prepare"):
@@ -109,10 +109,8 @@ def test_an_interrupted_writer_leaves_no_manifest_and_can_run_again(tmp_path):
     assert len(make_source(latent_config(directory))) == COUNT
 
 
-def test_writer_refusals(tmp_path, prepared):
-    with pytest.raises(UserError, match="already"):
-        LatentWriter(prepared, SPEC, num_classes=3)
-    with LatentWriter(tmp_path / "new", SPEC, num_classes=3) as writer:
+def test_writer_refusals(tmp_path):
+    with ShardWriter(tmp_path, 0, SPEC, num_classes=3) as writer:
         with pytest.raises(UserError, match="record 0: label 3"):
             writer.write(np.zeros(SHAPE), np.ones(SHAPE), 3)
         with pytest.raises(UserError, match="mean has shape"):
@@ -120,7 +118,7 @@ def test_writer_refusals(tmp_path, prepared):
         with pytest.raises(UserError, match="std holds values that are not finite"):
             writer.write(np.zeros(SHAPE), np.full(SHAPE, 1e6), 0)
         writer.write(np.zeros(SHAPE), np.ones(SHAPE), 0)
-    assert len(LatentSource(str(tmp_path / "new"))) == 1
+    assert writer.records == read_shard_record(tmp_path, 0)["records"] == 1
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import chex
 import numpy as np
 import pytest
 
-from tests.commands import ROOT
+from tests.jobs.tiny import ROOT
 from trm_diffusion.data.base import DataConfig, Source
 from trm_diffusion.data.digits import load_digits_split
 from trm_diffusion.data.registry import SOURCES
@@ -127,12 +127,4 @@ def test_a_new_source_is_a_file_and_a_line(tmp_path):
 
 
 def test_imports_are_light_and_start_no_backend():
-    program = (
-        "import sys\n"
-        "import trm_diffusion.data.latents, trm_diffusion.data.images, trm_diffusion.data.pipeline\n"
-        "import trm_diffusion.data.sources, trm_diffusion.metrics.digits, trm_diffusion.analysis.grids\n"
-        "assert not {'sklearn', 'tensorflow_datasets', 'PIL'} & set(sys.modules)\n"
-        "from jax._src import xla_bridge\n"
-        "assert not xla_bridge._backends\n"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)
+    subprocess.run([sys.executable, "-m", "tests.data.light_imports"], cwd=ROOT, check=True)

@@ -15,39 +15,13 @@ from trm_diffusion.runtime.libtpu import DIRECTORY, find_libtpu
 from trm_diffusion.runtime.parameters import memory
 from trm_diffusion.runtime.topology import parse_topology
 
-EIGHT_DEVICES = """
-import json
-import jax, jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec as P
-import trm_diffusion.jobs.compile_ahead as compile_ahead
-from tests.jobs.tiny import tiny_config
-from trm_diffusion.analysis.hlo import program_cost
-from trm_diffusion.runtime.topology import parse_topology
-
-def all_kinds(x):
-    def turn(x, _):
-        x = jax.lax.ppermute(x, "b", [(i, (i + 1) % 4) for i in range(4)])
-        x = jax.lax.psum_scatter(2 * jax.lax.all_gather(x, "b", tiled=True), "b", tiled=True)
-        x = jax.lax.all_to_all(x * x, "b", 1, 0, tiled=True).reshape(x.shape)
-        return 0.1 * jax.lax.psum(x, "a"), None
-    return jax.lax.scan(turn, x, None, length=3)[0]
-mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
-sharded = jax.jit(jax.shard_map(all_kinds, mesh=mesh, in_specs=P("b"), out_specs=P("b"), check_vma=False))
-kinds = program_cost(sharded.lower(jnp.zeros((64, 8))).compile().as_text()).collectives
-
-config = dict(model__depth=3, model__width=64, model__recursion__blocks="none", train__batch_size=16, mesh__fsdp=-1)
-compile_ahead.described_devices = lambda topology: jax.devices()
-report = compile_ahead.report_on(tiny_config(**config), parse_topology("v5p:2x2x2"), "train")
-print(json.dumps({"kinds": kinds, "report": report}))
-"""
-
 
 @pytest.fixture(scope="module")
 def eight():
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
-    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "XLA_FLAGS": flags}
     child = subprocess.run(
-        [sys.executable, "-c", EIGHT_DEVICES], env=environment, cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "tests.jobs.eight_devices"], env=environment, cwd=ROOT, capture_output=True, text=True
     )
     assert child.returncode == 0, child.stderr[-3000:]
     return json.loads(child.stdout.splitlines()[-1])

@@ -13,8 +13,8 @@ from trm_diffusion.jobs.compare import compare
 from trm_diffusion.jobs.evaluate_images import evaluate_images, make_reference
 from trm_diffusion.metrics import adm
 from trm_diffusion.metrics.image_sets import open_images
-from trm_diffusion.models.inception import Features
-from trm_diffusion.weights.inception import fold_batch_norms, load_inception, random_state, state_shapes
+from trm_diffusion.models.inception import Features, fold_batch_norms, random_state, state_shapes
+from trm_diffusion.weights.inception import load_inception
 
 SIZES = Features(pool=20, spatial=12, logits=10)
 

@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from tests.data.written import write_latents
 from tests.jobs.tiny import ROOT, command, finished, tiny_config, write_tiny_vae
-from trm_diffusion.data.latents import LatentSource, LatentWriter, read_manifest
+from trm_diffusion.data.latents import LatentSource, ShardWriter, read_manifest
 from trm_diffusion.data.sources import make_source
 from trm_diffusion.errors import Interrupted, UserError
-from trm_diffusion.jobs import prepare_latents as module
-from trm_diffusion.jobs.prepare_latents import prepare
+from trm_diffusion.jobs.prepare_latents import LatentJob, prepare
 from trm_diffusion.jobs.verify_data import verify
 from trm_diffusion.runtime.signals import StopRequest
 from trm_diffusion.weights.store import load_vae
@@ -87,40 +87,27 @@ def test_the_manifest_counts_and_names(whole):
 
 
 def test_stopped_and_shared_by_two_it_ends_with_the_same_bytes(place, whole, tmp_path, monkeypatch):
-    stop, write_shard = StopRequest(), module.write_shard
+    stop, write_shard = StopRequest(), LatentJob.write_shard
 
-    def stopping(writer, source, indices, *others):
-        stop.requested = indices.start == 2 * PER_SHARD
-        write_shard(writer, source, indices, *others)
+    def stopping(self, index, advance):
+        stop.requested = index == 2
+        return write_shard(self, index, advance)
 
-    monkeypatch.setattr(module, "write_shard", stopping)
-    with pytest.raises(Interrupted, match="stopped at image 20 of 45"):
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="in shard 3 of 5, after 10 of 25 images"):
+        patch.setattr(LatentJob, "write_shard", stopping)
         prepared(place, tmp_path, stop=stop, process=(0, 2))
-    monkeypatch.undo()
     assert len(contents(tmp_path)) == 2  # one shard and the file about it
     prepared(place, tmp_path, process=(1, 2))
     with pytest.raises(UserError, match=r"no manifest\.json"):
         LatentSource(str(tmp_path))
     (tmp_path / "latents-00003.json").unlink()  # as if killed before it was written
     os.truncate(tmp_path / "latents-00001.array_record", 100)  # as if the disk had lost the rest
-    monkeypatch.setattr(module, "write_shard", lambda *arguments: made.append(write_shard(*arguments)))
     made = []
+    monkeypatch.setattr(
+        LatentJob, "write_shard", lambda self, index, advance: made.append(index) or write_shard(self, index, advance)
+    )
     prepared(place, tmp_path)
-    assert len(made) == 4 and contents(tmp_path) == contents(whole)
-
-
-DYING = """
-import os, signal, sys
-from trm_diffusion.data.latents import ShardWriter
-from trm_diffusion.main import main
-write = ShardWriter.write
-def dying(self, *record):
-    write(self, *record)
-    if self._index == 1 and self.records == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-ShardWriter.write = dying
-main(sys.argv)
-"""
+    assert made == [1, 2, 3, 4] and contents(tmp_path) == contents(whole)
 
 
 def test_killed_and_run_by_two_processes_on_other_device_counts_it_is_the_same(place, whole, tmp_path):
@@ -137,11 +124,12 @@ def test_killed_and_run_by_two_processes_on_other_device_counts_it_is_the_same(p
         f"--images_per_shard={PER_SHARD}",
         f"--out={tmp_path}",
     )
-    killed = [sys.executable, "-c", DYING, "--mode=prepare", *settings]
-    assert subprocess.run(killed, cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL
-    assert contents(tmp_path).keys() == {
-        "latents-00000.array_record", "latents-00000.json", ".latents-00001.array_record.partial"
-    }  # fmt: skip
+    killed = [sys.executable, "-m", "tests.jobs.killed_in_shard", "--mode=prepare", *settings]
+    done = subprocess.run(killed, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    left, *whole_files = sorted(contents(tmp_path))
+    assert whole_files == ["latents-00000.array_record", "latents-00000.json"]
+    assert left.startswith(".latents-00001.array_record.partial-")
     share = [f"--process_index={index}" for index in (0, 1)]
     pair = [command("--mode=prepare", *settings, "--process_count=2", share[i], devices=i + 1) for i in (0, 1)]
     _, err = [finished(process) for process in pair][-1]
@@ -228,13 +216,12 @@ def test_verify_compares_with_the_config(place, whole, tmp_path, capsys):
 def test_verify_finds_values_that_are_not_finite_and_wrong_labels(tmp_path, capsys, monkeypatch):
     """The writer refuses them, so the check is made with the writer's own switched off."""
     _, spec = load_vae(write_tiny_vae(tmp_path / "vae"), 2)
-    encode = module.ShardWriter._encode
+    encode = ShardWriter._encode
     monkeypatch.setattr(
-        module.ShardWriter, "_encode", lambda self, mean, std, label: encode(self, mean, std, 0)[:-2] + b"\x00\x7e"
+        ShardWriter, "_encode", lambda self, mean, std, label: encode(self, mean, std, 0)[:-2] + b"\x00\x7e"
     )
     shape = (2, 2, 4)
-    with LatentWriter(tmp_path / "latents", spec, num_classes=2) as writer:
-        writer.write(np.zeros(shape), np.ones(shape), 1)
+    write_latents(tmp_path / "latents", spec, 2, [(np.zeros(shape), np.ones(shape), 1)])
     assert not verify(str(tmp_path / "latents"))
     assert "record 0 holds values that are not finite" in capsys.readouterr().err
 

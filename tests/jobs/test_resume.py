@@ -9,48 +9,39 @@ import chex
 import pytest
 from etils import epath
 
+from tests.jobs.resume_experiment import UPDATES, get_config
 from tests.jobs.tiny import command, finished
 from trm_diffusion.config import resolve
 from trm_diffusion.experiment import build
 from trm_diffusion.runtime.checkpoints import Checkpoints
 from trm_diffusion.runtime.logging import WALL_CLOCK_FIELDS
 
-UPDATES, KILLS = 60, 5
-EXPERIMENT = f"""
-from trm_diffusion.config import default_config
-
-def get_config():
-    c = default_config()
-    c.model.update(depth=2, width=16, heads=2, patch=4, dtype="float32")
-    c.model.recursion.update(blocks="1", rank=4, routing_group=2)
-    c.train.update(updates={UPDATES}, batch_size=8)
-    c.optim.update(lr=1e-2, ema_decays=(0.9,))
-    c.sample.update(diffusion_steps=2, per_class=1, batch_size=8)
-    c.evaluate.update(kind="digits", num_samples=20)
-    c.log.update(every=4, samples_every=0, tensorboard=False)
-    c.checkpoint.every = 3
-    c.data.workers = 1
-    return c
-"""
+KILLS = 5
 
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
-    """The experiment's file, and its run without any interruption."""
+    """A directory of runs, with that of the experiment without any interruption."""
     directory = tmp_path_factory.mktemp("resume")
-    (directory / "experiment.py").write_text(EXPERIMENT)
     finished(start(directory, "whole"))
     return directory
 
 
 def start(directory, run: str, *flags: str):
-    return command(f"--config={directory}/experiment.py", f"--workdir={directory}/{run}", *flags)
+    return command("--config=tests/jobs/resume_experiment.py", f"--workdir={directory}/{run}", *flags)
 
 
-def wait_until(process, condition, seconds: float = 120.0) -> None:
+def wait_until(process, condition, seconds: float = 300.0) -> bool:
+    """Whether the condition came true before the job ended; fails where neither happens in this time."""
     end = time.monotonic() + seconds
-    while not condition() and process.poll() is None and time.monotonic() < end:
+    while process.poll() is None:
+        if condition():
+            return True
+        if time.monotonic() > end:
+            process.kill()
+            pytest.fail(f"nothing happened in {seconds:.0f} s: {process.communicate()[1][-2000:]}")
         time.sleep(0.01)
+    return False
 
 
 def steps_saved(run) -> set[int]:
@@ -63,9 +54,7 @@ def assert_same_run(directory, one: str, other: str) -> None:
 
     The data order is part of it: another order of records would give other parameters.
     """
-    namespace: dict = {}
-    exec(EXPERIMENT, namespace)
-    abstract = build(resolve(namespace["get_config"]())).abstract_state
+    abstract = build(resolve(get_config())).abstract_state
     states, lines = [], []
     for run in (directory / one, directory / other):
         with Checkpoints(epath.Path(run / "checkpoints")) as checkpoints:
@@ -80,24 +69,27 @@ def assert_same_run(directory, one: str, other: str) -> None:
 def test_killed_at_random_moments(experiment):
     seed = random.randrange(10**6)
     print(f"seed of the kill moments: {seed}")
-    rng, run = random.Random(seed), experiment / "killed"
+    rng, run, killed = random.Random(seed), experiment / "killed", 0
     for kill in range(KILLS):
         process, before = start(experiment, "killed"), steps_saved(run)
-        if kill:  # the first kill may land before any checkpoint; the others after some progress
-            wait_until(process, lambda before=before: steps_saved(run) - before)
-        else:
-            wait_until(process, (run / "config.json").exists)
-        time.sleep(rng.uniform(0.0, 0.5))
-        process.kill()
-        process.communicate(timeout=60)  # ends once everything that holds its pipes has: no worker outlives the job
-        assert process.returncode in (-signal.SIGKILL, 0)
+        # The first kill may land before any checkpoint; the others after some progress.
+        moment = (lambda before=before: steps_saved(run) - before) if kill else (run / "config.json").exists
+        if wait_until(process, moment):
+            time.sleep(rng.uniform(0.0, 0.2))
+            process.kill()
+        _, err = process.communicate(timeout=60)  # ends once no worker that outlives the job holds its pipes
+        assert process.returncode in (-signal.SIGKILL, 0), err[-2000:]
+        if process.returncode == 0:  # the run is complete: there is nothing left to kill
+            break
+        killed += 1
+    assert killed >= 2, "hardly a kill met a running job"
     finished(start(experiment, "killed"))
     assert_same_run(experiment, "whole", "killed")
 
 
 def test_asked_to_stop_while_training(experiment):
     process = start(experiment, "stopped")
-    wait_until(process, lambda: steps_saved(experiment / "stopped"))
+    assert wait_until(process, lambda: steps_saved(experiment / "stopped")), process.communicate()[1][-2000:]
     process.send_signal(signal.SIGTERM)
     _, err = finished(process, code=75)
     assert "start the same command again" in err.splitlines()[-1]

@@ -7,8 +7,8 @@ import torch
 
 from tests.parity.fidelity import import_torch_fidelity
 from trm_diffusion.jobs.evaluate_images import evaluate_images, make_reference
-from trm_diffusion.models.inception import inception_features
-from trm_diffusion.weights.inception import load_inception, random_state
+from trm_diffusion.models.inception import inception_features, random_state
+from trm_diffusion.weights.inception import load_inception
 
 fidelity = import_torch_fidelity()
 

@@ -9,8 +9,8 @@ import pytest
 from etils import epath
 from PIL import Image
 
+from tests.data import written
 from tests.jobs.tiny import tiny_config, write_tiny_vae
-from trm_diffusion.data.latents import LatentWriter
 from trm_diffusion.errors import UserError
 from trm_diffusion.jobs.convert_weights import convert
 from trm_diffusion.jobs.evaluate_images import sampling_record
@@ -29,9 +29,8 @@ SIZE = 8  # latent cells a side
 def write_latents(directory, spec):
     rng = np.random.default_rng(0)
     shape = (spec.size, spec.size, spec.channels)
-    with LatentWriter(directory, spec, num_classes=10) as writer:
-        for label in range(10):
-            writer.write(rng.standard_normal(shape), np.full(shape, 0.1), label)
+    records = ((rng.standard_normal(shape), np.full(shape, 0.1), label) for label in range(10))
+    written.write_latents(directory, spec, 10, records)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from etils import epath
 import trm_diffusion
 from tests.jobs.tiny import tiny_config
 from trm_diffusion.errors import UserError
-from trm_diffusion.run.workdir import FORMAT, changed_fields, load_config, save_config, write_json
+from trm_diffusion.run.workdir import FORMAT, changed_fields, load_config, save_config
 
 
 @pytest.fixture
@@ -62,12 +62,3 @@ def test_how_a_model_is_computed_and_when_its_tokens_stop_may_change(workdir):
     assert len(changed) == 3
     with pytest.raises(UserError, match="config.model.recursion.halting = 'none', not 'learned'"):  # it has parameters
         changed_fields(workdir, tiny_config(model__recursion__halting="learned"))
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    path = epath.Path(tmp_path / "record.json")
-    write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert len(list(tmp_path.iterdir())) == 1

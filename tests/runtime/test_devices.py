@@ -63,27 +63,7 @@ def test_a_second_start_compiles_nothing(tmp_path, monkeypatch):
     assert second["cache_hits"] == second["compile_requests_use_cache"] >= 2
 
 
-# The first product of DiT-XL/2's MLP, for 8 images on each of 32 chips that share the parameters out.
-PRODUCT = """
-import json, jax, jax.numpy as jnp
-from trm_diffusion.analysis.hlo import program_cost
-from trm_diffusion.runtime.devices import compiler_options
-from trm_diffusion.runtime.sharding import MeshConfig, batch_sharding, make_mesh, parameter_sharding
-from trm_diffusion.runtime.topology import described_devices, parse_topology
-mesh = make_mesh(MeshConfig(fsdp=32), devices=described_devices(parse_topology("v5p:2x4x4")))
-x = jax.ShapeDtypeStruct((256, 256, 1152), jnp.bfloat16, sharding=batch_sharding(mesh))
-kernel_sharding = parameter_sharding(mesh, "kernel", ("embed", "mlp"))
-kernel = jax.ShapeDtypeStruct((1152, 4608), jnp.float32, sharding=kernel_sharding)
-product = jax.jit(
-    lambda x, kernel: x @ kernel.astype(x.dtype),
-    out_shardings=batch_sharding(mesh),
-    compiler_options=compiler_options(mesh),
-)
-print(json.dumps(program_cost(product.lower(x, kernel).compile().as_text()).collectives))
-"""
-
-
 @pytest.mark.skipif(DIRECTORY not in os.environ, reason="needs libtpu, in the directory that TRM_LIBTPU names")
 def test_parameters_are_gathered_once_and_not_passed_around():
-    collectives = run_with_libtpu(["-c", PRODUCT])
+    collectives = run_with_libtpu(["-m", "tests.runtime.gathered_product"])
     assert collectives == {"all-gather": {"count": 1, "bytes": 2 * 1152 * 4608 * 31 / 32}}  # in bfloat16

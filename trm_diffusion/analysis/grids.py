@@ -1,10 +1,11 @@
 """Pictures of samples: many images as one, with captions if need be, and one image as a PNG file."""
 
 import os
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
+
+from trm_diffusion.files import replacing
 
 
 def image_grid(
@@ -101,11 +102,5 @@ def save_png(path: str | os.PathLike, array: np.ndarray) -> None:
     array = np.asarray(array)
     if array.dtype != np.uint8:
         raise ValueError(f"a PNG needs uint8 values, not {array.dtype}")
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        Image.fromarray(array).save(temporary, format="PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as partial, partial.open("wb") as file:
+        Image.fromarray(array).save(file, format="PNG")

@@ -2,8 +2,6 @@
 
 import abc
 import dataclasses
-import hashlib
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -102,14 +100,6 @@ def make_captioned_element(image: np.ndarray, caption: str, index: int) -> Eleme
         "caption": np.asarray(caption, np.str_),
         "index": np.asarray(index, np.int32),
     }
-
-
-def names_sha256(names: Iterable[str]) -> str:
-    """Of the names of records in order: data that have the same are the same images."""
-    digest = hashlib.sha256()
-    for name in names:
-        digest.update(name.encode() + b"\n")
-    return digest.hexdigest()
 
 
 def check_matches_config(source: Source, config: DataConfig) -> None:

@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trm_diffusion.data.shards import MANIFEST_NAME, ShardFile, ShardReader, read_about, write_json
+from trm_diffusion.data.shards import LISTED_FIELDS, MANIFEST_NAME, ShardFile, ShardReader, read_about
 from trm_diffusion.errors import UserError
 from trm_diffusion.models.text import Text, TextConfig
 
 FORMAT_VERSION = 1
-SHARD_FIELDS = {"file", "records", "sha256", "items", "encoding", "preparation"}
+SHARD_FIELDS = {*LISTED_FIELDS, "items", "encoding", "preparation"}
 SIZES = ("length", "features", "pooled_features")  # L, C, P
 
 _REMEDY = "encode the texts again by --mode=encode"
@@ -35,15 +35,19 @@ class Item(NamedTuple):
 NONE = Item("", [""])  # the first item of every directory
 
 
-class EncodingWriter:
-    """Writes one shard; a context manager. After an error nothing of it is left.
+class EncodingWriter(ShardFile):
+    """Writes one shard of encoded text.
 
-    encoding and preparation, the same for all shards: what decides an encoding, and of which texts these are; JSON.
+    Args:
+      directory: where to write; it exists.
+      index: of the shard.
+      items: of the shard; one record is written for each of their captions, in order.
+      encoding, preparation: what decides an encoding, and of which texts these are; JSON, the same for all shards.
     """
 
-    def __init__(self, directory: pathlib.Path, index: int, encoding: dict, preparation: dict):
-        self._encoding, self._preparation = encoding, preparation
-        self._file = ShardFile(directory / shard_name(index))
+    def __init__(self, directory: pathlib.Path, index: int, items: Sequence[Item], encoding: dict, preparation: dict):
+        super().__init__(directory / shard_name(index))
+        self._items, self._encoding, self._preparation = items, encoding, preparation
 
     def write(self, states_lc: np.ndarray, mask_l: np.ndarray, pooled_p: np.ndarray) -> None:
         """Appends one record. Raises UserError for values that float16 cannot hold."""
@@ -51,21 +55,13 @@ class EncodingWriter:
             half = states_lc.astype("<f2")
         if not (np.isfinite(half).all() and np.isfinite(pooled_p).all()):
             raise UserError(
-                f"{self._file.path}, record {self._file.records}: not finite in float16; "
+                f"{self.path}, record {self.records}: not finite in float16; "
                 "try config.model.text.pretrained_dtype=float32"
             )
-        self._file.append(half.tobytes() + mask_l.astype("u1").tobytes() + pooled_p.astype("<f4").tobytes())
+        self.append(half.tobytes() + mask_l.astype("u1").tobytes() + pooled_p.astype("<f4").tobytes())
 
-    def finish(self, items: Sequence[Item]) -> None:
-        """Names the shard, which is whole with the captions of these items."""
-        self._file.finish({"items": items, "encoding": self._encoding, "preparation": self._preparation})
-
-    def __enter__(self) -> "EncodingWriter":
-        return self
-
-    def __exit__(self, error_type, error, traceback) -> None:
-        if error_type is not None:
-            self._file.discard()
+    def about(self) -> dict:
+        return {"items": self._items, "encoding": self._encoding, "preparation": self._preparation}
 
 
 def shard_name(index: int) -> str:
@@ -78,22 +74,15 @@ def read_shard_record(directory: pathlib.Path, index: int) -> dict | None:
 
 
 def assemble_manifest(shards: list[dict]) -> dict:
-    """What the files about all shards make, but for who wrote them."""
+    """The manifest of a directory, from the files about all its shards in order."""
     return {
         "format_version": FORMAT_VERSION,
         "records": sum(shard["records"] for shard in shards),
         "items": sum(len(shard["items"]) for shard in shards),
         "encoding": shards[0]["encoding"],
         "preparation": shards[0]["preparation"],
-        "shards": [{name: shard[name] for name in ("file", "records", "sha256")} for shard in shards],
+        "shards": [{name: shard[name] for name in LISTED_FIELDS} for shard in shards],
     }
-
-
-def write_manifest(directory: pathlib.Path, shards: list[dict], written_by: dict) -> dict:
-    """Writes and returns the manifest of a directory whose shards are all there."""
-    manifest = assemble_manifest(shards) | {"written_by": written_by}
-    write_json(directory / MANIFEST_NAME, manifest)
-    return manifest
 
 
 def read_manifest(directory: str) -> dict:

@@ -12,19 +12,18 @@ anew in each epoch, so that the model never sees only one sample of a posterior.
 import collections
 import dataclasses
 import json
-import os
 import pathlib
 
 import numpy as np
 
 from trm_diffusion.data.base import DataConfig, Element, Source, make_element
-from trm_diffusion.data.shards import MANIFEST_NAME, ShardFile, ShardReader, read_about, write_json
+from trm_diffusion.data.shards import LISTED_FIELDS, MANIFEST_NAME, ShardFile, ShardReader, read_about
 from trm_diffusion.errors import UserError
 from trm_diffusion.models.latent import LatentSpec
 
 FORMAT_VERSION = 1
 SHARD_FIELDS = {
-    "file", "records", "sha256", "class_counts", "bad_images", "num_classes", "latent", "preparation"
+    *LISTED_FIELDS, "class_counts", "bad_images", "num_classes", "latent", "preparation"
 }  # fmt: skip
 
 _HOW_TO_PREPARE = (
@@ -33,11 +32,11 @@ _HOW_TO_PREPARE = (
 )
 
 
-class ShardWriter:
-    """Writes one shard; a context manager. After an error nothing of it is left.
+class ShardWriter(ShardFile):
+    """Writes one shard of latents.
 
     Args:
-      directory: where to; it exists.
+      directory: where to write; it exists.
       index: of the shard.
       spec: what the records are.
       num_classes: labels are 0 .. num_classes - 1; 0 of images with captions, whose labels are 0.
@@ -47,15 +46,10 @@ class ShardWriter:
     def __init__(
         self, directory: pathlib.Path, index: int, spec: LatentSpec, num_classes: int, preparation: dict | None = None
     ):
-        self._index = index
+        super().__init__(directory / shard_name(index))
         self._spec, self._num_classes = spec, num_classes
         self._preparation = preparation
         self._class_counts, self.bad_images = collections.Counter(), []
-        self._file = ShardFile(directory / shard_name(index))
-
-    @property
-    def records(self) -> int:
-        return self._file.records
 
     def write(self, mean: np.ndarray, std: np.ndarray, label: int) -> None:
         """Appends one record: posterior mean and standard deviation [size, size, channels], unscaled.
@@ -63,7 +57,7 @@ class ShardWriter:
         Raises:
           UserError: another shape than the spec's, a label out of range, or values that float16 cannot hold.
         """
-        self._file.append(self._encode(mean, std, label))
+        self.append(self._encode(mean, std, label))
         if self._num_classes:
             self._class_counts[int(label)] += 1
 
@@ -72,7 +66,7 @@ class ShardWriter:
         self.bad_images.append({"name": name, "reason": reason})
 
     def _encode(self, mean: np.ndarray, std: np.ndarray, label: int) -> bytes:
-        where = f"{shard_name(self._index)}, record {self.records}"
+        where = f"{self.path.name}, record {self.records}"
         shape = (self._spec.size, self._spec.size, self._spec.channels)
         if not 0 <= label < max(1, self._num_classes):
             raise UserError(f"{where}: label {label} is not one of the {self._num_classes} classes")
@@ -87,22 +81,14 @@ class ShardWriter:
             parts.append(half.tobytes())
         return b"".join(parts)
 
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(self, error_type, error, traceback) -> None:
-        if error_type is not None:
-            self._file.discard()
-            return
-        self._file.finish(
-            {
-                "class_counts": {str(label): count for label, count in sorted(self._class_counts.items())},
-                "bad_images": self.bad_images,
-                "num_classes": self._num_classes,
-                "latent": dataclasses.asdict(self._spec),
-                "preparation": self._preparation,
-            }
-        )
+    def about(self) -> dict:
+        return {
+            "class_counts": {str(label): count for label, count in sorted(self._class_counts.items())},
+            "bad_images": self.bad_images,
+            "num_classes": self._num_classes,
+            "latent": dataclasses.asdict(self._spec),
+            "preparation": self._preparation,
+        }
 
 
 def shard_name(index: int) -> str:
@@ -128,79 +114,12 @@ def assemble_manifest(shards: list[dict]) -> dict:
         "preparation": first["preparation"],
         "bad_images": [image for shard in shards for image in shard["bad_images"]],
         "class_counts": [counts[str(label)] for label in range(first["num_classes"])],
-        "shards": [{name: shard[name] for name in ("file", "records", "sha256")} for shard in shards],
+        "shards": [{name: shard[name] for name in LISTED_FIELDS} for shard in shards],
     }
 
 
-def write_manifest(directory: pathlib.Path, shards: list[dict], written_by: dict | None = None) -> dict:
-    """Writes and returns the manifest of a directory whose shards are all there."""
-    manifest = assemble_manifest(shards) | {"written_by": written_by}
-    write_json(directory / MANIFEST_NAME, manifest)
-    return manifest
-
-
-class LatentWriter:
-    """Writes a directory of latents from whatever encoded them, shard after shard; a context manager.
-
-    A run that dies in between leaves a directory without a manifest, which readers refuse, and running it again gives
-    the same bytes.
-
-    Args:
-      directory: created if it does not exist. UserError if it holds a manifest already.
-      spec: what the records are.
-      num_classes: labels are 0 .. num_classes - 1.
-      records_per_shard: a new shard file begins after so many records.
-    """
-
-    def __init__(
-        self,
-        directory: str | os.PathLike,
-        spec: LatentSpec,
-        *,
-        num_classes: int,
-        records_per_shard: int = 10_000,
-    ):
-        if records_per_shard < 1:
-            raise ValueError(f"records_per_shard={records_per_shard} must be at least 1")
-        self._directory = pathlib.Path(directory)
-        self._spec = spec
-        self._num_classes = num_classes
-        self._records_per_shard = records_per_shard
-        self._shards: list[dict] = []  # records of the closed ones
-        self._shard: ShardWriter | None = None
-        if (self._directory / MANIFEST_NAME).exists():
-            raise UserError(f"{self._directory} holds prepared latents already: choose another directory or remove it")
-        self._directory.mkdir(parents=True, exist_ok=True)
-
-    def __enter__(self) -> "LatentWriter":
-        return self
-
-    def __exit__(self, error_type, error, traceback) -> None:
-        if error_type is not None and self._shard is not None:
-            self._shard.__exit__(error_type, error, traceback)
-        if error_type is None:
-            self._close_shard()
-            if not self._shards:
-                raise UserError(f"no records were written to {self._directory}")
-            write_manifest(self._directory, self._shards)
-
-    def write(self, mean: np.ndarray, std: np.ndarray, label: int) -> None:
-        """Appends one record; see `ShardWriter.write`."""
-        if self._shard is None:
-            self._shard = ShardWriter(self._directory, len(self._shards), self._spec, self._num_classes)
-        self._shard.write(mean, std, label)
-        if self._shard.records == self._records_per_shard:
-            self._close_shard()
-
-    def _close_shard(self) -> None:
-        if self._shard is not None:
-            self._shard.__exit__(None, None, None)
-            self._shards.append(read_shard_record(self._directory, len(self._shards)))
-            self._shard = None
-
-
 class LatentSource(Source):
-    """Reads what `LatentWriter` wrote: `source[i]` is the scaled mean, `sample` draws from the posterior.
+    """Reads a directory of latents: `source[i]` is the scaled mean, `sample` draws from the posterior.
 
     Attributes:
       spec: the LatentSpec of the directory, for the checkpoint and the decoder.

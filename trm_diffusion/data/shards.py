@@ -1,9 +1,10 @@
 """Records on disk, computed once and read many times: array_record files, each with a small JSON file about it.
 
-A shard is written to a hidden file and named when it is whole, and the file about it comes last: a shard that has one
-is whole. What a directory of them means is said by its manifest, in `latents.py` and `encodings.py`.
+The JSON file comes last, so a shard that has one is complete. What a directory of shards means is said by its manifest,
+in `latents.py` and `encodings.py`.
 """
 
+import abc
 import json
 import os
 import pathlib
@@ -12,19 +13,25 @@ import threading
 import numpy as np
 
 from trm_diffusion.errors import UserError
-from trm_diffusion.weights.source import sha256
+from trm_diffusion.files import clear_partial, partial_path, remove, sha256_of_file, write_json
 
 MANIFEST_NAME = "manifest.json"
+LISTED_FIELDS = ("file", "records", "sha256")  # fields of a shard's record that the manifest repeats
+INDENT = 1  # of JSON files in a directory of shards
 
 
-class ShardFile:
-    """One shard while it is written: `append` records, then `finish` or `discard`."""
+class ShardFile(abc.ABC):
+    """One shard while it is written; a context manager. After an error nothing of it is left.
+
+    Only one process may write a shard at a time.
+    """
 
     def __init__(self, path: pathlib.Path):
         from array_record.python.array_record_module import ArrayRecordWriter
 
         self.path, self.records = path, 0
-        self._partial = path.with_name(f".{path.name}.partial")
+        clear_partial(path.parent, path.name)
+        self._partial = partial_path(path)
         # Groups of one record: a random read then touches nothing but its own bytes.
         self._file = ArrayRecordWriter(str(self._partial), "group_size:1")
 
@@ -32,20 +39,25 @@ class ShardFile:
         self._file.write(record)
         self.records += 1
 
-    def finish(self, about: dict) -> None:
-        """Names the shard, and writes the file about it: its name, count and checksum, and `about`."""
-        self._file.close()
-        os.replace(self._partial, self.path)
-        record = {"file": self.path.name, "records": self.records, "sha256": sha256(self.path)}
-        write_json(self.path.with_suffix(".json"), record | about)
+    @abc.abstractmethod
+    def about(self) -> dict:
+        """What the file about the shard says besides its name, number of records and checksum."""
 
-    def discard(self) -> None:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error_type, error, traceback) -> None:
         self._file.close()
-        self._partial.unlink(missing_ok=True)
+        if error_type is not None:
+            remove(self._partial)
+            return
+        self._partial.replace(self.path)
+        record = {"file": self.path.name, "records": self.records, "sha256": sha256_of_file(self.path)}
+        write_json(self.path.with_suffix(".json"), record | self.about(), INDENT)
 
 
 def read_about(path: pathlib.Path, fields: set[str]) -> dict | None:
-    """The file about the shard `path`, or None where it lacks a field, or it or the shard is not whole."""
+    """The file about the shard `path`, or None where it lacks a field, is damaged, or one of the two is missing."""
     try:
         about = json.loads(path.with_suffix(".json").read_text())
     except (OSError, ValueError):
@@ -53,21 +65,18 @@ def read_about(path: pathlib.Path, fields: set[str]) -> dict | None:
     return about if about.keys() >= fields and path.is_file() else None
 
 
-def refuse_change(directory: pathlib.Path, what: str, before: dict, now: dict) -> None:
-    """Raises UserError for the first field in which a directory was made otherwise than `now`."""
-    changed = [field for field in now if before.get(field) != now[field]]
-    if changed:
-        field = changed[0]
-        raise UserError(
-            f"{directory} holds {what} made with {field} = {before.get(field)!r}, not {now[field]!r}: "
-            "remove it, or give another --out"
-        )
+def holds_all_records(directory: pathlib.Path, record: dict) -> bool:
+    """Does a shard still hold as many records as were written? One that was cut short has lost the list of them."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    return ArrayRecordReader(str(directory / record["file"])).num_records() == record["records"]
 
 
-def write_json(path: pathlib.Path, record: dict) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, path)
+def write_manifest(directory: pathlib.Path, manifest: dict, written_by: dict | None = None) -> dict:
+    """Writes the manifest of a directory whose shards are all there, and returns it."""
+    manifest = manifest | {"written_by": written_by}
+    write_json(directory / MANIFEST_NAME, manifest, INDENT)
+    return manifest
 
 
 class ShardReader:

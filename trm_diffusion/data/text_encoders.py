@@ -9,7 +9,6 @@ sd3     Stable Diffusion 3's three (arXiv 2403.03206), in the folders of its pub
         CLIPs' projected texts, side by side. Padding is attended to, so the mask is all True.
 """
 
-import hashlib
 import importlib.metadata
 import json
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from trm_diffusion.errors import UserError
+from trm_diffusion.files import sha256_of_arrays, sha256_of_text
 from trm_diffusion.models.text import CLIP_LENGTH, Text, TextConfig
 
 TEXTS_AT_ONCE = 16
@@ -164,13 +164,16 @@ class PretrainedEncoder:
 def _tokenizer_sha256(tokenizer) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend else json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return sha256_of_text(text)
 
 
 def _weights_sha256(torch, model) -> str:
     """Of every parameter and buffer by name, as it was loaded."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+
+    def data(tensor) -> np.ndarray:
+        return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+    return sha256_of_arrays(
+        (f"{name} {tensor.dtype} {list(tensor.shape)}\n", data(tensor))
+        for name, tensor in sorted(model.state_dict().items())
+    )

@@ -2,10 +2,11 @@
 
 import numpy as np
 
-from trm_diffusion.data.base import Element, Source, names_sha256
+from trm_diffusion.data.base import Element, Source
 from trm_diffusion.data.encodings import Encodings
 from trm_diffusion.data.latents import LatentSource
 from trm_diffusion.errors import UserError
+from trm_diffusion.files import sha256_of_names
 from trm_diffusion.models.tokenizer import Tokenizer
 
 _SYNTHETIC_TEXT_SEED = 20_232
@@ -92,7 +93,7 @@ def _items_of(source: Source, encodings: Encodings) -> np.ndarray:
         items = [item for item, name in enumerate(encodings.names) if name not in bad]
         items = np.repeat(items, 2 if preparation.get("flip") else 1)
     else:
-        names = names_sha256(source.name(index) for index in range(len(source)))
+        names = sha256_of_names(source.name(index) for index in range(len(source)))
         items = np.arange(len(source))
     if names != encodings.preparation["names_sha256"] or len(items) != len(source):
         raise UserError(

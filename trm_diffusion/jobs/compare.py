@@ -10,8 +10,8 @@ from etils import epath
 
 from trm_diffusion.analysis.grids import image_grid
 from trm_diffusion.errors import UserError
+from trm_diffusion.files import write_text
 from trm_diffusion.metrics.image_sets import open_images
-from trm_diffusion.run.workdir import write_text
 from trm_diffusion.runtime.logging import say
 
 METRICS = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "precision", "recall": "recall"}
@@ -47,7 +47,7 @@ def compare(paths: list[str], out: str) -> None:
                 f"{first} and {path} were not measured alike and cannot be compared: "
                 + "; ".join(f"{field} {here.get(field)!r} and {there.get(field)!r}" for field in different)
             )
-    write_text(epath.Path(out), page(reports))
+    write_text(out, page(reports))
     say(f"wrote {out}")
 
 

@@ -1,7 +1,6 @@
 """The conversion job: published weights into a directory of ours, and a run's or a directory's weights out again."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ from etils import epath
 
 from trm_diffusion.config import Config
 from trm_diffusion.errors import UserError
+from trm_diffusion.files import write_json
 from trm_diffusion.run.decoder import kept_spec
 from trm_diffusion.run.restore import layers_of_run, model_of
 from trm_diffusion.run.workdir import load_config
@@ -53,7 +53,7 @@ def convert(
         with new_directory(destination) as partial:
             config = LAYOUTS[to_layout].config
             if config:
-                (partial / "config.json").write_text(json.dumps(config(weights.model), indent=2) + "\n")
+                write_json(partial / "config.json", config(weights.model))
             write_safetensors(partial / (DIFFUSERS_FILE if config else PLAIN_FILE), specs, tensors)
     else:
         save_weights(destination, weights)

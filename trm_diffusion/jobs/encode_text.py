@@ -1,28 +1,17 @@
-"""The encoding job: captions, or prompts, to a directory of encoded text (data/encodings.py).
-
-As latents are prepared (`jobs/prepare_latents.py`): a shard is made whole by one process, one that is there is not made
-again, and whichever process finds all shards there writes the manifest. So a job that was interrupted, or shared, gives
-the same bytes.
-"""
+"""The encoding job: captions, or prompts, to a directory of encoded text (data/encodings.py), shard by shard."""
 
 import dataclasses
-import hashlib
-import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable
 
-import tqdm
-
-import trm_diffusion
 from trm_diffusion.config import Config
-from trm_diffusion.data.base import names_sha256
-from trm_diffusion.data.encodings import NONE, EncodingWriter, Item, read_shard_record, write_manifest
-from trm_diffusion.data.shards import refuse_change
+from trm_diffusion.data.encodings import NONE, EncodingWriter, Item, assemble_manifest, read_shard_record
+from trm_diffusion.data.sharded import ShardedJob, consecutive_ranges, make_shards, process_share
 from trm_diffusion.data.sources import CAPTIONED_SOURCES, make_source
 from trm_diffusion.data.text_encoders import TEXTS_AT_ONCE, PretrainedEncoder
-from trm_diffusion.errors import Interrupted, UserError
-from trm_diffusion.jobs.prepare_latents import process_share
+from trm_diffusion.errors import UserError
+from trm_diffusion.files import sha256_of_json, sha256_of_names
 from trm_diffusion.run.prompts import read_prompts
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.signals import StopRequest
@@ -50,7 +39,7 @@ def encode(
 
     Raises:
       UserError: no captions, no encoders, or `out` holds shards that were made otherwise.
-      Interrupted: asked to stop; the shards that are whole stay.
+      Interrupted: asked to stop; the shards that are complete stay.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs the GPU's memory
     if not out:
@@ -59,31 +48,12 @@ def encode(
         raise UserError(
             "--mode=encode is for config.model.text.encoder=encoded; other models read words, and need no cache"
         )
-    process_index, process_count = process_share(process_index, process_count, items_per_shard)
+    share = process_share(process_index, process_count, items_per_shard)
     items = [NONE, *(_prompts(prompts) if prompts else _captions(config))]
-    encoder = PretrainedEncoder(config.model.text)
-    preparation = {
-        "items": len(items),
-        "names_sha256": names_sha256(item.name for item in items[1:]),
-        "captions_sha256": hashlib.sha256(json.dumps(items).encode()).hexdigest(),
-        "items_per_shard": items_per_shard,
-        **encoder.origin,
-    }
-    directory = pathlib.Path(out)
-    directory.mkdir(parents=True, exist_ok=True)
-    shards = [items[first : first + items_per_shard] for first in range(0, len(items), items_per_shard)]
-    for index in range(process_index, len(shards), process_count):
-        if not is_done(directory, index, encoder.encoding, preparation):
-            with EncodingWriter(directory, index, encoder.encoding, preparation) as writer:
-                write_shard(writer, shards[index], encoder, stop, f"shard {index + 1} of {len(shards)}")
-
-    missing = sum(not is_done(directory, index, encoder.encoding, preparation) for index in range(len(shards)))
-    if missing:
-        say(f"this process has made its shards; {missing} of {len(shards)} are still to come from others")
-        return
-    written_by = {"version": trm_diffusion.__version__} | encoder.written_by()
-    manifest = write_manifest(directory, [read_shard_record(directory, i) for i in range(len(shards))], written_by)
-    say(f"wrote {directory}: {manifest['records']:,} texts of {manifest['items'] - 1:,} items, and of none")
+    job = TextJob(items, PretrainedEncoder(config.model.text), pathlib.Path(out), items_per_shard)
+    manifest = make_shards(job, share, stop)
+    if manifest is not None:
+        say(f"wrote {out}: {manifest['records']:,} texts of {manifest['items'] - 1:,} items, and of none")
 
 
 def _captions(config: Config) -> list[Item]:
@@ -100,25 +70,45 @@ def _prompts(path: str) -> list[Item]:
     return [Item(f"prompt {number}", [prompt]) for number, prompt in enumerate(read_prompts(path))]
 
 
-def is_done(directory: pathlib.Path, index: int, encoding: dict, preparation: dict) -> bool:
-    """Is this shard whole? Raises UserError where it was made otherwise."""
-    record = read_shard_record(directory, index)
-    if record is None:
-        return False
-    refuse_change(directory, "texts", record["encoding"] | record["preparation"], encoding | preparation)
-    return True
+class TextJob(ShardedJob):
+    """Shards of encoded text, from consecutive items, of which the first is the empty text."""
 
+    contents, unit = "texts", "text"
 
-def write_shard(
-    writer: EncodingWriter, items: Sequence[Item], encoder: PretrainedEncoder, stop: StopRequest, name: str
-) -> None:
-    """Encodes and writes the captions of one shard."""
-    captions = [caption for item in items for caption in item.captions]
-    for first in tqdm.tqdm(
-        range(0, len(captions), TEXTS_AT_ONCE), desc=name, unit="batch", mininterval=1, disable=None
-    ):
-        if stop.requested:
-            raise Interrupted(f"stopped in {name}; the shards before it are whole")
-        for text in zip(*encoder(captions[first : first + TEXTS_AT_ONCE]), strict=True):
-            writer.write(*text)
-    writer.finish(items)
+    def __init__(self, items: list[Item], encoder: PretrainedEncoder, directory: pathlib.Path, items_per_shard: int):
+        self._encoder = encoder
+        self._items = [
+            [items[item] for item in shard_items] for shard_items in consecutive_ranges(len(items), items_per_shard)
+        ]
+        self._preparation = {
+            "items": len(items),
+            "names_sha256": sha256_of_names(item.name for item in items[1:]),
+            "captions_sha256": sha256_of_json(items),
+            "items_per_shard": items_per_shard,
+            **encoder.origin,
+        }
+        self.directory = directory
+        self.sizes = [sum(len(item.captions) for item in shard_items) for shard_items in self._items]
+        self.made_with = encoder.encoding | self._preparation
+
+    def read_record(self, index: int) -> dict | None:
+        return read_shard_record(self.directory, index)
+
+    def made_with_of(self, record: dict) -> dict:
+        return record["encoding"] | record["preparation"]
+
+    def write_shard(self, index: int, advance: Callable[[int], None]) -> str:
+        items = self._items[index]
+        captions = [caption for item in items for caption in item.captions]
+        with EncodingWriter(self.directory, index, items, self._encoder.encoding, self._preparation) as writer:
+            for batch in consecutive_ranges(len(captions), TEXTS_AT_ONCE):
+                advance(len(batch))
+                for text in zip(*self._encoder([captions[caption] for caption in batch]), strict=True):
+                    writer.write(*text)
+        return f"{writer.records:,} texts of {len(items)} items"
+
+    def assemble_manifest(self, records: list[dict]) -> dict:
+        return assemble_manifest(records)
+
+    def written_by(self) -> dict[str, str]:
+        return self._encoder.written_by()

@@ -13,6 +13,7 @@ from etils import epath
 import trm_diffusion
 from trm_diffusion.config import Config
 from trm_diffusion.data.scenes.source import SceneSource
+from trm_diffusion.files import write_json
 from trm_diffusion.jobs.sample import draw_all, image_drawer, write_grid
 from trm_diffusion.metrics.digits import evaluate_digits
 from trm_diffusion.metrics.scenes.score import evaluate_scenes
@@ -20,7 +21,6 @@ from trm_diffusion.models.tokenizer import Tokenizer
 from trm_diffusion.run.decoder import Decoder, load_decoder
 from trm_diffusion.run.prompts import load_words
 from trm_diffusion.run.restore import load_run, sampling_parameters
-from trm_diffusion.run.workdir import write_json
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.random import Purpose
 from trm_diffusion.runtime.signals import StopRequest

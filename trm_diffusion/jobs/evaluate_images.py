@@ -9,6 +9,7 @@ from etils import epath
 
 import trm_diffusion
 from trm_diffusion.errors import UserError
+from trm_diffusion.files import replacing, write_json
 from trm_diffusion.jobs.evaluate import git_commit
 from trm_diffusion.metrics.adm import (
     PROTOCOL,
@@ -21,7 +22,6 @@ from trm_diffusion.metrics.adm import (
 )
 from trm_diffusion.metrics.image_sets import ImageSet, open_images
 from trm_diffusion.metrics.precision_recall import NEIGHBOURS
-from trm_diffusion.run.workdir import write_json
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.processes import is_first
 from trm_diffusion.weights.inception import load_inception
@@ -116,11 +116,8 @@ def make_reference(images: str, inception: str, out: str, image_size: int = 0) -
     arrays = reference_arrays(weights, source, BATCH_SIZE)
     if not is_first():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
+    with replacing(path) as partial, partial.open("wb") as file:
         np.savez(file, **arrays)
-    partial.replace(path)
     say(f"wrote {path}: statistics of {len(source)} images, {len(arrays['arr_0'])} of them for precision and recall")
 
 

@@ -23,12 +23,12 @@ from jax.experimental import multihost_utils
 from trm_diffusion.analysis.grids import image_grid, save_png
 from trm_diffusion.config import Config
 from trm_diffusion.errors import Interrupted, UserError
+from trm_diffusion.files import replacing, write_json
 from trm_diffusion.jobs.evaluate import evaluation_labels, protocol
 from trm_diffusion.jobs.sample import drawer
 from trm_diffusion.metrics.image_sets import FolderImages
 from trm_diffusion.run.decoder import load_decoder
 from trm_diffusion.run.restore import load_run, sampling_parameters
-from trm_diffusion.run.workdir import write_json
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.processes import is_first, wait_for_all
 from trm_diffusion.runtime.sharding import own_shards
@@ -109,7 +109,7 @@ def as_first_sees(flags: Sequence[bool]) -> np.ndarray:
 def start(folder: epath.Path, labels: np.ndarray, record: dict) -> None:
     """Writes labels and record. Raises UserError where the folder's own record tells of other images."""
     if keep_record(folder / "sampling.json", folder, record) and is_first():
-        with (folder / "labels.npy").open("wb") as file:
+        with replacing(folder / "labels.npy") as partial, partial.open("wb") as file:
             np.save(file, labels)
     wait_for_all("the folder is there")
 
@@ -138,14 +138,12 @@ def pack(folder: epath.Path, target: epath.Path, labels: np.ndarray) -> None:
     """Writes the folder's images and labels as one npz file, a batch at a time, and its record beside it."""
     images = FolderImages(folder)
     first = next(images.batches(1))
-    partial = target.with_name(f".{target.name}.partial")
-    with partial.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
+    with replacing(target) as partial, partial.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
         with _array(archive, "arr_0", (len(images), *first.shape[1:]), np.uint8) as stream:
             for batch in images.batches(256):
                 stream.write(np.ascontiguousarray(batch).tobytes())
         with _array(archive, "arr_1", labels.shape, labels.dtype) as stream:
             stream.write(labels.tobytes())
-    partial.replace(target)
     write_json(target.with_name(f"{folder.name}.sampling.json"), json.loads((folder / "sampling.json").read_text()))
 
 

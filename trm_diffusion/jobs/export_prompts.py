@@ -9,8 +9,6 @@ OUT.sampling.json    how they were drawn
 """
 
 import dataclasses
-import hashlib
-import json
 import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -23,6 +21,7 @@ from etils import epath
 from trm_diffusion.analysis.grids import image_grid
 from trm_diffusion.config import Config
 from trm_diffusion.errors import UserError
+from trm_diffusion.files import clear_partial, sha256_of_json
 from trm_diffusion.jobs.evaluate import protocol
 from trm_diffusion.jobs.export_images import as_first_sees, keep_record, require_images
 from trm_diffusion.jobs.sample import draw_all, image_drawer
@@ -136,8 +135,6 @@ def start(folder: pathlib.Path, benchmark: str, texts: list[str], record: dict) 
     if not path.exists() and folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty, and no {path.name} beside it says of what: give another --out")
     del record["label_rule"]
-    prompts_sha256 = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-    keep_record(path, folder, {**record, "samples": IMAGES * len(texts), benchmark: prompts_sha256})
+    keep_record(path, folder, {**record, "samples": IMAGES * len(texts), benchmark: sha256_of_json(texts)})
     if is_first():
-        for partial in folder.rglob(".*.partial-*"):
-            partial.unlink()
+        clear_partial(folder)

@@ -1,31 +1,29 @@
 """The preparation job: images to a directory of latents (data/latents.py), which `--mode=verify` checks.
 
-Images are cropped as ADM does, encoded to mean and standard deviation, and written in shards of consecutive images. A
-shard depends on its images alone: it is made whole by one process, one that is there is not made again, and the
-manifest is written by whichever process finds all shards there. So an interrupted job that is started again, and any
-number of processes that share it, give the same bytes.
+Images are cropped as ADM does, encoded to mean and standard deviation, and written in shards of consecutive images
+(data/sharded.py).
 """
 
 import collections
+import contextlib
 import dataclasses
 import importlib.metadata
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
-import tqdm
 
-import trm_diffusion
 from trm_diffusion.config import Config
-from trm_diffusion.data.base import Element, Source, names_sha256
+from trm_diffusion.data.base import Element, Source
 from trm_diffusion.data.images import CROP_RULE, UnreadableImage
-from trm_diffusion.data.latents import ShardWriter, read_shard_record, write_manifest
-from trm_diffusion.data.shards import refuse_change
+from trm_diffusion.data.latents import ShardWriter, assemble_manifest, read_shard_record
+from trm_diffusion.data.sharded import ShardedJob, consecutive_ranges, make_shards, process_share
 from trm_diffusion.data.sources import IMAGE_FILE_SOURCES, make_source
-from trm_diffusion.errors import Interrupted, UserError
+from trm_diffusion.errors import UserError
+from trm_diffusion.files import sha256_of_names
 from trm_diffusion.models.latent import LatentSpec
 from trm_diffusion.models.vae import VAE
 from trm_diffusion.run.decoder import config_vae, images_at_once, sharded_over_batch
@@ -58,54 +56,20 @@ def prepare(
 
     Raises:
       UserError: data that hold no images, no autoencoder, or `out` holds shards that were made otherwise.
-      Interrupted: asked to stop; the shards that are whole stay.
+      Interrupted: asked to stop; the shards that are complete stay.
     """
     if not out:
         raise UserError("--mode=prepare needs --out=DIR, where the latents go")
-    process_index, process_count = process_share(process_index, process_count, images_per_shard)
+    share = process_share(process_index, process_count, images_per_shard)
     if not config.data.vae:
         raise UserError("--mode=prepare needs --config.data.vae=DIR, an autoencoder that --mode=convert has written")
-    vae, spec = config_vae(config)
-    source = image_source(config, vae, spec)
-    directory = pathlib.Path(out)
-    directory.mkdir(parents=True, exist_ok=True)
-    preparation = preparation_of(config, source, spec, images_per_shard)
-    count = -(-len(source) // images_per_shard)
-    mine = range(process_index, count, process_count)
-    done = {index for index in range(count) if is_done(directory, index, spec, preparation)}
-    encode = Encoder(vae, spec)
-    images = {
-        index: range(index * images_per_shard, min((index + 1) * images_per_shard, len(source))) for index in mine
-    }
-    total, initial = sum(map(len, images.values())), sum(len(images[index]) for index in done & images.keys())
-    with tqdm.tqdm(total=total, initial=initial, unit="image", mininterval=1, disable=None) as bar:
-        for index in mine:
-            if index not in done:
-                with ShardWriter(directory, index, spec, source.num_classes, preparation) as writer:
-                    write_shard(writer, source, images[index], encode, config.data.flip, stop, bar)
-                say(f"shard {index + 1} of {count}: {writer.records:,} records, {len(writer.bad_images)} bad images")
-
-    missing = sum(not is_done(directory, index, spec, preparation) for index in range(count))
-    if missing:
-        say(f"this process has made its shards; {missing} of {count} are still to come from others")
+    manifest = make_shards(LatentJob(config, pathlib.Path(out), images_per_shard), share, stop)
+    if manifest is None:
         return
-    manifest = write_manifest(directory, [read_shard_record(directory, i) for i in range(count)], written_by())
-    bad = manifest["bad_images"]
-    say(f"wrote {directory}: {manifest['records']:,} records in {count} shards, {len(bad)} images could not be read")
+    records, shards, bad = manifest["records"], len(manifest["shards"]), manifest["bad_images"]
+    say(f"wrote {out}: {records:,} records in {shards} shards, {len(bad)} images could not be read")
     for image in bad[:10]:
         say(f"bad image {image['name']}: {image['reason']}")
-
-
-def process_share(process_index: int | None, process_count: int | None, images_per_shard: int) -> tuple[int, int]:
-    """Index and count of the processes that share a job, JAX's own by default. UserError where there are none such."""
-    process_index = jax.process_index() if process_index is None else process_index
-    process_count = jax.process_count() if process_count is None else process_count
-    if images_per_shard < 1 or not 0 <= process_index < process_count:
-        raise UserError(
-            f"--images_per_shard={images_per_shard} must be at least 1, and --process_index={process_index} from 0 "
-            f"to --process_count={process_count} less 1"
-        )
-    return process_index, process_count
 
 
 def image_source(config: Config, vae: VAE, spec: LatentSpec) -> Source:
@@ -127,7 +91,7 @@ def preparation_of(config: Config, source: Source, spec: LatentSpec, images_per_
         "tfds_name": config.data.tfds_name if config.data.source.startswith("tfds") else None,
         "split": config.data.split if config.data.source.startswith("tfds") else None,
         "images": len(source),
-        "names_sha256": names_sha256(source.name(index) for index in range(len(source))),
+        "names_sha256": sha256_of_names(source.name(index) for index in range(len(source))),
         "image_size": source.sample_shape[0],
         "crop": CROP_RULE,
         "flip": config.data.flip,
@@ -136,21 +100,59 @@ def preparation_of(config: Config, source: Source, spec: LatentSpec, images_per_
     }
 
 
-def is_done(directory: pathlib.Path, index: int, spec: LatentSpec, preparation: dict) -> bool:
-    """Is this shard whole? Raises UserError where it was made otherwise."""
-    record = read_shard_record(directory, index)
-    if record is None or not _holds_all(directory, record):
-        return False
-    before = {**(record["preparation"] or {}), **record["latent"]}
-    refuse_change(directory, "latents", before, {**preparation, **dataclasses.asdict(spec)})
-    return True
+class LatentJob(ShardedJob):
+    """Shards of latents, from consecutive images. Raises UserError for data or an autoencoder that do not serve."""
 
+    contents, unit = "latents", "image"
 
-def _holds_all(directory: pathlib.Path, record: dict) -> bool:
-    """Does the shard still hold as many records as were written? One that is cut short has lost the list of them."""
-    from array_record.python.array_record_module import ArrayRecordReader
+    def __init__(self, config: Config, directory: pathlib.Path, images_per_shard: int):
+        vae, self._spec = config_vae(config)
+        self._source = image_source(config, vae, self._spec)
+        self._preparation = preparation_of(config, self._source, self._spec, images_per_shard)
+        self._images = consecutive_ranges(len(self._source), images_per_shard)
+        self._flip, self._encode = config.data.flip, Encoder(vae, self._spec)
+        self.directory, self.sizes = directory, [*map(len, self._images)]
+        self.made_with = self._preparation | dataclasses.asdict(self._spec)
 
-    return ArrayRecordReader(str(directory / record["file"])).num_records() == record["records"]
+    def read_record(self, index: int) -> dict | None:
+        return read_shard_record(self.directory, index)
+
+    def made_with_of(self, record: dict) -> dict:
+        return (record["preparation"] or {}) | record["latent"]
+
+    def write_shard(self, index: int, advance: Callable[[int], None]) -> str:
+        batch: list[Element] = []
+        with (
+            ShardWriter(self.directory, index, self._spec, self._source.num_classes, self._preparation) as writer,
+            contextlib.closing(read_ahead(self._source, self._images[index], 2 * self._encode.batch_size)) as reads,
+        ):
+            for image, read in reads:
+                advance(1)
+                if isinstance(read, UnreadableImage):
+                    writer.note_bad_image(self._source.name(image), str(read))
+                else:
+                    batch.append(read)
+                if len(batch) == self._encode.batch_size:
+                    self._write_batch(writer, batch)
+                    batch.clear()
+            if batch:
+                self._write_batch(writer, batch)
+        return f"{writer.records:,} records, {len(writer.bad_images)} bad images"
+
+    def _write_batch(self, writer: ShardWriter, batch: list[Element]) -> None:
+        images = np.stack([element["image"] for element in batch])
+        views = [images, images[:, :, ::-1]] if self._flip else [images]
+        moments = [self._encode(view) for view in views]
+        for row, element in enumerate(batch):
+            for mean, std in moments:
+                writer.write(mean[row], std[row], element.get("label", 0))
+
+    def assemble_manifest(self, records: list[dict]) -> dict:
+        return assemble_manifest(records)
+
+    def written_by(self) -> dict[str, str]:
+        packages = ("jax", "flax", "numpy", "pillow", "array_record")
+        return {name: importlib.metadata.version(name) for name in packages}
 
 
 class Encoder:
@@ -168,40 +170,8 @@ class Encoder:
         return np.asarray(mean)[: len(images_bhwc)], np.asarray(std)[: len(images_bhwc)]
 
 
-def write_shard(
-    writer: ShardWriter, source: Source, indices: range, encode: Encoder, flip: bool, stop: StopRequest, bar: tqdm.tqdm
-) -> None:
-    """Reads, encodes and writes the images of one shard."""
-    batch: list[Element] = []
-
-    def write_batch() -> None:
-        images = np.stack([element["image"] for element in batch])
-        views = [encode(images), encode(images[:, :, ::-1])] if flip else [encode(images)]
-        for row, element in enumerate(batch):
-            for mean, std in views:
-                writer.write(mean[row], std[row], element.get("label", 0))
-        batch.clear()
-
-    with ThreadPoolExecutor(min(MAX_READERS, os.cpu_count() or 1)) as pool:
-        for index, read in read_ahead(source, indices, pool, 2 * encode.batch_size):
-            if stop.requested:
-                pool.shutdown(cancel_futures=True)
-                raise Interrupted(f"stopped at image {index:,} of {len(source):,}; the shards before it are whole")
-            if isinstance(read, UnreadableImage):
-                writer.note_bad_image(source.name(index), str(read))
-            else:
-                batch.append(read)
-            if len(batch) == encode.batch_size:
-                write_batch()
-            bar.update()
-    if batch:
-        write_batch()
-
-
-def read_ahead(
-    source: Source, indices: range, pool: ThreadPoolExecutor, ahead: int
-) -> Iterator[tuple[int, Element | UnreadableImage]]:
-    """Index and element of each image in order, or what is wrong with it; `ahead` of them are read beforehand."""
+def read_ahead(source: Source, indices: range, ahead: int) -> Iterator[tuple[int, Element | UnreadableImage]]:
+    """Index and element of each image in order, or what is wrong with it; threads read `ahead` of them beforehand."""
 
     def read(index: int) -> tuple[int, Element | UnreadableImage]:
         try:
@@ -209,16 +179,13 @@ def read_ahead(
         except UnreadableImage as error:
             return index, error
 
-    pending = collections.deque()
-    for index in indices:
-        pending.append(pool.submit(read, index))
-        if len(pending) > ahead:
+    pool, pending = ThreadPoolExecutor(min(MAX_READERS, os.cpu_count() or 1)), collections.deque()
+    try:
+        for index in indices:
+            pending.append(pool.submit(read, index))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
             yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
-
-
-def written_by() -> dict:
-    """Versions, for the manifest."""
-    packages = ("jax", "flax", "numpy", "pillow", "array_record")
-    return {"version": trm_diffusion.__version__} | {name: importlib.metadata.version(name) for name in packages}
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,35 +1,33 @@
-"""The verification job: is a directory of prepared latents, or of encoded text, whole and what its manifest says?"""
+"""The verification job: is a directory of prepared latents, or of encoded text, complete and what its manifest says?"""
 
 import json
 import pathlib
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import tqdm
 
 from trm_diffusion.config import Config
-from trm_diffusion.data import encodings
+from trm_diffusion.data import encodings, latents
 from trm_diffusion.data.base import check_matches_config
-from trm_diffusion.data.latents import LatentSource, assemble_manifest, decode_record, read_manifest, read_shard_record
 from trm_diffusion.data.shards import MANIFEST_NAME
 from trm_diffusion.errors import UserError
+from trm_diffusion.files import sha256_of_file
 from trm_diffusion.models.latent import LatentSpec
 from trm_diffusion.run.decoder import config_vae, difference
 from trm_diffusion.runtime.logging import say
-from trm_diffusion.weights.source import sha256
 
 
 def verify(directory: str, config: Config | None = None) -> bool:
-    """Reads everything in the directory again; prints a line for each finding, or one JSON line where there is none.
+    """Re-reads everything in the directory; prints a line for each finding, or one JSON line where there is none.
 
     config: checked too where there is one: of latents the classes, sizes, and the autoencoder `data.vae` if it names
     one; of text the sizes, and the encoders if `model.text` names them.
     """
     if not directory:
         raise UserError("--mode=verify needs --out=DIR, a directory that --mode=prepare or --mode=encode has written")
-    findings, report = (_texts if _holds_texts(directory) else _latents)(directory, config)
+    findings, report = (_verify_texts if _holds_texts(directory) else _verify_latents)(directory, config)
     for finding in findings:
         print(f"error: {finding}", file=sys.stderr)
     if findings:
@@ -46,13 +44,22 @@ def _holds_texts(directory: str) -> bool:
         return False  # reading it as the manifest of latents says why
 
 
-def _latents(directory: str, config: Config | None) -> tuple[list[str], dict]:
-    manifest, root = read_manifest(directory), pathlib.Path(directory)
-    spec = manifest["latent"]
-    findings = [*_of_manifest(root, manifest), *_of_config(directory, spec, config)]
+def _verify_latents(directory: str, config: Config | None) -> tuple[list[str], dict]:
+    """Findings, and the report where there are none."""
+    manifest, root = latents.read_manifest(directory), pathlib.Path(directory)
+    spec, shards = manifest["latent"], manifest["shards"]
+    about = [latents.read_shard_record(root, index) for index in range(len(shards))]
+    findings = list(_manifest_findings(root, shards, about, latents.assemble_manifest))
+    if None not in about:
+        findings += _image_count_findings(root, manifest)
+    if config is not None:
+        findings += _latent_config_findings(directory, spec, config)
     counts = np.zeros(manifest["num_classes"], np.int64)
-    for index, shard in enumerate(tqdm.tqdm(manifest["shards"], unit="shard", disable=None)):
-        findings += _of_shard(root, index, shard, spec, counts)
+
+    def check(record: bytes) -> str | None:
+        return _latent_finding(record, spec, counts)
+
+    findings += _shard_findings(root, shards, about, check)
     if not findings and counts.tolist() != manifest["class_counts"]:
         label = int(np.flatnonzero(counts != manifest["class_counts"])[0])
         findings.append(
@@ -60,7 +67,7 @@ def _latents(directory: str, config: Config | None) -> tuple[list[str], dict]:
         )
     return findings, {
         "records": manifest["records"],
-        "shards": len(manifest["shards"]),
+        "shards": len(shards),
         "classes_with_records": int(np.count_nonzero(counts)),
         "bad_images": len(manifest["bad_images"]),
         "latent": f"{spec.size}x{spec.size}x{spec.channels}, scale {spec.scale}, shift {spec.shift}",
@@ -68,15 +75,17 @@ def _latents(directory: str, config: Config | None) -> tuple[list[str], dict]:
     }
 
 
-def _texts(directory: str, config: Config | None) -> tuple[list[str], dict]:
+def _verify_texts(directory: str, config: Config | None) -> tuple[list[str], dict]:
+    """Findings, and the report where there are none."""
     manifest, root = encodings.read_manifest(directory), pathlib.Path(directory)
     shards, sizes = manifest["shards"], [manifest["encoding"][name] for name in encodings.SIZES]
     about = [encodings.read_shard_record(root, index) for index in range(len(shards))]
-    findings = list(_unlisted(root, shards))
-    if None not in about:
-        findings += _unlike(root, manifest, encodings.assemble_manifest(about))
-    for shard, record in zip(tqdm.tqdm(shards, unit="shard", disable=None), about, strict=True):
-        findings += _of_text_shard(root / shard["file"], shard, record, sizes)
+    findings = list(_manifest_findings(root, shards, about, encodings.assemble_manifest))
+    for shard, record in zip(shards, about, strict=True):
+        captions = None if record is None else sum(len(captions) for _, captions in record["items"])
+        if captions not in (None, shard["records"]):
+            findings.append(f"{root / shard['file']} holds {shard['records']} records of {captions} captions")
+    findings += _shard_findings(root, shards, about, lambda record: _text_finding(record, sizes))
     if config is not None and not findings:
         try:
             encodings.open_encodings(directory, config.model.text)
@@ -91,34 +100,77 @@ def _texts(directory: str, config: Config | None) -> tuple[list[str], dict]:
     }
 
 
-def _of_text_shard(path: pathlib.Path, shard: dict, about: dict | None, sizes: list[int]) -> Iterator[str]:
-    """What is wrong with one shard of encoded text."""
-    reader, finding = _opened(path, shard, about)
-    if finding:
-        yield finding
-    if reader is None or about is None:
-        return
-    captions = sum(len(captions) for _, captions in about["items"])
-    if captions != shard["records"]:
-        yield f"{path} holds {shard['records']} records of {captions} captions"
-    for position in range(shard["records"]):
-        try:
-            text = encodings.decode_record(reader.read([position])[0], *sizes)
-        except ValueError as error:
-            yield f"{path}: record {position} {error}"
-            return
-        if not (np.isfinite(text.states).all() and np.isfinite(text.pooled).all()):
-            yield f"{path}: record {position} holds values that are not finite"
-            return
-
-
-def _of_manifest(root: pathlib.Path, manifest: dict) -> Iterator[str]:
-    """The manifest is what the records of its shards make, and counts every image of the data."""
-    yield from _unlisted(root, manifest["shards"])
-    records = [read_shard_record(root, index) for index in range(len(manifest["shards"]))]
-    if None in records:
+def _manifest_findings(
+    root: pathlib.Path, shards: list[dict], about: list[dict | None], assemble: Callable[[list[dict]], dict]
+) -> Iterator[str]:
+    """Shards that the manifest does not list, and fields that differ from what the files about the shards make."""
+    listed = {shard["file"] for shard in shards}
+    for file in sorted(root.glob("*.array_record")):
+        if file.name not in listed:
+            yield f"{file} is not in the manifest"
+    if None in about:
         return  # a file is missing or damaged, which has a line of its own
-    yield from _unlike(root, json.loads((root / MANIFEST_NAME).read_text()), assemble_manifest(records))
+    written = json.loads((root / MANIFEST_NAME).read_text())
+    for field, value in assemble(about).items():
+        if value != written.get(field):
+            yield f"{root / MANIFEST_NAME}: {field} is not what the records of its shards say"
+
+
+def _shard_findings(
+    root: pathlib.Path, shards: list[dict], about: list[dict | None], check: Callable[[bytes], str | None]
+) -> Iterator[str]:
+    """Damaged shards, and the first record of each in which `check` finds something."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    for shard, record in zip(tqdm.tqdm(shards, unit="shard", disable=None), about, strict=True):
+        path = root / shard["file"]
+        if not path.is_file():
+            yield f"{path} is missing"
+            continue
+        if sha256_of_file(path) != shard.get("sha256"):
+            yield f"{path} is damaged: its checksum is not the manifest's"
+            continue
+        reader = ArrayRecordReader(str(path))
+        if reader.num_records() != shard["records"]:
+            yield f"{path} holds {reader.num_records()} records, the manifest says {shard['records']}"
+            continue
+        if record is None:
+            said = path.with_suffix(".json")
+            yield f"{said} is {'damaged' if said.is_file() else 'missing'}"
+        for position in range(shard["records"]):
+            if finding := check(reader.read([position])[0]):
+                yield f"{path}: record {position} {finding}"
+                break
+
+
+def _latent_finding(record: bytes, spec: LatentSpec, counts: np.ndarray) -> str | None:
+    """What is wrong with one record of latents; adds it to the counts of classes [K]."""
+    try:
+        mean, std, label = latents.decode_record(record, spec)
+    except ValueError as error:
+        return str(error)
+    if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std >= 0).all()):
+        return "holds values that are not finite, or a negative deviation"
+    if not 0 <= label < max(1, len(counts)):
+        return f"has the label {label} of {len(counts)} classes"
+    if len(counts):
+        counts[label] += 1
+    return None
+
+
+def _text_finding(record: bytes, sizes: list[int]) -> str | None:
+    """What is wrong with one record of encoded text."""
+    try:
+        text = encodings.decode_record(record, *sizes)
+    except ValueError as error:
+        return str(error)
+    if not (np.isfinite(text.states).all() and np.isfinite(text.pooled).all()):
+        return "holds values that are not finite"
+    return None
+
+
+def _image_count_findings(root: pathlib.Path, manifest: dict) -> Iterator[str]:
+    """Does the manifest account for every image of the data?"""
     preparation = manifest["preparation"]
     if preparation:
         views = 2 if preparation["flip"] else 1
@@ -127,65 +179,13 @@ def _of_manifest(root: pathlib.Path, manifest: dict) -> Iterator[str]:
             yield f"{root} has {manifest['records']} records; images without the bad ones make {wanted}"
 
 
-def _unlisted(root: pathlib.Path, shards: list[dict]) -> Iterator[str]:
-    listed = {shard["file"] for shard in shards}
-    for file in sorted(root.glob("*.array_record")):
-        if file.name not in listed:
-            yield f"{file} is not in the manifest"
-
-
-def _unlike(root: pathlib.Path, written: dict, made: dict) -> Iterator[str]:
-    for field in made:
-        if made[field] != written.get(field):
-            yield f"{root / MANIFEST_NAME}: {field} is not what the records of its shards say"
-
-
-def _opened(path: pathlib.Path, shard: dict, about: dict | None) -> tuple[Any, str]:
-    """A reader of a shard, or None where it is not what the manifest says; and what is wrong, if anything."""
-    from array_record.python.array_record_module import ArrayRecordReader
-
-    if not path.is_file():
-        return None, f"{path} is missing"
-    if sha256(path) != shard.get("sha256"):
-        return None, f"{path} is damaged: its checksum is not the manifest's"
-    reader, said = ArrayRecordReader(str(path)), path.with_suffix(".json")
-    if reader.num_records() != shard["records"]:
-        return None, f"{path} holds {reader.num_records()} records, the manifest says {shard['records']}"
-    return reader, "" if about else f"{said} is {'damaged' if said.is_file() else 'missing'}"
-
-
-def _of_config(directory: str, spec: LatentSpec, config: Config | None) -> Iterator[str]:
-    if config is None:
-        return
+def _latent_config_findings(directory: str, spec: LatentSpec, config: Config) -> Iterator[str]:
+    """Are these the latents that the config asks for?"""
     try:
-        check_matches_config(LatentSource(directory), config.data)
+        check_matches_config(latents.LatentSource(directory), config.data)
         wanted = config_vae(config)[1] if config.data.vae else spec
     except UserError as error:
         yield str(error)
         return
     if spec != wanted:
         yield f"{directory} holds latents of {difference(spec, wanted)} of config.data.vae {config.data.vae}"
-
-
-def _of_shard(root: pathlib.Path, index: int, shard: dict, spec: LatentSpec, counts: np.ndarray) -> Iterator[str]:
-    """What is wrong with one shard; adds its records to the counts of classes [K]."""
-    path = root / shard["file"]
-    reader, finding = _opened(path, shard, read_shard_record(root, index))
-    if finding:
-        yield finding
-    if reader is None:
-        return
-    for position in range(shard["records"]):
-        try:
-            mean, std, label = decode_record(reader.read([position])[0], spec)
-        except ValueError as error:
-            yield f"{path}: record {position} {error}"
-            return
-        if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std >= 0).all()):
-            yield f"{path}: record {position} holds values that are not finite, or a negative deviation"
-            return
-        if not 0 <= label < max(1, len(counts)):
-            yield f"{path}: record {position} has the label {label} of {len(counts)} classes"
-            return
-        if len(counts):
-            counts[label] += 1

@@ -4,7 +4,6 @@ A reference file is an npz: `mu`, `sigma` of the pool features and `mu_s`, `sigm
 data set, and in `arr_0` some of its images (10,000 by convention), which precision and recall compare with.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from trm_diffusion.errors import UserError
+from trm_diffusion.files import sha256_of_file
 from trm_diffusion.metrics.frechet import StreamingMoments, frechet_and_influence
 from trm_diffusion.metrics.image_sets import ImageSet, NpzImages
 from trm_diffusion.metrics.inception_score import CHUNK_IMAGES, inception_score
@@ -138,9 +138,7 @@ def read_reference(path: str) -> Reference:
             if pair.mean.shape != (width,) or pair.covariance.shape != (width, width):
                 raise UserError(f"{path}: {mean} and {covariance} must be [{width}] and [{width}, {width}]")
             statistics.append(pair)
-    with location.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return Reference(*statistics, images, sha256)
+    return Reference(*statistics, images, sha256_of_file(location))
 
 
 def reference_arrays(weights: Weights, images: ImageSet, batch_size: int, seed: int = 0) -> dict[str, np.ndarray]:

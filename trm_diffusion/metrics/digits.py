@@ -6,12 +6,12 @@ split says how well a perfect generator would do. Nothing here is an FID: the Fr
 """
 
 import functools
-import hashlib
 
 import numpy as np
 
 from trm_diffusion.data.digits import NUM_CLASSES, PIXEL_MAX, load_digits_split
 from trm_diffusion.errors import UserError
+from trm_diffusion.files import sha256
 from trm_diffusion.metrics.frechet import frechet_distance, moments
 
 JUDGE = "scikit-learn SVC(rbf, C=10, gamma=0.001) on 0..16 pixels of the training split"
@@ -96,7 +96,7 @@ def _to_pixels(images: np.ndarray) -> np.ndarray:
 def _reference() -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
     """The training split: pixels [N, 64], their mean [64] and covariance [64, 64], and their sha256."""
     pixels = _to_pixels(load_digits_split()[0])
-    digest = hashlib.sha256(np.round(pixels).astype(np.uint8).tobytes()).hexdigest()
+    digest = sha256([np.round(pixels).astype(np.uint8).tobytes()])
     return pixels, *moments(pixels), digest
 
 

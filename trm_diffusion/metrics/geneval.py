@@ -13,7 +13,6 @@ each print one line of JSON. The layout that the official evaluator reads is
 
 import argparse
 import json
-import os
 import pathlib
 import sys
 from collections import defaultdict
@@ -23,6 +22,7 @@ import numpy as np
 
 from trm_diffusion.analysis.grids import save_png
 from trm_diffusion.errors import UserError
+from trm_diffusion.files import write_text
 from trm_diffusion.metrics.exports import check_files, print_json, read_json_lines
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -58,11 +58,8 @@ def metadata_path(directory: str | pathlib.Path, prompt: int) -> pathlib.Path:
 def write_image(directory: str | pathlib.Path, prompts: Sequence[dict], prompt: int, image: int, pixels: np.ndarray):
     """Writes one image, uint8 [H, W, 3], and its prompt's metadata; each file appears whole or not at all."""
     path, metadata = image_path(directory, prompt, image), metadata_path(directory, prompt)
-    path.parent.mkdir(parents=True, exist_ok=True)
     if not metadata.exists():
-        temporary = metadata.with_name(f".{metadata.name}.partial-{os.getpid()}")
-        temporary.write_text(json.dumps(prompts[prompt]) + "\n", "utf-8")
-        os.replace(temporary, metadata)
+        write_text(metadata, json.dumps(prompts[prompt]) + "\n")
     save_png(path, pixels)
 
 

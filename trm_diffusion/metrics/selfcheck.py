@@ -12,8 +12,15 @@ from trm_diffusion.metrics.adm import fid_name
 from trm_diffusion.metrics.frechet import StreamingMoments, frechet_distance, moments
 from trm_diffusion.metrics.inception_score import inception_score
 from trm_diffusion.metrics.precision_recall import precision_recall
-from trm_diffusion.models.inception import convolution, inception_features, network, network_input, resize_as_tf1
-from trm_diffusion.weights.inception import fold_batch_norms, random_state
+from trm_diffusion.models.inception import (
+    convolution,
+    fold_batch_norms,
+    inception_features,
+    network,
+    network_input,
+    random_state,
+    resize_as_tf1,
+)
 
 
 def commuting_covariances() -> tuple[float, float, float]:

@@ -15,6 +15,9 @@ from jax import lax
 
 INPUT_SIZE = 299
 SPATIAL_CHANNELS = 7
+NUM_LOGITS, POOL_WIDTH = 1008, 2048
+BATCH_NORM_EPSILON = 1e-3
+BATCH_NORM = ("weight", "bias", "running_mean", "running_var")  # as PyTorch names its tensors
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 EXACT = lax.Precision.HIGHEST  # accelerators round products to fewer bits unless told otherwise
 
@@ -91,6 +94,46 @@ def layer_shapes() -> dict[str, tuple[int, int, int, int]]:
 
     jax.eval_shape(lambda x: network(x, record), jax.ShapeDtypeStruct((1, INPUT_SIZE, INPUT_SIZE, 3), jnp.float32))
     return shapes
+
+
+def state_shapes() -> dict[str, tuple[int, ...]]:
+    """Shapes of the published tensors by name; kernels are [out, in, kh, kw]."""
+    shapes = {"fc.weight": (NUM_LOGITS, POOL_WIDTH), "fc.bias": (NUM_LOGITS,)}
+    for layer, (height, width, channels_in, channels_out) in layer_shapes().items():
+        shapes[f"{layer}.conv.weight"] = (channels_out, channels_in, height, width)
+        shapes |= {f"{layer}.bn.{name}": (channels_out,) for name in BATCH_NORM}
+    return shapes
+
+
+def fold_batch_norms(state: dict[str, np.ndarray]) -> Weights:
+    """Convolution, then batch norm at its running statistics, as one convolution with a bias:
+
+    kernel * g / sqrt(var + 1e-3) and bias - mean * g / sqrt(var + 1e-3), in float64, rounded to float32.
+    """
+    folded = {"fc": {"kernel": np.asarray(state["fc.weight"], np.float32).T}}
+    for layer in layer_shapes():
+        gain, bias, mean, variance = (np.asarray(state[f"{layer}.bn.{name}"], np.float64) for name in BATCH_NORM)
+        scale = gain / np.sqrt(variance + BATCH_NORM_EPSILON)
+        kernel_hwio = np.asarray(state[f"{layer}.conv.weight"], np.float64).transpose(2, 3, 1, 0)
+        folded[layer] = {
+            "kernel": (kernel_hwio * scale).astype(np.float32),
+            "bias": (bias - mean * scale).astype(np.float32),
+        }
+    return folded
+
+
+def random_state(seed: int) -> dict[str, np.ndarray]:
+    """Random float32 tensors in the published layout: activations of unit scale, batch norms away from the identity."""
+    rng = np.random.default_rng(seed)
+    state = {}
+    for name, shape in state_shapes().items():
+        if len(shape) > 1:
+            state[name] = rng.standard_normal(shape, np.float32) * np.float32(np.sqrt(2 / np.prod(shape[1:])))
+        elif name.endswith(("bn.weight", "running_var")):
+            state[name] = rng.uniform(0.8, 1.25, shape).astype(np.float32)
+        else:
+            state[name] = rng.normal(0, 0.1, shape).astype(np.float32)
+    return state
 
 
 def network(x: jax.Array, convolve: Convolve) -> tuple[jax.Array, jax.Array]:

@@ -18,9 +18,9 @@ from trm_diffusion.config import Config
 from trm_diffusion.data.base import Source
 from trm_diffusion.errors import UserError
 from trm_diffusion.experiment import Experiment
+from trm_diffusion.files import write_json
 from trm_diffusion.models.latent import LatentSpec
 from trm_diffusion.models.vae import VAE, decode_tiled
-from trm_diffusion.run.workdir import write_json
 from trm_diffusion.runtime.sharding import BATCH_AXES, batch_shards, distribute
 from trm_diffusion.weights.store import holds_weights, load_vae, load_weights
 

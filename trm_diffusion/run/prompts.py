@@ -16,11 +16,11 @@ from trm_diffusion.data.text_encoders import PretrainedEncoder
 from trm_diffusion.data.texts import EncodedTextSource, SyntheticTextSource, TokenizedSource
 from trm_diffusion.errors import UserError
 from trm_diffusion.experiment import Experiment
+from trm_diffusion.files import write_json
 from trm_diffusion.metrics import dpg
 from trm_diffusion.metrics.exports import read_json_lines
 from trm_diffusion.models.text import Text
 from trm_diffusion.models.tokenizer import SPECIAL_WORDS, Tokenizer, split
-from trm_diffusion.run.workdir import write_json
 from trm_diffusion.runtime.logging import say
 
 ROWS_SHOWN = 10  # of a grid when nothing says which classes or prompts

@@ -53,11 +53,6 @@ class Checkpoints:
         self._checkpointer.wait()
         self._checkpointer.save_checkpointables_async(step, dict(state=state, data=iterator, loop=loop), overwrite=True)
 
-    @property
-    def saving(self) -> bool:
-        """Is a save being written in the background?"""
-        return self._checkpointer.is_saving_in_progress()
-
     def restore(self, step: int, abstract_state, iterator=None) -> tuple[Any, dict[str, Any]]:
         """The state, laid out as `abstract_state` says, and the loop record; `iterator` is moved to where it was.
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from trm_diffusion.errors import UserError
+from trm_diffusion.files import replacing
 from trm_diffusion.runtime.logging import say
 
 DIRECTORY = "TRM_LIBTPU"  # environment variable: a directory into which libtpu was installed with pip --target
@@ -51,21 +52,19 @@ def find_libtpu(*, install: bool) -> Path:
 
 def _install(pinned: str, directory: Path) -> None:
     say(f"installing {pinned}, the TPU compiler, into {directory}, once")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(), tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
+    with _alone():
         if directory.is_dir():  # another process was quicker
             return
-        target = Path(temporary) / "libtpu"
-        options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--target", str(target)]
-        pip = [sys.executable, "-m", "pip", "install", *options, "-r", str(REQUIREMENTS)]
-        done = subprocess.run(pip, capture_output=True, text=True)
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-            raise UserError(
-                f"the TPU compiler {pinned} could not be installed ({reason}); where there is no network, install it "
-                f"elsewhere with pip --target and set {DIRECTORY}"
-            )
-        target.rename(directory)
+        with replacing(directory) as target:
+            options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--target", str(target)]
+            pip = [sys.executable, "-m", "pip", "install", *options, "-r", str(REQUIREMENTS)]
+            done = subprocess.run(pip, capture_output=True, text=True)
+            if done.returncode:
+                reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+                raise UserError(
+                    f"the TPU compiler {pinned} could not be installed ({reason}); where there is no network, install "
+                    f"it elsewhere with pip --target and set {DIRECTORY}"
+                )
 
 
 @contextlib.contextmanager

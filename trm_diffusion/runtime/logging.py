@@ -7,13 +7,13 @@ run that was never interrupted, but for the fields that tell wall-clock time.
 import dataclasses
 import datetime
 import json
-import os
 import sys
 
 import tqdm
 from etils import epath
 
 from trm_diffusion.errors import UserError
+from trm_diffusion.files import write_text
 from trm_diffusion.models.settings import Settings, setting
 
 WALL_CLOCK_FIELDS = ("images_per_second", "data_wait_share", "seconds")
@@ -34,7 +34,7 @@ class MetricsFile:
         self._path = path
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
-            _write_atomically(path, "".join(line + "\n" for line in kept))
+            write_text(path, "".join(line + "\n" for line in kept))
 
     def write(self, line: dict) -> None:
         text = json.dumps(line) + "\n"
@@ -125,9 +125,3 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return float("inf")
-
-
-def _write_atomically(path: epath.Path, text: str) -> None:
-    temporary = path.parent / f".{path.name}.{os.getpid()}"
-    temporary.write_text(text)
-    temporary.replace(path)

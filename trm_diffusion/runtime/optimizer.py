@@ -114,5 +114,9 @@ def ema_decay(decay: float, updates: jax.Array, warmup: bool) -> jax.Array:
 
 
 def update_ema(ema: Parameters, parameters: Parameters, decay: jax.Array) -> Parameters:
-    """ema <- decay * ema + (1 - decay) * parameters, in float32."""
+    """ema <- decay * ema + (1 - decay) * parameters, in float32.
+
+    Written as a small step from `ema`: the sum of two products, which optax.incremental_update computes, rounds `ema`
+    itself at every update, and at a decay of 0.9999 ends several times as far from the exact average.
+    """
     return jax.tree.map(lambda e, p: e + (1 - decay) * (p.astype(jnp.float32) - e), ema, parameters)

@@ -7,12 +7,12 @@ latent steps, so it cannot be merged. Experts whose B is still zero can be dropp
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 
 import numpy as np
 
 from trm_diffusion.errors import UserError
+from trm_diffusion.files import sha256_of_arrays
 from trm_diffusion.weights.convert import Weights
 
 # What the gates and experts compute with at inference; the others are of training, or of how it is computed.
@@ -53,13 +53,8 @@ def check_adapter(adapter: Weights, model: dict, where: str) -> None:
 
 def base_sha256(layers: Mapping[str, np.ndarray]) -> str:
     """A hash of every parameter but gates and experts: names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name in sorted(layers):
-        if not is_adapter(name):
-            value = np.ascontiguousarray(layers[name])
-            digest.update(f"{name} {value.dtype} {value.shape}".encode())
-            digest.update(value.reshape(-1).view(np.uint8))
-    return digest.hexdigest()
+    base = ((name, np.ascontiguousarray(layers[name])) for name in sorted(layers) if not is_adapter(name))
+    return sha256_of_arrays((f"{name} {value.dtype} {value.shape}", value) for name, value in base)
 
 
 def merged(weights: Weights, where: str) -> Weights:

@@ -1,18 +1,16 @@
-"""Weights of the FID Inception network: as pytorch-fid and torch-fidelity publish them, converted, or random."""
+"""Weights of the FID Inception network: as pytorch-fid and torch-fidelity publish them, or converted."""
 
 import json
 
 import numpy as np
 
 from trm_diffusion.errors import UserError
-from trm_diffusion.models.inception import Weights, layer_shapes
+from trm_diffusion.files import sha256_of_file
+from trm_diffusion.models.inception import BATCH_NORM, Weights, fold_batch_norms, layer_shapes, state_shapes
 from trm_diffusion.weights.forms import CONV, SAME, Rule, affine
 from trm_diffusion.weights.layout import Layout
-from trm_diffusion.weights.source import open_source, sha256
+from trm_diffusion.weights.source import open_source
 
-NUM_LOGITS, POOL_WIDTH = 1008, 2048
-BATCH_NORM_EPSILON = 1e-3
-BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
 PUBLISHED = "pt_inception-2015-12-05-6726825d"
 
 
@@ -25,7 +23,7 @@ def load_inception(path: str) -> tuple[Weights, str]:
       UserError: no such file, another format, or tensors that are missing or of another shape.
     """
     source = open_source(path)
-    state, digest = source.tensors, sha256(source.files[0])
+    state, digest = source.tensors, sha256_of_file(source.files[0])
     manifest = source.files[0].parent / "manifest.json"
     if rules()[0].ours in state and manifest.exists():
         state = {
@@ -45,32 +43,6 @@ def load_inception(path: str) -> tuple[Weights, str]:
             f"({len(wrong)} tensors differ); use {PUBLISHED}.pth of pytorch-fid, or the same as .safetensors"
         )
     return fold_batch_norms(state), digest
-
-
-def fold_batch_norms(state: dict[str, np.ndarray]) -> Weights:
-    """Convolution, then batch norm at its running statistics, as one convolution with a bias:
-
-    kernel * g / sqrt(var + 1e-3) and bias - mean * g / sqrt(var + 1e-3), in float64, rounded to float32.
-    """
-    folded = {"fc": {"kernel": np.asarray(state["fc.weight"], np.float32).T}}
-    for layer in layer_shapes():
-        gain, bias, mean, variance = (np.asarray(state[f"{layer}.bn.{name}"], np.float64) for name in BATCH_NORM)
-        scale = gain / np.sqrt(variance + BATCH_NORM_EPSILON)
-        kernel_hwio = np.asarray(state[f"{layer}.conv.weight"], np.float64).transpose(2, 3, 1, 0)
-        folded[layer] = {
-            "kernel": (kernel_hwio * scale).astype(np.float32),
-            "bias": (bias - mean * scale).astype(np.float32),
-        }
-    return folded
-
-
-def state_shapes() -> dict[str, tuple[int, ...]]:
-    """Shapes of the file's tensors by name; kernels are [out, in, kh, kw]."""
-    shapes = {"fc.weight": (NUM_LOGITS, POOL_WIDTH), "fc.bias": (NUM_LOGITS,)}
-    for layer, (height, width, channels_in, channels_out) in layer_shapes().items():
-        shapes[f"{layer}.conv.weight"] = (channels_out, channels_in, height, width)
-        shapes |= {f"{layer}.bn.{name}": (channels_out,) for name in BATCH_NORM}
-    return shapes
 
 
 def rules() -> list[Rule]:
@@ -99,17 +71,3 @@ INCEPTION = Layout(
     rules=lambda model: rules(),
     unused=(".num_batches_tracked",),
 )
-
-
-def random_state(seed: int) -> dict[str, np.ndarray]:
-    """Random float32 tensors in the file's layout: activations of unit scale, batch norms away from the identity."""
-    rng = np.random.default_rng(seed)
-    state = {}
-    for name, shape in state_shapes().items():
-        if len(shape) > 1:
-            state[name] = rng.standard_normal(shape, np.float32) * np.float32(np.sqrt(2 / np.prod(shape[1:])))
-        elif name.endswith(("bn.weight", "running_var")):
-            state[name] = rng.uniform(0.8, 1.25, shape).astype(np.float32)
-        else:
-            state[name] = rng.normal(0, 0.1, shape).astype(np.float32)
-    return state

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from trm_diffusion.errors import UserError
+from trm_diffusion.files import sha256_of_file
 from trm_diffusion.weights.safetensors import read_safetensors
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -20,7 +20,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)*")
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class PublishedWeights:
     name: str  # as it was asked for
     files: tuple[Path, ...]
     tensors: dict[str, np.ndarray]  # memory-mapped where the format allows it
@@ -28,10 +28,11 @@ class Source:
 
     def record(self) -> dict:
         """What a manifest says of where weights came from; reads every file once."""
-        return {"source": self.name, "files": [{"file": path.name, "sha256": sha256(path)} for path in self.files]}
+        files = [{"file": path.name, "sha256": sha256_of_file(path)} for path in self.files]
+        return {"source": self.name, "files": files}
 
 
-def open_source(name: str) -> Source:
+def open_source(name: str) -> PublishedWeights:
     """Opens a .safetensors or PyTorch file, a directory of one (or of shards with an index), or a hub id.
 
     A hub id is OWNER/NAME, with a folder or a file of it after another slash. Raises UserError in one line.
@@ -46,7 +47,7 @@ def open_source(name: str) -> Source:
     for file in files:
         tensors |= read_torch(file) if file.suffix in TORCH_SUFFIXES else read_safetensors(file)
     beside = files[0].parent / "config.json"
-    return Source(name, tuple(files), tensors, json.loads(beside.read_text()) if beside.exists() else {})
+    return PublishedWeights(name, tuple(files), tensors, json.loads(beside.read_text()) if beside.exists() else {})
 
 
 def _files(path: Path) -> list[Path]:
@@ -107,8 +108,3 @@ def _download(name: str) -> Path:
     except Exception as error:  # noqa: BLE001  whatever went wrong, the line says what and where
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name}: no such file or directory, and the hub did not give it ({reason})") from None
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

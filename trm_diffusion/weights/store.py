@@ -7,7 +7,6 @@ A directory appears under its name only when it is complete.
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,12 +15,12 @@ from flax import nnx
 
 import trm_diffusion
 from trm_diffusion.errors import UserError
+from trm_diffusion.files import replacing, sha256_of_file, write_json
 from trm_diffusion.models.latent import LatentSpec
 from trm_diffusion.models.vae import VAE
 from trm_diffusion.weights import vae
 from trm_diffusion.weights.convert import Weights
 from trm_diffusion.weights.safetensors import TensorSpec, read_safetensors, write_safetensors
-from trm_diffusion.weights.source import sha256
 
 FORMAT = 1
 OWN_FIELDS = ("format", "version", "kind", "model", "parameters")  # of a manifest; the others are the weights' record
@@ -40,7 +39,7 @@ def save_weights(directory: str | os.PathLike, weights: Weights) -> None:
             "parameters": weights.parameters,
             **weights.record,
         }
-        (partial / MANIFEST).write_text(json.dumps(record, indent=2) + "\n")
+        write_json(partial / MANIFEST, record)
 
 
 def holds_weights(directory) -> bool:
@@ -76,7 +75,7 @@ def load_vae(directory: str | os.PathLike, latent_size: int) -> tuple[VAE, Laten
     config = vae.config_of(weights.model)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: VAE(config, rngs=nnx.Rngs(0))))
     flat = {path: np.asarray(weights.read("/".join(map(str, path)))) for path, _ in nnx.to_flat_state(state)}
-    vae_id = f"sha256:{sha256(directory / TENSORS)}"
+    vae_id = f"sha256:{sha256_of_file(directory / TENSORS)}"
     spec = config.latent_spec(vae_id, latent_size * config.factor)
     return nnx.merge(graphdef, nnx.from_flat_state(flat)), spec
 
@@ -87,11 +86,6 @@ def new_directory(directory: str | os.PathLike) -> Iterator[Path]:
     directory = Path(directory)
     if directory.exists():
         raise UserError(f"{directory} exists already; choose another --to, or remove it")
-    partial = directory.parent / f".{directory.name}.{os.getpid()}.partial"
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(directory)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
+    with replacing(directory) as partial:
+        partial.mkdir()
+        yield Path(partial)

@@ -1,0 +1,145 @@
+"""The driver of the jobs that fill a directory with shards: images to latents, captions to encoded text.
+
+A shard depends on its own items alone. One process makes it, a shard that is complete is not made again, and whichever
+process finds all shards complete writes the manifest. So a job that was interrupted and started again, or that several
+processes shared, ends with the same bytes.
+"""
+
+import abc
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import tqdm
+
+import trm_diffusion
+from trm_diffusion.data.shards import holds_all_records, write_manifest
+from trm_diffusion.errors import Interrupted, UserError
+from trm_diffusion.runtime.logging import say
+from trm_diffusion.runtime.signals import StopRequest
+
+
+class Share(NamedTuple):
+    """The shards of one process: every `process_count`-th from `process_index` on."""
+
+    process_index: int
+    process_count: int
+
+    def of(self, count: int) -> range:
+        """This process's shards of `count`."""
+        return range(self.process_index, count, self.process_count)
+
+
+def process_share(process_index: int | None, process_count: int | None, per_shard: int) -> Share:
+    """The share of a process, where None stands for JAX's own numbers. Raises UserError for numbers out of range."""
+    process_index = jax.process_index() if process_index is None else process_index
+    process_count = jax.process_count() if process_count is None else process_count
+    if per_shard < 1 or not 0 <= process_index < process_count:
+        raise UserError(
+            f"--images_per_shard={per_shard} must be at least 1, and --process_index={process_index} from 0 to "
+            f"--process_count={process_count} less 1"
+        )
+    return Share(process_index, process_count)
+
+
+def consecutive_ranges(count: int, size: int) -> list[range]:
+    """0 .. count - 1 in ranges of `size`, of which the last may be shorter."""
+    return [range(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+class ShardedJob(abc.ABC):
+    """What is particular to one kind of shards.
+
+    Attributes:
+      directory: where the shards go.
+      contents, unit: what the shards hold, and what progress is counted in, for messages.
+      sizes: units of work in each shard.
+      made_with: everything that decides the bytes of a shard, by field; JSON.
+    """
+
+    contents: str
+    unit: str
+    directory: pathlib.Path
+    sizes: Sequence[int]
+    made_with: dict[str, Any]
+
+    @abc.abstractmethod
+    def read_record(self, index: int) -> dict | None:
+        """The file about shard `index`; None where it or the shard is missing."""
+
+    @abc.abstractmethod
+    def made_with_of(self, record: dict) -> dict[str, Any]:
+        """The `made_with` of a shard on disk, from the file about it."""
+
+    @abc.abstractmethod
+    def write_shard(self, index: int, advance: Callable[[int], None]) -> str:
+        """Writes shard `index` and returns a few words about it.
+
+        It calls `advance(units)` before each piece of its work; that raises Interrupted when the job is to stop.
+        """
+
+    @abc.abstractmethod
+    def assemble_manifest(self, records: list[dict]) -> dict:
+        """The manifest, from the files about all shards in order."""
+
+    @abc.abstractmethod
+    def written_by(self) -> dict[str, str]:
+        """Versions of the packages that decide the bytes of a shard."""
+
+
+def make_shards(job: ShardedJob, share: Share, stop: StopRequest) -> dict | None:
+    """Makes the shards of this process that are not there yet, and writes the manifest if that completes the directory.
+
+    Returns:
+      The manifest, or None where shards of other processes are still missing.
+
+    Raises:
+      UserError: the directory holds shards that were made otherwise.
+      Interrupted: asked to stop; shards that are complete stay.
+    """
+    job.directory.mkdir(parents=True, exist_ok=True)
+    count = len(job.sizes)
+    mine, done = share.of(count), {index for index in range(count) if is_done(job, index)}
+    total = sum(job.sizes[index] for index in mine)
+    initial = sum(job.sizes[index] for index in mine if index in done)
+    with tqdm.tqdm(total=total, initial=initial, unit=job.unit, mininterval=1, disable=None) as bar:
+        units = initial
+        for index in mine:
+            if index in done:
+                continue
+            name = f"shard {index + 1} of {count}"
+
+            def advance(more: int, name: str = name) -> None:
+                nonlocal units
+                if stop.requested:
+                    raise Interrupted(
+                        f"stopped in {name}, after {units:,} of {total:,} {job.unit}s; complete shards are kept"
+                    )
+                units += more
+                bar.update(more)
+
+            say(f"{name}: {job.write_shard(index, advance)}")
+
+    missing = sum(not is_done(job, index) for index in range(count))
+    if missing:
+        say(f"this process has made its shards; {missing} of {count} are still to come from others")
+        return None
+    manifest = job.assemble_manifest([job.read_record(index) for index in range(count)])
+    return write_manifest(job.directory, manifest, {"version": trm_diffusion.__version__} | job.written_by())
+
+
+def is_done(job: ShardedJob, index: int) -> bool:
+    """Is this shard complete? Raises UserError where it was made otherwise."""
+    record = job.read_record(index)
+    if record is None or not holds_all_records(job.directory, record):
+        return False
+    before = job.made_with_of(record)
+    changed = [field for field, value in job.made_with.items() if before.get(field) != value]
+    if changed:
+        field = changed[0]
+        raise UserError(
+            f"{job.directory} holds {job.contents} made with {field} = {before.get(field)!r}, not "
+            f"{job.made_with[field]!r}: remove it, or give another --out"
+        )
+    return True
