@@ -16,7 +16,7 @@ from trm_diffusion.weights.inception import INCEPTION
 from trm_diffusion.weights.layout import Layout, Model
 from trm_diffusion.weights.mmdit import DIFFUSERS_SD3, SINGLE_FILE_SD3
 from trm_diffusion.weights.safetensors import TensorSpec
-from trm_diffusion.weights.source import Source
+from trm_diffusion.weights.source import PublishedWeights
 from trm_diffusion.weights.vae import DIFFUSERS_VAE, SINGLE_FILE_VAE
 
 SIT = dataclasses.replace(DIT, name="sit")  # the same tensors, trained on another objective
@@ -46,7 +46,7 @@ class Weights:
         return ((name, self.read(name)) for name in self.specs)
 
 
-def detect(source: Source, asked: str = "") -> tuple[Layout, str]:
+def detect(source: PublishedWeights, asked: str = "") -> tuple[Layout, str]:
     """The layout of a source, and the prefix of its names there. Raises UserError where none or several fit."""
     candidates = [LAYOUTS[asked]] if asked else [layout for layout in LAYOUTS.values() if layout is not SIT]
     found = {layout.name: layout.prefix_in(source.tensors) for layout in candidates}
@@ -60,7 +60,7 @@ def detect(source: Source, asked: str = "") -> tuple[Layout, str]:
     return LAYOUTS[fitting[0]], found[fitting[0]]
 
 
-def to_ours(source: Source, layout: str = "") -> Weights:
+def to_ours(source: PublishedWeights, layout: str = "") -> Weights:
     """The source's tensors as our parameters, of the dtypes they have there.
 
     Raises UserError that lists what is missing, unexpected or misshapen; a tensor that is not finite is refused when it
@@ -104,7 +104,7 @@ def to_ours(source: Source, layout: str = "") -> Weights:
     return Weights(form.kind, model, specs, read, record)
 
 
-def _named(source: Source, layout: Layout, prefix: str) -> tuple[dict[str, np.ndarray], list[str]]:
+def _named(source: PublishedWeights, layout: Layout, prefix: str) -> tuple[dict[str, np.ndarray], list[str]]:
     """The layout's tensors by their present names, without prefix; and what is wrong with the others."""
     tensors, problems = {}, []
     for name, tensor in source.tensors.items():

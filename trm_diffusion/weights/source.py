@@ -20,7 +20,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)*")
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class PublishedWeights:
     name: str  # as it was asked for
     files: tuple[Path, ...]
     tensors: dict[str, np.ndarray]  # memory-mapped where the format allows it
@@ -31,7 +31,7 @@ class Source:
         return {"source": self.name, "files": [{"file": path.name, "sha256": sha256(path)} for path in self.files]}
 
 
-def open_source(name: str) -> Source:
+def open_source(name: str) -> PublishedWeights:
     """Opens a .safetensors or PyTorch file, a directory of one (or of shards with an index), or a hub id.
 
     A hub id is OWNER/NAME, with a folder or a file of it after another slash. Raises UserError in one line.
@@ -46,7 +46,7 @@ def open_source(name: str) -> Source:
     for file in files:
         tensors |= read_torch(file) if file.suffix in TORCH_SUFFIXES else read_safetensors(file)
     beside = files[0].parent / "config.json"
-    return Source(name, tuple(files), tensors, json.loads(beside.read_text()) if beside.exists() else {})
+    return PublishedWeights(name, tuple(files), tensors, json.loads(beside.read_text()) if beside.exists() else {})
 
 
 def _files(path: Path) -> list[Path]:
