@@ -31,7 +31,7 @@ from trm_diffusion.run.decoder import load_decoder
 from trm_diffusion.run.restore import load_run, sampling_parameters
 from trm_diffusion.run.workdir import write_json
 from trm_diffusion.runtime.logging import say
-from trm_diffusion.runtime.processes import is_first, wait_for_all
+from trm_diffusion.runtime.processes import barrier, is_main_process
 from trm_diffusion.runtime.sharding import own_shards
 from trm_diffusion.runtime.signals import StopRequest
 
@@ -76,8 +76,8 @@ def export(config: Config, workdir: epath.Path, stop: StopRequest, count: int, o
                 if row < len(indices):
                     save_png(image_path(folder, indices[row]), image_grid(image[None], columns=1, padding=0))
             bar.update(len(indices))
-    wait_for_all("all images are written")
-    if target.suffix == ".npz" and is_first():
+    barrier("all images are written")
+    if target.suffix == ".npz" and is_main_process():
         pack(folder, target, labels)
     say(f"drew {count} images with {config.sample.parameters} parameters: {target}")
 
@@ -110,10 +110,10 @@ def as_first_sees(flags: Sequence[bool]) -> np.ndarray:
 
 def start(folder: epath.Path, labels: np.ndarray, record: dict) -> None:
     """Writes labels and record. Raises UserError where the folder's own record tells of other images."""
-    if keep_record(folder / "sampling.json", folder, record) and is_first():
+    if keep_record(folder / "sampling.json", folder, record) and is_main_process():
         with (folder / "labels.npy").open("wb") as file:
             np.save(file, labels)
-    wait_for_all("the folder is there")
+    barrier("the folder is there")
 
 
 def keep_record(path: epath.Path, folder: epath.Path, record: dict) -> bool:
@@ -131,7 +131,7 @@ def keep_record(path: epath.Path, folder: epath.Path, record: dict) -> bool:
                 "remove it, or give another --out"
             )
         return False
-    if is_first():
+    if is_main_process():
         write_json(path, record)
     return True
 

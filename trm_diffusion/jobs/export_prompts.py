@@ -31,7 +31,7 @@ from trm_diffusion.run.decoder import load_decoder
 from trm_diffusion.run.prompts import text_reader
 from trm_diffusion.run.restore import load_run, sampling_parameters
 from trm_diffusion.runtime.logging import say
-from trm_diffusion.runtime.processes import is_first
+from trm_diffusion.runtime.processes import is_main_process
 from trm_diffusion.runtime.signals import StopRequest
 
 IMAGES = 4  # of a prompt, in either benchmark
@@ -118,11 +118,11 @@ def export_prompts(
         condition = jax.tree.map(lambda leaf: np.repeat(leaf, IMAGES, axis=0), condition)
         drawn = draw_all(draw, config, parameters, condition, stop, first_index=IMAGES * group.start)
         images = np.concatenate(list(drawn))
-        if is_first():
+        if is_main_process():
             for prompt, four in zip(group, images.reshape(len(group), IMAGES, *images.shape[1:]), strict=True):
                 pixels = [image_grid(image[None], columns=1, padding=0) for image in four]
                 suite.write(folder, prompt, np.stack(pixels))
-    if is_first():
+    if is_main_process():
         suite.check(folder)
     say(f"drew {IMAGES} images of each of {count} prompts with {config.sample.parameters} parameters: {folder}")
 
@@ -138,6 +138,6 @@ def start(folder: pathlib.Path, benchmark: str, texts: list[str], record: dict) 
     del record["label_rule"]
     prompts_sha256 = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     keep_record(path, folder, {**record, "samples": IMAGES * len(texts), benchmark: prompts_sha256})
-    if is_first():
+    if is_main_process():
         for partial in folder.rglob(".*.partial-*"):
             partial.unlink()
