@@ -10,16 +10,19 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from tests.jobs.tiny import tiny_config
+from tests.conditions.batches import batch_of
+from tests.jobs.tiny import text_config
+from trm_diffusion.conditions import PROMPTS, base, make_condition
+from trm_diffusion.conditions.words import load_words
 from trm_diffusion.data.base import Source, make_captioned_element
 from trm_diffusion.data.sources import make_source
 from trm_diffusion.errors import UserError
 from trm_diffusion.experiment import build
 from trm_diffusion.jobs.evaluate import evaluate
 from trm_diffusion.jobs.sample import sample
-from trm_diffusion.jobs.train import loss_and_metrics, make_train_step, train
+from trm_diffusion.jobs.train import train
+from trm_diffusion.jobs.train_step import loss_and_metrics
 from trm_diffusion.models.tokenizer import null_tokens
-from trm_diffusion.run import prompts
 from trm_diffusion.runtime.signals import StopRequest
 
 COLORS = {"red": (1, -1, -1), "green": (-1, 1, -1), "blue": (-1, -1, 1)}
@@ -41,16 +44,6 @@ class SquareSource(Source):
         return make_captioned_element(image, f"a {color} square", index)
 
 
-def text_config(**overrides):
-    fields = dict(
-        data__source="scenes", data__channels=3, data__num_classes=0, model__architecture="mmdit",
-        model__mmdit__position_max_size=2, model__mmdit__position_base_size=2,
-        model__text__length=5, model__text__features=8, model__text__pooled_features=8, model__text__heads=2,
-        model__text__depth=1, model__text__vocabulary=9, sample__per_class=2, sample__sampler="ab2",
-    )  # fmt: skip
-    return tiny_config(**fields | overrides)
-
-
 # A patch has 12 values, fewer than the width: noise must pass through a token to be predicted.
 LEARNING = dict(
     model__width=32, model__patch=2, model__mmdit__position_max_size=4, model__mmdit__position_base_size=4,
@@ -67,7 +60,7 @@ def squares():
         return SquareSource() if (config.source, config.image_size) == ("scenes", 8) else make_source(config)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prompts, "make_source", make)
+        patch.setattr(base, "make_source", make)
         yield
 
 
@@ -79,7 +72,7 @@ def workdir(tmp_path_factory, squares):
 
 
 def test_training_keeps_the_words_and_draws_the_runs_own_captions(workdir):
-    words = prompts.load_words(workdir)
+    words = load_words(workdir)
     assert words.vocabulary == SquareSource.vocabulary and len(words.captions) == 10
     assert words.captions[:2] == ("a red square", "a green square")
     grid = Image.open(workdir / "samples" / "update_0000300.png")
@@ -108,7 +101,7 @@ def test_prompts_become_pictures_of_their_own_and_a_captioned_grid(workdir, caps
 
 
 def test_a_prompt_that_is_cut_is_said_to_be(workdir, capsys):
-    request = prompts.request_of(build(text_config(**LEARNING)), workdir, ["a red square a blue square"])
+    request = make_condition(text_config(**LEARNING), workdir, PROMPTS).request(["a red square a blue square"])
     assert "only the first 4 words" in capsys.readouterr().err
     assert request.condition.shape == (2, 5)
 
@@ -117,26 +110,12 @@ def test_other_words_are_refused(workdir, tmp_path, monkeypatch):
     monkeypatch.setattr(SquareSource, "vocabulary", ("a", "circle"))
     for directory, start in ((workdir, ""), (epath.Path(tmp_path), str(workdir))):
         with pytest.raises(UserError, match="other words"):
-            prompts.keep_words(text_config(init__workdir=start), directory)
+            train(text_config(init__workdir=start), directory, StopRequest())
 
 
 def test_more_words_than_the_table_has_rows_are_refused(squares):
     with pytest.raises(UserError, match="need 8 rows"):
-        prompts.training_source(text_config(model__text__vocabulary=7))
-
-
-def test_prompts_for_labels_are_refused(tmp_path):
-    with pytest.raises(UserError, match="config.sample.classes"):
-        prompts.request_of(build(tiny_config()), epath.Path(tmp_path), ["a red square"])
-
-
-def test_read_prompts(tmp_path):
-    (tmp_path / "file").write_text("a red square\n\n a blue one \n")
-    assert prompts.read_prompts(str(tmp_path / "file")) == ["a red square", "a blue one"]
-    (tmp_path / "empty").write_text("\n")
-    for name in ("empty", "none"):
-        with pytest.raises(UserError, match=name):
-            prompts.read_prompts(str(tmp_path / name))
+        make_condition(text_config(model__text__vocabulary=7)).source()
 
 
 def test_scenes_are_evaluated_on_seen_and_held_out_compositions(tmp_path, capsys):
@@ -155,12 +134,6 @@ def test_scenes_are_evaluated_on_seen_and_held_out_compositions(tmp_path, capsys
         "evaluation_seen.png",
         "evaluation_held_out.png",
     }
-
-
-def batch_of(config, size=8):
-    source = prompts.training_source(config)
-    records = [source[index] for index in range(size)]
-    return {name: jnp.stack([record[name] for record in records]) for name in records[0] if name != "index"}
 
 
 def test_dropped_texts_become_the_empty_text(squares):
@@ -187,18 +160,3 @@ def test_dropped_texts_become_the_empty_text(squares):
     empty = jnp.tile(null_tokens(5), (8, 1))
     assert loss(dropping, batch["tokens"]) == pytest.approx(loss(keeping, empty), rel=1e-6)
     assert abs(loss(keeping, batch["tokens"]) - loss(keeping, empty)) > 1e-4
-
-
-def test_encoded_text_trains_and_is_sampled():
-    config = text_config(
-        data__source="synthetic", data__num_classes=1, model__text__encoder="encoded", model__text__pooled_features=3,
-        train__trainable="recursion",
-    )  # fmt: skip
-    experiment = build(config)
-    state, batch = experiment.fresh_state(), batch_of(config)
-    assert set(batch) == {"image", "states", "mask", "pooled"} and batch["pooled"].shape == (8, 3)
-    assert all("/recursion/" in name for name in state.trainable) and state.frozen
-    _, metrics = make_train_step(experiment)(state, batch)
-    assert np.isfinite(metrics["loss"])
-    request = prompts.request_of(experiment, epath.Path("unused"))
-    assert request.captions is None and request.condition.states.shape == (20, 5, 8)

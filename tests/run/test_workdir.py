@@ -8,7 +8,8 @@ from etils import epath
 import trm_diffusion
 from tests.jobs.tiny import tiny_config
 from trm_diffusion.errors import UserError
-from trm_diffusion.run.workdir import FORMAT, changed_fields, load_config, save_config, write_json
+from trm_diffusion.files import write_json
+from trm_diffusion.run.workdir import FORMAT, changed_fields, load_config, save_config
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ Everything here is checked before any device is touched, but for the batch, whic
 import functools
 from typing import TYPE_CHECKING
 
-from trm_diffusion.data.sources import CAPTIONED_SOURCES, SOURCES
+from trm_diffusion.conditions import kind_of
+from trm_diffusion.data.sources import SOURCES
 from trm_diffusion.diffusion.guidance import check_guidance
 from trm_diffusion.diffusion.samplers import check_sampler
 from trm_diffusion.errors import UserError
@@ -23,7 +24,7 @@ from trm_diffusion.models.recursion.config import (
 from trm_diffusion.models.recursion.gate import FORWARD_WEIGHTS, GATE_INPUTS
 from trm_diffusion.models.recursion.halting import HALTING
 from trm_diffusion.models.remat import POLICIES
-from trm_diffusion.models.text import CLIP_LENGTH, ENCODERS, RECIPES
+from trm_diffusion.models.text import ENCODERS, RECIPES
 from trm_diffusion.runtime.optimizer import OPTIMIZERS, SCHEDULES
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def check(config: "Config") -> None:
         value = _field(config, path)
         _require(value is None or value >= smallest, f"config.{path} is {value}; it must be at least {smallest}")
     _check_model(config)
-    _check_condition(config)
+    kind_of(config).check_config(config)
     _check_training(config)
     _check_sampling(config)
 
@@ -174,66 +175,6 @@ def _check_model(config: "Config") -> None:
         recursive_blocks(recursion.blocks, model.depth)
     except ValueError as error:
         raise UserError(f"config.model.recursion.blocks: {error}") from None
-
-
-def _check_condition(config: "Config") -> None:
-    """The model is conditioned on what the data hold."""
-    model, text, source = config.model, config.model.text, config.data.source
-    _require(
-        not config.data.text or (model.architecture == "mmdit" and not model.reads_words),
-        "config.data.text is for config.model.architecture mmdit with config.model.text.encoder encoded",
-    )
-    if model.architecture == "dit":
-        _require(
-            source not in CAPTIONED_SOURCES and config.data.num_classes >= 1,
-            f"config.model.architecture dit needs labels; config.data.source {source} with config.data.num_classes "
-            f"{config.data.num_classes} has none",
-        )
-        return
-    if model.reads_words:
-        _require(
-            source in CAPTIONED_SOURCES,
-            f"config.model.text.encoder learned needs captions; config.data.source {source} has none, "
-            f"{', '.join(CAPTIONED_SOURCES)} have",
-        )
-        _require(
-            text.features % text.heads == 0 and text.features % 2 == 0,
-            f"config.model.text.features {text.features} must be even and a multiple of config.model.text.heads "
-            f"{text.heads}",
-        )
-        for fields, value, divisor in (
-            ("features is not a multiple of config.mesh.fsdp", text.features, max(1, config.mesh.fsdp)),
-            ("heads is not a multiple of config.mesh.tensor", text.heads, config.mesh.tensor),
-        ):
-            _require(value % divisor == 0, f"config.model.text.{fields}: {value} and {divisor}")
-        _require(
-            text.features == text.pooled_features,
-            f"config.model.text.pooled_features {text.pooled_features} must equal config.model.text.features "
-            f"{text.features} with config.model.text.encoder learned",
-        )
-    else:
-        sources = ("synthetic", "latents", *CAPTIONED_SOURCES)
-        _require(
-            source in sources,
-            "config.model.text.encoder encoded needs encoded text, which images without captions lack: "
-            f"config.data.source one of {', '.join(sources)}, not {source}",
-        )
-        _require(
-            text.recipe != "sd3" or text.length > CLIP_LENGTH or not (text.pretrained or config.data.text),
-            f"config.model.text.length is {text.length}; with config.model.text.recipe sd3, {CLIP_LENGTH} tokens are "
-            "of the CLIP encoders, and the others T5's",
-        )
-    _require(
-        model.mmdit.dual_attention_blocks <= model.depth,
-        f"config.model.mmdit.dual_attention_blocks {model.mmdit.dual_attention_blocks} exceeds config.model.depth "
-        f"{model.depth}",
-    )
-    grid = config.data.image_size // model.patch
-    _require(
-        grid <= model.mmdit.position_max_size,
-        f"config.model.mmdit.position_max_size {model.mmdit.position_max_size} is less than the {grid} tokens a side "
-        "of config.data.image_size over config.model.patch",
-    )
 
 
 def _check_training(config: "Config") -> None:
@@ -296,10 +237,6 @@ def _check_sampling(config: "Config") -> None:
     _require(
         config.evaluate.kind in ("none", data.source),
         f"config.evaluate.kind {config.evaluate.kind} is for images of config.data.source {config.evaluate.kind} only",
-    )
-    _require(
-        config.evaluate.kind != "scenes" or config.model.reads_words,
-        "config.evaluate.kind scenes is for config.model.text.encoder learned",
     )
 
 

@@ -40,7 +40,11 @@ class TokenizedSource(_WithText):
 
     def __init__(self, source: Source, tokenizer: Tokenizer):
         super().__init__(source)
+        self.vocabulary = source.vocabulary
         self._tokenizer = tokenizer
+
+    def captions(self, index: int) -> list[str]:
+        return self._source.captions(index)
 
     def text(self, element: Element, rng: np.random.Generator | None = None) -> Element:
         return {"tokens": self._tokenizer.encode(str(element["caption"]))}

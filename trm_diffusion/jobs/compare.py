@@ -10,8 +10,8 @@ from etils import epath
 
 from trm_diffusion.analysis.grids import image_grid
 from trm_diffusion.errors import UserError
+from trm_diffusion.files import write_text
 from trm_diffusion.metrics.image_sets import open_images
-from trm_diffusion.run.workdir import write_text
 from trm_diffusion.runtime.logging import say
 
 METRICS = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "precision", "recall": "recall"}

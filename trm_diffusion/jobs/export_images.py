@@ -22,10 +22,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from trm_diffusion.analysis.grids import image_grid, save_png
+from trm_diffusion.conditions import LABELS, kind_of
 from trm_diffusion.config import Config
 from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.jobs.evaluate import evaluation_labels, protocol
-from trm_diffusion.jobs.sample import drawer
+from trm_diffusion.jobs.sample import make_sample_fn
 from trm_diffusion.metrics.image_sets import FolderImages
 from trm_diffusion.run.decoder import load_decoder
 from trm_diffusion.run.restore import load_run, sampling_parameters
@@ -49,8 +50,7 @@ def export(config: Config, workdir: epath.Path, stop: StopRequest, count: int, o
       UserError: a model of texts, latents without their autoencoder, or a folder that holds images drawn otherwise.
       Interrupted: asked to stop; what was drawn stays.
     """
-    if config.model.architecture != "dit":
-        raise UserError("--num draws labels; a model of texts draws --prompts=FILE")
+    kind_of(config).require(LABELS, "--num")
     require_images(config)
     config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, num_samples=count))
     experiment, state = load_run(config, workdir)
@@ -62,7 +62,7 @@ def export(config: Config, workdir: epath.Path, stop: StopRequest, count: int, o
     decoder = load_decoder(experiment, workdir, experiment.mesh.local_mesh)
     start(folder, labels, protocol(config, update, decoder))
 
-    draw, parameters = drawer(experiment, gathered=False), sampling_parameters(experiment, state)
+    draw, parameters = make_sample_fn(experiment, gathered=False), sampling_parameters(experiment, state)
     missing = sum(len(indices) for indices in batches)
     with tqdm.tqdm(total=count, initial=count - missing, unit="image", mininterval=1) as bar:
         for indices in batches:

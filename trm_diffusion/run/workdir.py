@@ -13,7 +13,6 @@ analysis.json      routing and halting by diffusion step, of --mode=analyze
 """
 
 import json
-import os
 
 import ml_collections
 from etils import epath
@@ -21,6 +20,7 @@ from etils import epath
 import trm_diffusion
 from trm_diffusion.config import Config, resolve, to_dict
 from trm_diffusion.errors import UserError
+from trm_diffusion.files import write_json
 
 FORMAT = 1  # of a run's directory and checkpoints
 # A run that is continued keeps these; other fields may change, and a line says so.
@@ -87,18 +87,6 @@ def changed_fields(workdir: epath.Path, config: Config) -> list[str]:
 def _same_halting_parameters(before: dict, now: dict) -> bool:
     """The convergence rule has no parameters, so it may be switched on and off."""
     return "learned" not in (before["model.recursion.halting"], now["model.recursion.halting"])
-
-
-def write_json(path: epath.Path, record) -> None:
-    write_text(path, json.dumps(record, indent=2) + "\n")
-
-
-def write_text(path: epath.Path, text: str) -> None:
-    """Writes the file whole or not at all; makes its directory if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{os.getpid()}"
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def _leaves(tree: dict, prefix: str = ""):
