@@ -122,10 +122,9 @@ class Condition(abc.ABC):
         """The widths that the number of shards of a parameter must divide."""
         return (self.config.model.width,)
 
-    @classmethod
-    def model_fields(cls, config: "Config") -> dict:
+    @property
+    def model_fields(self) -> dict:
         """What a manifest of weights says of the model besides the fields that all models share."""
-        del config
         return {}
 
     def apply(self, network: Callable, noisy: jax.Array, times: jax.Array, condition: Any, **options):

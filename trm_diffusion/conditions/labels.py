@@ -52,9 +52,9 @@ class Labels(Condition):
     def null(self) -> np.ndarray:
         return np.asarray(self.config.data.num_classes, np.int32)
 
-    @classmethod
-    def model_fields(cls, config: "Config") -> dict:
-        return {"num_classes": config.data.num_classes}
+    @property
+    def model_fields(self) -> dict:
+        return {"num_classes": self.config.data.num_classes}
 
     def request(self, prompts: Sequence[str] = ()) -> SampleRequest:
         if prompts:

@@ -39,9 +39,9 @@ class TextCondition(Condition):
                 "a side of config.data.image_size over config.model.patch"
             )
 
-    @classmethod
-    def model_fields(cls, config: "Config") -> dict:
-        model = config.model
+    @property
+    def model_fields(self) -> dict:
+        model = self.config.model
         fields = {name: getattr(model.mmdit, name) for name in JOINT_FIELDS} | {"qk_norm": model.qk_norm}
         return fields | {"text_features": model.text.features, "pooled_features": model.text.pooled_features}
 

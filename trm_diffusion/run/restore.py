@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from trm_diffusion.conditions import DATA, kind_of, make_condition
+from trm_diffusion.conditions import DATA, make_condition
 from trm_diffusion.conditions.text import JOINT_FIELDS
 from trm_diffusion.config import Config
 from trm_diffusion.data.pipeline import BatchIterator
@@ -154,13 +154,13 @@ def _pretrained_layers(path: epath.Path, config: Config) -> dict:
 
 def model_of(config: Config) -> dict:
     """What a manifest says of the model that a config describes."""
-    model, channels = config.model, config.data.channels
+    model, condition = config.model, make_condition(config)
     fields = {name: getattr(model, name) for name in ("depth", "width", "heads", "patch", "mlp_ratio")}
     fields |= dict(
         image_size=config.data.image_size,
-        in_channels=channels,
-        out_channels=make_objective(config.diffusion).output_channels(channels),
+        in_channels=condition.input_channels,
+        out_channels=make_objective(config.diffusion).output_channels(config.data.channels),
     )
     if model.recursion.blocks != "none":
         fields["recursion"] = dataclasses.asdict(model.recursion)
-    return fields | kind_of(config).model_fields(config)
+    return fields | condition.model_fields
