@@ -22,9 +22,9 @@ import jax
 
 from benchmarks.measure import progress, report, rounded
 from benchmarks.recursion import experiment
+from trm_diffusion.conditions import make_condition
 from trm_diffusion.data.pipeline import make_iterator
-from trm_diffusion.jobs.train import make_train_step
-from trm_diffusion.run.prompts import training_source
+from trm_diffusion.jobs.train_step import make_train_step
 from trm_diffusion.runtime.checkpoints import CheckpointConfig, Checkpoints
 from trm_diffusion.runtime.parameters import memory
 
@@ -46,9 +46,9 @@ def measure(directory: str, sizes: Sizes) -> dict:
     built = experiment(sizes.model, "none", 1, sizes.images, dtype="float32", depth=sizes.depth)
     data = dataclasses.replace(built.config.data, source="synthetic", synthetic_records=64)
     config = dataclasses.replace(built.config, data=data)
-    iterator = make_iterator(training_source(config), data, seed=0, batch_size=sizes.images)
+    iterator = make_iterator(make_condition(config).source(), data, seed=0, batch_size=sizes.images)
     batch = {name: value for name, value in next(iterator).items() if name != "index"}
-    step, state = make_train_step(built), built.fresh_state()
+    step, state = make_train_step(built), built.init_state()
 
     def timed_steps(enough) -> list[float]:
         """Seconds of each step until `enough(seconds)`, at least one step."""

@@ -34,7 +34,7 @@ from trm_diffusion.config import resolve
 from trm_diffusion.errors import UserError
 from trm_diffusion.experiment import Experiment, build
 from trm_diffusion.jobs.compile_ahead import compiler_report
-from trm_diffusion.jobs.train import loss_and_metrics
+from trm_diffusion.jobs.train_step import loss_and_metrics
 from trm_diffusion.metrics.adm import FID_50K_IMAGES, POOL_WIDTH, REFERENCE_IMAGES
 from trm_diffusion.models.inception import NUM_LOGITS, inception_features, layer_shapes
 from trm_diffusion.models.vae import SD, VAE

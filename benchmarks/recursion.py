@@ -54,7 +54,7 @@ from benchmarks.measure import (
 )
 from trm_diffusion.config import resolve
 from trm_diffusion.experiment import Experiment, build
-from trm_diffusion.jobs.train import make_train_step
+from trm_diffusion.jobs.train_step import make_train_step
 from trm_diffusion.models.dit import SIZES
 from trm_diffusion.models.embed import TIMESTEP_FREQUENCIES
 from trm_diffusion.models.recursion.config import recursive_blocks
@@ -214,7 +214,7 @@ def measured_programs() -> dict:
 
 def timed_step(built: Experiment) -> Callable[[], dict]:
     """A function that runs the next training step at each call and returns its metrics."""
-    rng, state, step = np.random.default_rng(0), built.fresh_state(), make_train_step(built)
+    rng, state, step = np.random.default_rng(0), built.init_state(), make_train_step(built)
     shape = built.abstract_batch(built.config.train.batch_size)["image"].shape
     batch = {
         "image": jnp.asarray(rng.standard_normal(shape, np.float32)),

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from benchmarks.measure import interleaved_seconds, median_ratio, progress, report, rounded
 from benchmarks.recursion import experiment
 from trm_diffusion.experiment import build
-from trm_diffusion.jobs.sample import drawer
+from trm_diffusion.jobs.sample import make_sample_fn
 
 MOST_OVER_FORWARD = 1.10
 
@@ -54,8 +54,8 @@ def measure(sizes: Sizes, rows: dict = ROWS) -> dict:
             base.sample, sampler=sampler, guidance=guidance, diffusion_steps=sizes.diffusion_steps
         )
         built = build(dataclasses.replace(base, diffusion=diffusion, sample=sample))
-        state = built.fresh_state()
-        programs[name] = functools.partial(drawer(built), state.parameters, labels, jnp.arange(sizes.images))
+        state = built.init_state()
+        programs[name] = functools.partial(make_sample_fn(built), state.parameters, labels, jnp.arange(sizes.images))
         forward_name = f"forward_{objective}_{_network_images(sizes, guidance)}"
         if forward_name not in programs:
             programs[forward_name] = _forward(built, state.parameters, _network_images(sizes, guidance))

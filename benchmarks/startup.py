@@ -32,7 +32,7 @@ def child(cache: str, depth: int) -> dict:
     from configs.imagenet256 import get_config
     from trm_diffusion.config import resolve
     from trm_diffusion.experiment import build
-    from trm_diffusion.jobs.train import make_train_step
+    from trm_diffusion.jobs.train_step import make_train_step
     from trm_diffusion.runtime.devices import use_compilation_cache
 
     seconds = {"import": time.perf_counter() - started}
@@ -47,7 +47,7 @@ def child(cache: str, depth: int) -> dict:
     c.train.batch_size, c.model.dtype, c.model.depth, c.model.recursion.routing_group = 8, "float32", depth, 8
     built = build(resolve(c))
     since("build")
-    state, step = jax.block_until_ready(built.fresh_state()), make_train_step(built)
+    state, step = jax.block_until_ready(built.init_state()), make_train_step(built)
     since("initial_state")
     size, channels = c.data.image_size, c.data.channels
     batch = {"image": np.zeros((8, size, size, channels), np.float32), "label": np.arange(8, dtype=np.int32)}

@@ -39,7 +39,7 @@ from benchmarks.measure import (
 from benchmarks.recursion import PLACES, base_flops, experiment, timed_step
 from trm_diffusion.config import default_config, resolve
 from trm_diffusion.experiment import Experiment, build
-from trm_diffusion.jobs.train import make_train_step
+from trm_diffusion.jobs.train_step import make_train_step
 from trm_diffusion.runtime.parameters import count
 
 MOST_DISPATCH, LEAST_FORWARD, LEAST_STEP = 1.5, 2.0, 1.3
@@ -65,7 +65,7 @@ def here(sizes: Sizes) -> dict:
     config, images = built.config, sizes.images
     shape = (images, config.data.image_size, config.data.image_size, config.data.channels)
     inputs = jax.random.normal(jax.random.key(0), shape), jnp.full(images, 500.0), jnp.arange(images)
-    parameters = built.fresh_state().parameters
+    parameters = built.init_state().parameters
     forward = jax.jit(lambda parameters, *inputs: built.model.bind(parameters)(*inputs)[0])
     programs = {"forward": lambda: forward(parameters, *inputs), "train_step": timed_step(built)}
     seconds = interleaved_seconds(programs, sizes.repeats)
@@ -126,7 +126,7 @@ class TinyPrograms:
         rng = np.random.default_rng(0)
         self._images = jnp.asarray(rng.standard_normal((8, 8, 8, 1), np.float32))
         self._labels = jnp.asarray(rng.integers(0, 10, 8), jnp.int32)
-        self.state, self._step = built.fresh_state(), make_train_step(built)
+        self.state, self._step = built.init_state(), make_train_step(built)
         self.plain_state = plain_dit.initial_state(self.state.parameters)
         self._plain_step = plain_dit.make_train_step(
             patch=c.model.patch, heads=c.model.heads, null_label=c.data.num_classes
@@ -177,7 +177,7 @@ def vs_torch(sizes: Sizes) -> dict:
         classes=data.num_classes,
         images=sizes.images,
     )
-    parameters = built.fresh_state().parameters
+    parameters = built.init_state().parameters
     assert count(parameters) == torch_programs.parameters, "the two models are not equal"
     forward = jax.jit(lambda parameters, *inputs: built.model.bind(parameters)(*inputs)[0])
     shape = (sizes.images, data.image_size, data.image_size, data.channels)

@@ -41,7 +41,7 @@ JOBS = {  # module of trm_diffusion/jobs: its jobs
 def leave_out_jobs() -> None:
     """Each job prints that it was reached; processes are not connected."""
     processes.join = lambda *_, **__: None
-    processes.several = lambda: flags.FLAGS.is_parsed() and bool(flags.FLAGS.coordinator)
+    processes.is_distributed = lambda: flags.FLAGS.is_parsed() and bool(flags.FLAGS.coordinator)
     for name, jobs in JOBS.items():
         module = importlib.import_module(f"trm_diffusion.jobs.{name}")
         for job in jobs:

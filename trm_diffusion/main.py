@@ -41,17 +41,17 @@ def after_error(code: int) -> int:
 def run(options) -> int:
     """Connects the processes of the run, checks the device, and runs the job."""
     from trm_diffusion.runtime.devices import require_platform
-    from trm_diffusion.runtime.processes import is_first, join, several, wait_for_all
+    from trm_diffusion.runtime.processes import barrier, is_distributed, is_main_process, join
 
     job, index, count = JOBS[options.mode], options.process_index, options.process_count
     join(options.coordinator, count, index, detect=options.cluster == "auto", timeout=options.start_timeout)
-    if not several() and not job.shared and (index is not None or count not in (None, 1)):
+    if not is_distributed() and not job.shared and (index is not None or count not in (None, 1)):
         raise UserError("--process_index and --process_count need --coordinator=HOST:PORT, the same for all processes")
-    if job.one_process and not is_first():
+    if job.one_process and not is_main_process():
         return 0
     require_platform(options.platform)
     if not job.one_process:
-        wait_for_all("the job begins")
+        barrier("the job begins")
     return job.run(options)
 
 

@@ -18,16 +18,16 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.jobs.tiny import tiny_config
+from trm_diffusion.conditions import make_condition
 from trm_diffusion.data.pipeline import make_iterator
 from trm_diffusion.experiment import build
-from trm_diffusion.jobs.sample import drawer
-from trm_diffusion.jobs.train import make_train_step
+from trm_diffusion.jobs.sample import make_sample_fn
+from trm_diffusion.jobs.train_step import make_train_step
 from trm_diffusion.models.recursion.assignment import assign, expert_capacity
 from trm_diffusion.models.recursion.config import RecursionConfig
 from trm_diffusion.models.recursion.dispatch import IMPLEMENTATIONS
 from trm_diffusion.models.recursion.gate import Conditioning
 from trm_diffusion.models.recursion.pool import Pool
-from trm_diffusion.run.prompts import training_source
 from trm_diffusion.runtime.checkpoints import Checkpoints
 from trm_diffusion.runtime.parameters import PureModel
 from trm_diffusion.runtime.sharding import MeshConfig, batch_sharding, make_mesh, models_over
@@ -65,7 +65,9 @@ class Run:
         config = tiny_config(**COMMON | MODELS[model] | axes)
         self.experiment = build(config, jax.devices()[:devices])
         self._train_step = make_train_step(self.experiment)
-        self.iterator = make_iterator(training_source(config), config.data, seed=0, batch_size=config.train.batch_size)
+        self.iterator = make_iterator(
+            make_condition(config).source(), config.data, seed=0, batch_size=config.train.batch_size
+        )
 
     def train(self, state, updates: int):
         """The state after some updates, and what they log, each [updates, ...]."""
@@ -82,7 +84,7 @@ class Run:
         return {f"gradient/{name}": np.asarray(value) for name, value in moments.items()}
 
     def samples(self, state) -> np.ndarray:
-        null = self.experiment.null_condition
+        null = self.experiment.condition.null
         rng = np.random.default_rng(0)
 
         def asked(null):
@@ -91,7 +93,7 @@ class Run:
             return np.ones((16, *null.shape), null.dtype) * (np.arange(16) % 10 if null.ndim == 0 else 1)
 
         condition = jax.tree.map(lambda leaf: asked(np.asarray(leaf)), null)
-        return np.asarray(drawer(self.experiment)(state.parameters, condition, np.arange(16)))
+        return np.asarray(make_sample_fn(self.experiment)(state.parameters, condition, np.arange(16)))
 
 
 def dispatch_collectives(dispatch: str, owned: bool) -> list[tuple[str, str]]:
@@ -146,7 +148,7 @@ def main(directory: epath.Path) -> None:
         start = None
         for name, (devices, axes) in MESHES.items():
             run = Run(model, devices, axes)
-            start = start or jax.tree.map(np.asarray, run.experiment.fresh_state())
+            start = start or jax.tree.map(np.asarray, run.experiment.init_state())
             shardings = jax.tree.map(lambda leaf: leaf.sharding, run.experiment.abstract_state)
             state, lines = run.train(jax.device_put(start, shardings), UPDATES)
             found = lines | run.gradient(state) | {"samples": run.samples(state)}

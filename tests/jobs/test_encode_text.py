@@ -15,8 +15,8 @@ from etils import epath
 from PIL import Image
 
 from tests.jobs.encoders import FakeEncoder
-from tests.jobs.tiny import ROOT, write_tiny_vae
-from tests.run.test_prompts import text_config
+from tests.jobs.tiny import ROOT, text_config, write_tiny_vae
+from trm_diffusion.conditions import PROMPTS, encoded_text, make_condition
 from trm_diffusion.config import to_dict
 from trm_diffusion.data.encodings import Encodings, open_encodings
 from trm_diffusion.data.pipeline import make_iterator
@@ -26,11 +26,11 @@ from trm_diffusion.jobs import encode_text as module
 from trm_diffusion.jobs import sample as sample_module
 from trm_diffusion.jobs.encode_text import encode
 from trm_diffusion.jobs.prepare_latents import prepare
-from trm_diffusion.jobs.sample import drawer
-from trm_diffusion.jobs.train import loss_and_metrics, train
+from trm_diffusion.jobs.sample import make_sample_fn
+from trm_diffusion.jobs.train import train
+from trm_diffusion.jobs.train_step import loss_and_metrics
 from trm_diffusion.jobs.verify_data import verify
 from trm_diffusion.models.text import Text
-from trm_diffusion.run import prompts
 from trm_diffusion.runtime.signals import StopRequest
 
 CAPTIONS = [["a cat", "one cat", "a grey cat"], ["a dog"], ["no picture"], ["two birds", "birds"], ["a cat"]]
@@ -65,7 +65,7 @@ def place(tmp_path_factory):
     prepare(config_of(place, data__flip=True), str(place / "latents"), StopRequest(), images_per_shard=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "PretrainedEncoder", FakeEncoder)
-        patch.setattr(prompts, "PretrainedEncoder", FakeEncoder)
+        patch.setattr(encoded_text, "PretrainedEncoder", FakeEncoder)
         encoded(place, place / "texts")
         yield place
 
@@ -207,7 +207,7 @@ def test_verify_reads_encoded_text_again(place, tmp_path, capsys, monkeypatch):
 def test_latents_are_joined_with_the_captions_of_their_images(place):
     """The damaged picture has none, and mirror images have their picture's; training draws every caption."""
     config = latents_of(place, data__text=str(place / "texts"))
-    source = prompts.training_source(config)
+    source = make_condition(config).source()
     images = [i for i in range(5) if i != BAD for _ in range(2)]
     fake = FakeEncoder(config.model.text)
     assert len(source) == len(images) == 8 and source.spec.channels == 4
@@ -226,9 +226,9 @@ def test_encodings_of_other_images_are_refused(place, tmp_path):
     (tmp_path / "words.txt").write_text("a cat\na dog\n")
     encoded(place, tmp_path / "texts", prompts=str(tmp_path / "words.txt"))
     with pytest.raises(UserError, match="the texts of other images"):
-        prompts.training_source(latents_of(place, data__text=str(tmp_path / "texts")))
+        make_condition(latents_of(place, data__text=str(tmp_path / "texts"))).source()
     with pytest.raises(UserError, match="encode the captions of config.data.source latents by --mode=encode"):
-        prompts.training_source(latents_of(place))
+        make_condition(latents_of(place)).source()
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +245,7 @@ def test_a_run_keeps_what_encodes_its_texts(place, workdir, monkeypatch):
     monkeypatch.setattr(FakeEncoder, "weights", "second")
     for start in (workdir, workdir / "new"):
         with pytest.raises(UserError, match="texts are encoded with other encoders than those of the run"):
-            prompts.text_reader(latents_of(place, init__workdir=str(workdir)), start)
+            make_condition(latents_of(place, init__workdir=str(workdir)), start, PROMPTS).encode(["a dog"])
 
 
 def test_the_empty_text_stands_for_none_in_training_and_in_guidance(place):
@@ -261,22 +261,26 @@ def test_the_empty_text_stands_for_none_in_training_and_in_guidance(place):
         Text(*map(jnp.stack, zip(*texts, strict=True))) for texts in (map(fake.one, "abcdefgh"), [null] * 8)
     )
 
-    def of(null_text, **changes):
+    def of(null=None, **changes):
+        """Of the config with changes; null: in the place of the condition's own."""
         settings = {group: dataclasses.replace(getattr(config, group), **fields) for group, fields in changes.items()}
-        return dataclasses.replace(experiment, config=dataclasses.replace(config, **settings), null_text=null_text)
+        condition = make_condition(config)
+        if null is not None:
+            condition.null = null
+        return dataclasses.replace(experiment, config=dataclasses.replace(config, **settings), condition=condition)
 
     def loss(experiment):
         return jax.jit(lambda text: loss_and_metrics(experiment, parameters, images, text, jax.random.key(1))[0])
 
-    keep = loss(of(null, train=dict(label_dropout=0.0)))
-    np.testing.assert_allclose(loss(of(null, train=dict(label_dropout=0.999999)))(given), keep(empty), rtol=1e-6)
+    keep = loss(of(train=dict(label_dropout=0.0)))
+    np.testing.assert_allclose(loss(of(train=dict(label_dropout=0.999999)))(given), keep(empty), rtol=1e-6)
     assert abs(keep(given) - keep(empty)) > 1e-4
 
     def drawn(experiment):
-        return np.asarray(drawer(experiment)(parameters, empty, jnp.arange(8)))
+        return np.asarray(make_sample_fn(experiment)(parameters, empty, jnp.arange(8)))
 
-    plain = drawn(of(null, sample=dict(guidance=1.0)))
-    np.testing.assert_allclose(drawn(of(null, sample=dict(guidance=3.0))), plain, atol=1e-4)  # from itself to itself
+    plain = drawn(of(sample=dict(guidance=1.0)))
+    np.testing.assert_allclose(drawn(of(sample=dict(guidance=3.0))), plain, atol=1e-4)  # from itself to itself
     assert np.abs(drawn(of(fake.one("a"), sample=dict(guidance=3.0))) - plain).max() > 1e-2
 
 
@@ -284,19 +288,18 @@ def test_prompts_are_read_from_a_cache_or_encoded(place, workdir):
     texts, asked = str(place / "texts"), ["a dog", "a horse", "birds"]
 
     def request(prompts_, **overrides):
-        return prompts.request_of(build(latents_of(place, **overrides)), workdir, prompts_)
+        condition = make_condition(latents_of(place, **overrides), workdir, PROMPTS)
+        return condition.request(prompts_), condition
 
     fresh = request(asked)
-    for request_ in (fresh, request(asked, data__text=texts)):
+    for request_, condition in (fresh, request(asked, data__text=texts)):
         assert request_.captions == asked
         fake = FakeEncoder(latents_of(place).model.text)
-        for found, wanted in zip(
-            (*request_.condition, *request_.null_text), (*fake(asked), *fake.one("")), strict=True
-        ):
+        for found, wanted in zip((*request_.condition, *condition.null), (*fake(asked), *fake.one("")), strict=True):
             np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-6)
-    cached = request(["birds"], data__text=texts, model__text__pretrained="")
-    np.testing.assert_array_equal(cached.condition.pooled[0], fresh.condition.pooled[2])
-    own = request((), data__text=texts)
+    cached, _ = request(["birds"], data__text=texts, model__text__pretrained="")
+    np.testing.assert_array_equal(cached.condition.pooled[0], fresh[0].condition.pooled[2])
+    own, _ = request((), data__text=texts)
     assert own.captions == ["a cat", "a dog", "no picture", "two birds", "a cat"]
     for overrides, says in (
         (dict(data__text=texts), 'has no "a dog!": encode prompts by --mode=encode --prompts=FILE'),
@@ -307,10 +310,10 @@ def test_prompts_are_read_from_a_cache_or_encoded(place, workdir):
 
 
 def test_samples_are_guided_away_from_the_empty_text(place, workdir, monkeypatch):
-    seen, draw = [], sample_module.image_drawer
+    seen, make = [], sample_module.make_sample_fn
     monkeypatch.setattr(
-        sample_module, "image_drawer", lambda experiment, *rest: seen.append(experiment) or draw(experiment, *rest)
+        sample_module, "make_sample_fn", lambda experiment, *rest: seen.append(experiment) or make(experiment, *rest)
     )
     sample_module.sample(latents_of(place), workdir, StopRequest(), ["a dog"])
-    np.testing.assert_array_equal(seen[0].null_condition.pooled, FakeEncoder(seen[0].config.model.text).one("").pooled)
+    np.testing.assert_array_equal(seen[0].condition.null.pooled, FakeEncoder(seen[0].config.model.text).one("").pooled)
     assert [path.name for path in (workdir / "samples" / "prompts_0000002").iterdir()] == ["0000_a-dog.png"]

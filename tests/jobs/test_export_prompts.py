@@ -12,8 +12,8 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from tests.jobs.tiny import command, tiny_config
-from tests.run.test_prompts import text_config
+from tests.jobs.tiny import command, text_config, tiny_config
+from trm_diffusion.conditions import make_condition
 from trm_diffusion.config import to_dict
 from trm_diffusion.data.pipeline import make_iterator
 from trm_diffusion.errors import Interrupted, UserError
@@ -21,7 +21,6 @@ from trm_diffusion.experiment import build
 from trm_diffusion.jobs.export_prompts import export_prompts
 from trm_diffusion.jobs.sample import sample
 from trm_diffusion.metrics import dpg, geneval
-from trm_diffusion.run.prompts import keep_words, training_source
 from trm_diffusion.run.workdir import save_config
 from trm_diffusion.runtime.checkpoints import Checkpoints
 from trm_diffusion.runtime.signals import StopRequest
@@ -42,9 +41,11 @@ def place(tmp_path_factory):
     state = jax.tree.map(
         lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), leaf.dtype), build(config).abstract_state
     )
-    iterator = make_iterator(training_source(config), config.data, seed=0, batch_size=8)
+    condition = make_condition(config, workdir)
+    source = condition.source()
+    iterator = make_iterator(source, config.data, seed=0, batch_size=8)
     save_config(workdir, config)
-    keep_words(config, workdir)
+    condition.keep(source)
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         checkpoints.save(0, state, iterator, {"updates": 0})
     write_prompts(place, TEXTS)

@@ -14,11 +14,12 @@ from tests.jobs.tiny import tiny_config
 from trm_diffusion.errors import UserError
 from trm_diffusion.experiment import build
 from trm_diffusion.jobs.convert_weights import convert, weights_of
-from trm_diffusion.jobs.sample import draw_all, drawer
-from trm_diffusion.jobs.train import loss_and_metrics, train
+from trm_diffusion.jobs.sample import draw_all, make_sample_fn
+from trm_diffusion.jobs.train import train
+from trm_diffusion.jobs.train_step import loss_and_metrics
 from trm_diffusion.models.architecture import stack_layout
 from trm_diffusion.models.stack import from_per_layer, per_layer
-from trm_diffusion.run.restore import layers_of_run, load_run, sampling_parameters, started_state
+from trm_diffusion.run.restore import layers_of_run, load_run, sampling_parameters, state_from_pretrained
 from trm_diffusion.runtime.parameters import memory
 from trm_diffusion.runtime.signals import StopRequest
 from trm_diffusion.weights.adapters import base_sha256, merged
@@ -56,7 +57,7 @@ def test_the_loss_starts_exactly_at_the_bases(runs):
         return jax.jit(lambda p: loss_and_metrics(experiment, p, *batch(), jax.random.key(7))[0])(parameters)
 
     expected = loss(base, sampling_parameters(base, base_state))
-    assert loss(tuned, started_state(tuned).parameters) == expected
+    assert loss(tuned, state_from_pretrained(tuned).parameters) == expected
     layers = layers_of_run(runs / "tuned")
     assert any(np.any(value) for name, value in layers.items() if name.endswith("experts/up"))  # it did train
 
@@ -94,7 +95,7 @@ def test_an_adapter_on_its_base_draws_the_same_samples_to_the_bit(runs, tmp_path
     ):
         experiment, state = load_run(config, epath.Path(workdir))
         labels = np.arange(8, dtype=np.int32)
-        drawn = draw_all(drawer(experiment), config, sampling_parameters(experiment, state), labels)
+        drawn = draw_all(make_sample_fn(experiment), config, sampling_parameters(experiment, state), labels)
         pictures.append(np.concatenate(list(drawn)))
     np.testing.assert_array_equal(pictures[1], pictures[0])
 
@@ -102,14 +103,16 @@ def test_an_adapter_on_its_base_draws_the_same_samples_to_the_bit(runs, tmp_path
 def test_an_adapter_elsewhere_is_refused(runs, tmp_path):
     adapter = dict(init__missing="", init__adapter=str(runs / "adapter"))
     with pytest.raises(UserError, match="has config.model.recursion.latent_steps 2, not 3"):
-        started_state(build(tuned_config(runs, **adapter, model__recursion__latent_steps=3)))
+        state_from_pretrained(build(tuned_config(runs, **adapter, model__recursion__latent_steps=3)))
     with pytest.raises(UserError, match="was trained on other weights than .*tuned"):
-        started_state(build(tuned_config(runs, **adapter | {"init__workdir": write_other_base(runs, tmp_path)})))
+        state_from_pretrained(
+            build(tuned_config(runs, **adapter | {"init__workdir": write_other_base(runs, tmp_path)}))
+        )
     with pytest.raises(UserError, match="has no gates and experts to export"):
         convert(str(runs / "base"), str(tmp_path / "none"), to_layout="adapter")
     convert(str(runs / "base"), str(tmp_path / "base"))
     with pytest.raises(UserError, match="holds a dit, not gates and experts"):
-        started_state(build(tuned_config(runs, **adapter | {"init__adapter": str(tmp_path / "base")})))
+        state_from_pretrained(build(tuned_config(runs, **adapter | {"init__adapter": str(tmp_path / "base")})))
 
 
 def write_other_base(runs, directory):
@@ -164,6 +167,6 @@ def test_merge_where_it_is_exact_and_a_refusal_elsewhere(changed, message):
 
 def test_experts_that_are_still_zero_can_be_dropped():
     config = tiny_config()
-    layers = per_layer(build(config).fresh_state().parameters, stack_layout(config.model))
+    layers = per_layer(build(config).init_state().parameters, stack_layout(config.model))
     dropped = merged(weights_of(config, layers, "run"), "run")
     assert dropped.specs.keys() == {name for name in layers if "/recursion/" not in name}

@@ -10,7 +10,7 @@ from PIL import Image
 from tests.jobs.tiny import tiny_config
 from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.jobs.evaluate import evaluate, evaluation_labels
-from trm_diffusion.jobs.sample import draw_all, drawer, sample
+from trm_diffusion.jobs.sample import draw_all, make_sample_fn, sample
 from trm_diffusion.jobs.train import train
 from trm_diffusion.run.restore import load_run, sampling_parameters
 from trm_diffusion.runtime.signals import StopRequest
@@ -27,7 +27,7 @@ def draw(workdir, labels=(1, 2, 3, 4, 5, 6, 7, 8), **overrides) -> np.ndarray:
     config = tiny_config(**overrides)
     experiment, state = load_run(config, workdir)
     parameters = sampling_parameters(experiment, state)
-    return np.concatenate(list(draw_all(drawer(experiment), config, parameters, np.asarray(labels, np.int32))))
+    return np.concatenate(list(draw_all(make_sample_fn(experiment), config, parameters, np.asarray(labels, np.int32))))
 
 
 def test_sample_writes_a_picture_and_the_images(workdir):

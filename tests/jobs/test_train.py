@@ -14,7 +14,8 @@ from etils import epath
 from tests.jobs.tiny import tiny_config
 from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.experiment import build
-from trm_diffusion.jobs.train import draw_latent_steps, loss_and_metrics, make_train_step, train
+from trm_diffusion.jobs.train import train
+from trm_diffusion.jobs.train_step import draw_latent_steps, loss_and_metrics, make_train_step
 from trm_diffusion.runtime.signals import StopRequest
 
 
@@ -28,7 +29,7 @@ def batch(size=8, seed=0):
 
 def test_one_compilation_in_a_hundred_updates():
     experiment = build(tiny_config(train__updates=100, train__latent_steps=(1, 2)))
-    state, step = experiment.fresh_state(), make_train_step(experiment)
+    state, step = experiment.init_state(), make_train_step(experiment)
     losses = []
     for index in range(100):
         state, metrics = step(state, batch(seed=index % 4))
@@ -40,7 +41,7 @@ def test_one_compilation_in_a_hundred_updates():
 
 def test_state_and_metrics_have_the_declared_shapes_and_dtypes():
     experiment = build(tiny_config())
-    state, step = experiment.fresh_state(), make_train_step(experiment)
+    state, step = experiment.init_state(), make_train_step(experiment)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, experiment.abstract_state)
     state, metrics = step(state, batch())
     chex.assert_trees_all_equal_shapes_and_dtypes(state, experiment.abstract_state)
@@ -58,7 +59,7 @@ class LossTest(chex.TestCase):
     @parameterized.parameters("rectified_flow", "ddpm")
     def test_loss_is_the_mean_over_images(self, objective):
         experiment = build(tiny_config(diffusion__objective=objective, sample__sampler="ddim"))
-        state = experiment.fresh_state()
+        state = experiment.init_state()
         data, key = batch(), jax.random.key(3)
         loss, (metrics, _) = self.variant(lambda p, image, label: loss_and_metrics(experiment, p, image, label, key))(
             state.parameters, data["image"], data["label"]
@@ -76,7 +77,7 @@ def test_accumulated_parts_give_the_mean_gradient():
     """Four parts with keys of their own equal the mean of four separate gradients."""
     config = tiny_config(train__accumulate=4, optim__clip_norm=0.0, model__recursion__routing_group=1)
     experiment = build(config)
-    state, data = experiment.fresh_state(), batch()
+    state, data = experiment.init_state(), batch()
     from trm_diffusion.runtime.random import Purpose, key_for
 
     key = key_for(config.seed, Purpose.TRAINING, 0)
@@ -93,7 +94,7 @@ def test_accumulated_parts_give_the_mean_gradient():
 def test_non_finite_update_changes_nothing_but_the_update_number():
     experiment = build(tiny_config())
     step = make_train_step(experiment)
-    state, _ = step(experiment.fresh_state(), batch())
+    state, _ = step(experiment.init_state(), batch())
     before = jax.tree.map(np.asarray, state)
     bad = batch()
     bad["image"] = bad["image"].at[0, 0, 0, 0].set(jnp.nan)
@@ -105,7 +106,7 @@ def test_non_finite_update_changes_nothing_but_the_update_number():
 
 def test_a_gradient_too_large_to_be_squared_is_named_as_what_went_wrong():
     experiment = build(tiny_config())
-    state = experiment.fresh_state()
+    state = experiment.init_state()
     trainable = dict(state.trainable)
     trainable["final/modulation/bias"] += 1e25  # the last map takes that much, and starts as zero
     before = jax.tree.map(np.asarray, dataclasses.replace(state, trainable=trainable))
@@ -118,8 +119,8 @@ def test_a_gradient_too_large_to_be_squared_is_named_as_what_went_wrong():
 
 def test_averages_follow_the_parameters_of_the_same_update():
     experiment = build(tiny_config(optim__ema_decays=(0.75,), optim__ema_warmup=False))
-    before = jax.tree.map(np.asarray, experiment.fresh_state())
-    state, _ = make_train_step(experiment)(experiment.fresh_state(), batch())
+    before = jax.tree.map(np.asarray, experiment.init_state())
+    state, _ = make_train_step(experiment)(experiment.init_state(), batch())
     expected = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, before.trainable, state.trainable)
     chex.assert_trees_all_close(state.ema["0.75"], expected, rtol=1e-6, atol=1e-9)
     assert any(np.any(new != before.trainable[name]) for name, new in state.trainable.items())
@@ -127,7 +128,7 @@ def test_averages_follow_the_parameters_of_the_same_update():
 
 def test_frozen_parameters_have_no_optimizer_state_and_do_not_move():
     experiment = build(tiny_config(train__trainable="recursion"))
-    state = experiment.fresh_state()
+    state = experiment.init_state()
     assert state.trainable and all("/recursion/" in name for name in state.trainable)
     frozen = jax.tree.map(np.asarray, state.frozen)
     shapes = {leaf.shape for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim}
@@ -146,7 +147,7 @@ def test_draw_latent_steps():
 
 def lively(experiment):
     """Parameters in which nothing is zero, so that the number of latent steps matters."""
-    leaves = experiment.fresh_state().parameters.items()
+    leaves = experiment.init_state().parameters.items()
     rng = np.random.default_rng(0)
     return {name: jnp.asarray(0.2 * rng.standard_normal(leaf.shape), jnp.float32) for name, leaf in leaves}
 

@@ -30,6 +30,17 @@ def tiny_config(**overrides) -> Config:
     return resolve(c)
 
 
+def text_config(**overrides) -> Config:
+    """`tiny_config` of an MMDiT that reads the words of captions."""
+    fields = dict(
+        data__source="scenes", data__channels=3, data__num_classes=0, model__architecture="mmdit",
+        model__mmdit__position_max_size=2, model__mmdit__position_base_size=2,
+        model__text__length=5, model__text__features=8, model__text__pooled_features=8, model__text__heads=2,
+        model__text__depth=1, model__text__vocabulary=9, sample__per_class=2, sample__sampler="ab2",
+    )  # fmt: skip
+    return tiny_config(**fields | overrides)
+
+
 def write_tiny_vae(directory: Path, seed: int = 0, **changes) -> str:
     """Writes a random autoencoder, two pixels a side of a latent cell, as `--mode=convert` does; returns the path."""
     model = dict(channels=[4, 8], blocks=1, image_channels=3, latent_channels=4, quant_conv=True, groups=2)

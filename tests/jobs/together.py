@@ -21,7 +21,7 @@ from trm_diffusion.jobs.train import train
 from trm_diffusion.metrics import adm
 from trm_diffusion.metrics.image_sets import open_images
 from trm_diffusion.models.inception import Features
-from trm_diffusion.runtime.processes import join, wait_for_all
+from trm_diffusion.runtime.processes import barrier, join
 from trm_diffusion.runtime.sharding import BATCH_AXES, MeshConfig, batch_sharding, make_mesh, own_rows
 from trm_diffusion.runtime.signals import StopRequest
 
@@ -31,7 +31,7 @@ MESHES = {"fsdp": {"mesh__fsdp": 2}, "tensor": {"mesh__tensor": 2}}
 
 def main(directory: Path, inputs: Path, index: int, count: int, port: int) -> None:
     join(f"localhost:{port}", count, index, detect=False, timeout=60)
-    wait_for_all("the jobs begin")
+    barrier("the jobs begin")
     directory, stop = epath.Path(directory), StopRequest()
     prepare(
         latent_config(inputs, data__source="image_folder", data__path=str(inputs / "images")),
@@ -39,7 +39,7 @@ def main(directory: Path, inputs: Path, index: int, count: int, port: int) -> No
         StopRequest(together=False),
         images_per_shard=6,
     )
-    wait_for_all("all latents are there")
+    barrier("all latents are there")
     for name, mesh in MESHES.items():
         start = str(directory / "fsdp") if name == "tensor" else ""
         fields = dict(data__path=str(directory / "latents"), log__every=1, init__workdir=start)

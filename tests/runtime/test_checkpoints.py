@@ -37,7 +37,7 @@ def directory(tmp_path):
 
 def test_state_iterator_and_loop_come_back(directory):
     experiment = build(tiny_config())
-    state, iterator = experiment.fresh_state(), batches()
+    state, iterator = experiment.init_state(), batches()
     for _ in range(3):
         next(iterator)
     with Checkpoints(directory) as checkpoints:

@@ -77,7 +77,7 @@ def test_one_process_is_left_alone(monkeypatch):
     join("", None, None, detect=True, timeout=1)
     join("localhost:1", 1, 0, detect=True, timeout=1)
     join("", 2, 1, detect=False, timeout=1)  # two that share a prepare
-    assert not processes.several() and processes.is_first()
+    assert not processes.is_distributed() and processes.is_main_process()
 
 
 def test_slurm_tells_what_is_not_given(monkeypatch):

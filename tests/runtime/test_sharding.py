@@ -134,7 +134,7 @@ def _has_moments(part) -> bool:
 def test_batches_and_parameters_on_this_machines_devices():
     experiment = build(tiny_config())
     assert dict(experiment.mesh.shape) == {"data": jax.device_count(), "fsdp": 1, "tensor": 1, "expert": 1}
-    state = experiment.fresh_state()
+    state = experiment.init_state()
     chex.assert_trees_all_equal(
         jax.tree.map(lambda leaf: leaf.sharding, state),
         jax.tree.map(lambda leaf: leaf.sharding, experiment.abstract_state),

@@ -17,8 +17,8 @@ from trm_diffusion.data.sources import make_source
 from trm_diffusion.errors import UserError
 from trm_diffusion.experiment import build
 from trm_diffusion.jobs.convert_weights import convert
-from trm_diffusion.jobs.train import starting_state
 from trm_diffusion.models.inception import random_state
+from trm_diffusion.run.restore import restore_or_init
 from trm_diffusion.runtime.checkpoints import Checkpoints
 from trm_diffusion.weights.convert import LAYOUTS, detect, to_ours
 from trm_diffusion.weights.inception import load_inception
@@ -259,7 +259,7 @@ def started(config, workdir):
     iterator = make_iterator(make_source(config.data), config.data, **options)
     workdir, experiment = epath.Path(workdir), build(config)
     with Checkpoints(workdir / "checkpoints") as checkpoints:
-        state, loop = starting_state(experiment, workdir, checkpoints, iterator)
+        state, loop = restore_or_init(experiment, workdir, checkpoints, iterator)
         checkpoints.save(0, state, iterator, loop or {"start": 0})
     iterator.close()
 

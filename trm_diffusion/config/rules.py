@@ -7,20 +7,19 @@ except the batch, which must also fit the devices that are found.
 
 import functools
 
+from trm_diffusion.conditions import kind_of
 from trm_diffusion.config.schema import Config
-from trm_diffusion.data.sources import CAPTIONED_SOURCES
 from trm_diffusion.diffusion.guidance import check_guidance
 from trm_diffusion.diffusion.samplers import check_sampler
 from trm_diffusion.errors import UserError
 from trm_diffusion.models.recursion.config import recursive_blocks
-from trm_diffusion.models.text import CLIP_LENGTH
 
 
 def check(config: Config) -> None:
     """Raises UserError, in one line, for the first rule that the config breaks."""
     _check_model(config)
     _check_recursion(config)
-    _check_condition(config)
+    kind_of(config).check_config(config)
     _check_training(config)
     _check_sampling(config)
     _check_evaluation(config)
@@ -69,75 +68,6 @@ def _check_recursion(config: Config) -> None:
         recursion.pool == "shared" or (config.sample.latent_steps or 1) <= recursion.latent_steps,
         f"config.sample.latent_steps {config.sample.latent_steps} exceeds the {recursion.latent_steps} pools of "
         "config.model.recursion.pool per_latent_step",
-    )
-
-
-def _check_condition(config: Config) -> None:
-    """The model is conditioned on what the data hold."""
-    model, source = config.model, config.data.source
-    _require(
-        not config.data.text or (model.architecture == "mmdit" and not model.reads_words),
-        "config.data.text is for config.model.architecture mmdit with config.model.text.encoder encoded",
-    )
-    if model.architecture == "dit":
-        _require(
-            source not in CAPTIONED_SOURCES and config.data.num_classes >= 1,
-            f"config.model.architecture dit needs labels; config.data.source {source} with config.data.num_classes "
-            f"{config.data.num_classes} has none",
-        )
-        return
-    if model.reads_words:
-        _check_words(config)
-    else:
-        _check_encoded_text(config)
-    _require(
-        model.mmdit.dual_attention_blocks <= model.depth,
-        f"config.model.mmdit.dual_attention_blocks {model.mmdit.dual_attention_blocks} exceeds config.model.depth "
-        f"{model.depth}",
-    )
-    grid = config.data.image_size // model.patch
-    _require(
-        grid <= model.mmdit.position_max_size,
-        f"config.model.mmdit.position_max_size {model.mmdit.position_max_size} is less than the {grid} tokens a side "
-        "of config.data.image_size over config.model.patch",
-    )
-
-
-def _check_words(config: Config) -> None:
-    """A text encoder that is trained with the model."""
-    text, source = config.model.text, config.data.source
-    _require(
-        source in CAPTIONED_SOURCES,
-        f"config.model.text.encoder learned needs captions; config.data.source {source} has none, "
-        f"{', '.join(CAPTIONED_SOURCES)} have",
-    )
-    _require(
-        text.features % text.heads == 0 and text.features % 2 == 0,
-        f"config.model.text.features {text.features} must be even and a multiple of config.model.text.heads "
-        f"{text.heads}",
-    )
-    _require_multiple(config, "model.text.features", of="mesh.fsdp")
-    _require_multiple(config, "model.text.heads", of="mesh.tensor")
-    _require(
-        text.features == text.pooled_features,
-        f"config.model.text.pooled_features {text.pooled_features} must equal config.model.text.features "
-        f"{text.features} with config.model.text.encoder learned",
-    )
-
-
-def _check_encoded_text(config: Config) -> None:
-    """Text that pretrained encoders have encoded before."""
-    text, source = config.model.text, config.data.source
-    sources = ("synthetic", "latents", *CAPTIONED_SOURCES)
-    _require(
-        source in sources,
-        "config.model.text.encoder encoded needs encoded text, which images without captions lack: "
-        f"config.data.source one of {', '.join(sources)}, not {source}",
-    )
-    _require(
-        text.recipe != "sd3" or text.length > CLIP_LENGTH or not (text.pretrained or config.data.text),
-        f"config.model.text.length is {text.length}; with config.model.text.recipe sd3 the first {CLIP_LENGTH} tokens "
-        "are the CLIP encoders' and the others T5's, so it must be greater",
     )
 
 

@@ -47,6 +47,7 @@ class Source(abc.ABC):
       vocabulary: every word of the captions, if they keep to a closed set; a word's place must not change.
       spec: what the latents are, where records are latents of images.
       encodings: the encoded texts that records are given, where there are any.
+      mirrored: names of the entries of an element that are images, [H, W, ...], which a flip mirrors.
       stochastic: whether `sample` uses its generator, so that a record differs from epoch to epoch.
       in_memory: whether reading is so cheap that more than one read thread would only cost time.
       reads_image_files: whether records are image files, cropped to the config's size as they are read.
@@ -58,6 +59,7 @@ class Source(abc.ABC):
     vocabulary: tuple[str, ...] = ()
     spec: LatentSpec | None = None
     encodings: "Encodings | None" = None
+    mirrored: tuple[str, ...] = ("image",)
     stochastic: bool = False
     in_memory: bool = False
     reads_image_files: bool = False

@@ -98,7 +98,7 @@ class _LocalBatches:
         else:
             element = self._source[index]
         if self._flip and epoch_flips(len(self._source), self._seed, epoch)[place]:
-            element = element | {"image": element["image"][:, ::-1]}
+            element = element | {name: element[name][:, ::-1] for name in self._source.mirrored}
         return element
 
 

@@ -1,4 +1,4 @@
-"""Sources whose records carry text in the form that a model reads: word ids, or encoded text."""
+"""Sources whose records carry what a model is conditioned on: word ids, or encoded text, in place of captions."""
 
 import numpy as np
 
@@ -12,15 +12,16 @@ from trm_diffusion.models.tokenizer import Tokenizer
 _SYNTHETIC_TEXT_SEED = 20_232
 
 
-class _WithText(Source):
-    """A source with its labels or captions exchanged for the arrays of `text`."""
+class ConditionedSource(Source):
+    """A source with its labels or captions exchanged for the arrays of `condition`."""
 
     def __init__(self, source: Source):
         self._source = source
         self.sample_shape, self.num_classes, self.spec = source.sample_shape, source.num_classes, source.spec
         self.stochastic, self.in_memory = source.stochastic, source.in_memory
 
-    def text(self, element: Element, rng: np.random.Generator | None = None) -> Element:
+    def condition(self, element: Element, rng: np.random.Generator | None = None) -> Element:
+        """The arrays of one record, by name; `rng` is given in training alone."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -33,21 +34,25 @@ class _WithText(Source):
         return self._exchanged(self._source.sample(index, rng), rng)
 
     def _exchanged(self, element: Element, rng: np.random.Generator | None = None) -> Element:
-        return {name: element[name] for name in ("image", "index")} | self.text(element, rng)
+        return {name: element[name] for name in ("image", "index")} | self.condition(element, rng)
 
 
-class TokenizedSource(_WithText):
+class TokenizedSource(ConditionedSource):
     """Captions as word ids: "tokens" int32 [L]."""
 
     def __init__(self, source: Source, tokenizer: Tokenizer):
         super().__init__(source)
+        self.vocabulary = source.vocabulary
         self._tokenizer = tokenizer
 
-    def text(self, element: Element, rng: np.random.Generator | None = None) -> Element:
+    def captions(self, index: int) -> list[str]:
+        return self._source.captions(index)
+
+    def condition(self, element: Element, rng: np.random.Generator | None = None) -> Element:
         return {"tokens": self._tokenizer.encode(str(element["caption"]))}
 
 
-class SyntheticTextSource(_WithText):
+class SyntheticTextSource(ConditionedSource):
     """Standard normal noise in the form of encoded text, depending on the record's index alone.
 
     "states" float32 [L, C], "mask" bool [L], all True, and "pooled" float32 [P].
@@ -57,7 +62,7 @@ class SyntheticTextSource(_WithText):
         super().__init__(source)
         self._states, self._pooled = (length, features), (pooled_features,)
 
-    def text(self, element: Element, rng: np.random.Generator | None = None) -> Element:
+    def condition(self, element: Element, rng: np.random.Generator | None = None) -> Element:
         key = np.array([_SYNTHETIC_TEXT_SEED, int(element["index"])], np.uint64)
         noise = np.random.Generator(np.random.Philox(key=key))
         return {
@@ -67,7 +72,7 @@ class SyntheticTextSource(_WithText):
         }
 
 
-class EncodedTextSource(_WithText):
+class EncodedTextSource(ConditionedSource):
     """Captions as pretrained encoders see them: "states" float32 [L, C], "mask" bool [L], "pooled" float32 [P].
 
     Training draws one of an image's captions anew each time, plain reading takes the first. Raises UserError where the
@@ -80,7 +85,7 @@ class EncodedTextSource(_WithText):
         self.encodings = encodings
         self._items = _items_of(source, encodings)
 
-    def text(self, element: Element, rng: np.random.Generator | None = None) -> Element:
+    def condition(self, element: Element, rng: np.random.Generator | None = None) -> Element:
         records = self.encodings.records_of(self._items[element["index"]])
         return self.encodings[records[rng.integers(len(records)) if rng else 0]]._asdict()
 

@@ -16,18 +16,19 @@ import numpy as np
 from etils import epath
 
 from trm_diffusion.analysis.halting import expert_rows, mean_latent_steps, saving
+from trm_diffusion.conditions import SampleRequest
 from trm_diffusion.config import Config
 from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.experiment import Experiment, build
 from trm_diffusion.files import write_json
 from trm_diffusion.jobs.evaluate import protocol
-from trm_diffusion.jobs.sample import drawer
+from trm_diffusion.jobs.sample import make_sample_fn
 from trm_diffusion.models.architecture import stack_layout
 from trm_diffusion.models.recursion.report import RoutingReport
-from trm_diffusion.run.prompts import Request, request_of
 from trm_diffusion.run.restore import load_run, sampling_parameters
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.parameters import Parameters
+from trm_diffusion.runtime.processes import is_main_process
 from trm_diffusion.runtime.signals import StopRequest
 from trm_diffusion.runtime.timing import interleaved_seconds
 
@@ -41,10 +42,8 @@ def analyze(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
         raise UserError("config.model.recursion.blocks is none: no block recurses, so there is nothing to analyze")
     experiment, state = load_run(config, workdir)
     parameters = sampling_parameters(experiment, state)
-    request = request_of(experiment, workdir)
-    experiment = dataclasses.replace(experiment, null_text=request.null_text)
-    condition = _condition_of_batch(experiment, request)
-    images, reports = _batch_drawer(experiment, parameters, condition, stop, with_reports=True)()
+    condition = _condition_of_batch(experiment, experiment.condition.request())
+    images, reports = _draw_batch_fn(experiment, parameters, condition, stop, with_reports=True)()
     images, reports = jax.tree.map(np.asarray, (images, reports))
     report = {
         "blocks": list(stack_layout(config.model).recursive),
@@ -55,22 +54,22 @@ def analyze(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
     }
     if config.model.recursion.halting != "none":
         report["halting"] |= _halting(experiment, parameters, condition, images, reports, stop)
-    if jax.process_index() != 0:
+    if not is_main_process():
         return
     write_json(workdir / "analysis.json", {**report, "by_diffusion_step": _by_diffusion_step(experiment, reports)})
     say(f"wrote {workdir / 'analysis.json'}")
     print(json.dumps(report), flush=True)
 
 
-def _condition_of_batch(experiment: Experiment, request: Request):
+def _condition_of_batch(experiment: Experiment, request: SampleRequest):
     """The condition of the run's grids, cut or repeated to `sample.batch_size` images."""
     size = experiment.config.sample.batch_size
     return jax.tree.map(lambda leaf: np.resize(leaf, (size, *leaf.shape[1:])), request.condition)
 
 
-def _batch_drawer(experiment: Experiment, parameters: Parameters, condition, stop, *, with_reports: bool = False):
+def _draw_batch_fn(experiment: Experiment, parameters: Parameters, condition, stop, *, with_reports: bool = False):
     """A function that draws the batch."""
-    draw = drawer(experiment, with_reports=with_reports)
+    draw = make_sample_fn(experiment, with_reports=with_reports)
     indices = np.arange(experiment.config.sample.batch_size)
 
     def once():
@@ -94,11 +93,11 @@ def _halting(experiment: Experiment, parameters: Parameters, condition, images, 
     """What halting saved, and what it changed, against the same parameters without it."""
     config = experiment.config
     recursion = dataclasses.replace(config.model.recursion, halting="none")
-    plain = build(dataclasses.replace(config, model=dataclasses.replace(config.model, recursion=recursion)))
-    plain = dataclasses.replace(plain, null_text=experiment.null_text)
-    without = _batch_drawer(plain, {name: parameters[name] for name in plain.model.shapes}, condition, stop)
+    model = dataclasses.replace(config.model, recursion=recursion)
+    plain = build(dataclasses.replace(config, model=model), condition=experiment.condition)
+    without = _draw_batch_fn(plain, {name: parameters[name] for name in plain.model.shapes}, condition, stop)
     seconds = interleaved_seconds(
-        {"with": _batch_drawer(experiment, parameters, condition, stop), "without": without}, REPEATS
+        {"with": _draw_batch_fn(experiment, parameters, condition, stop), "without": without}, REPEATS
     )
     ratios = [one / other for one, other in zip(seconds["with"], seconds["without"], strict=True)]
     rows = expert_rows(reports, experts_per_token=recursion.experts_per_token)

@@ -26,11 +26,12 @@ import ml_collections
 
 from trm_diffusion.analysis.flops import UnknownTurns, forward_flops
 from trm_diffusion.analysis.hlo import Cost, largest_arrays, program_cost
+from trm_diffusion.conditions import NOTHING, make_condition
 from trm_diffusion.config import Config, resolve, to_dict
 from trm_diffusion.errors import UserError
 from trm_diffusion.experiment import Experiment, build
-from trm_diffusion.jobs.sample import sampling_program
-from trm_diffusion.jobs.train import make_train_step
+from trm_diffusion.jobs.sample import make_sample_program
+from trm_diffusion.jobs.train_step import make_train_step
 from trm_diffusion.runtime.libtpu import run_with_libtpu
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.parameters import device_bytes
@@ -80,7 +81,8 @@ def _told(report: dict) -> list[str]:
 
 def report_on(config: Config, topology: Topology, job: str) -> dict:
     """What `compile_ahead` prints, from within the process that holds the compiler."""
-    experiment = build(config, described_devices(topology))
+    condition = make_condition(config, reads=NOTHING)
+    experiment = build(config, described_devices(topology), condition=condition)
     lowered = lowered_step(experiment, job)
     start, failure, compiled = time.perf_counter(), None, None
     try:
@@ -130,9 +132,9 @@ def lowered_step(experiment: Experiment, job: str) -> jax.stages.Lowered:
         batch = experiment.abstract_batch(experiment.config.train.batch_size)
         return make_train_step(experiment).lower(experiment.abstract_state, batch)
     size = experiment.config.sample.batch_size
-    condition = experiment.condition_of(experiment.abstract_batch(size))
+    condition = experiment.condition.from_batch(experiment.abstract_batch(size))
     indices = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=batch_sharding(experiment.mesh))
-    return sampling_program(experiment).lower(experiment.abstract_state.parameters, condition, indices)
+    return make_sample_program(experiment).lower(experiment.abstract_state.parameters, condition, indices)
 
 
 def memory_report(experiment: Experiment, topology: Topology, job: str, compiled) -> dict:
@@ -203,12 +205,14 @@ def model_flops(experiment: Experiment, job: str) -> float:
     recursion = dataclasses.replace(config.model.recursion, remat="none")
     model = dataclasses.replace(config.model, remat="none", attention="xla", recursion=recursion)
     train = dataclasses.replace(config.train, accumulate=1)
-    plain = build(dataclasses.replace(config, model=model, train=train), experiment.mesh.devices.ravel())
+    config = dataclasses.replace(config, model=model, train=train)
+    plain = build(config, experiment.mesh.devices.ravel(), condition=experiment.condition)
     if job == "train":
         return forward_flops(make_train_step(plain), plain.abstract_state, plain.abstract_batch(train.batch_size))
     batch = plain.abstract_batch(config.sample.batch_size)
     indices = jax.ShapeDtypeStruct((config.sample.batch_size,), jnp.int32)
-    return forward_flops(sampling_program(plain), plain.abstract_state.parameters, plain.condition_of(batch), indices)
+    condition = plain.condition.from_batch(batch)
+    return forward_flops(make_sample_program(plain), plain.abstract_state.parameters, condition, indices)
 
 
 def advice(experiment: Experiment, topology: Topology, job: str, state: float, temporaries: float) -> list[dict]:

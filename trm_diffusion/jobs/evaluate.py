@@ -11,17 +11,17 @@ import numpy as np
 from etils import epath
 
 import trm_diffusion
+from trm_diffusion.conditions import make_condition
 from trm_diffusion.config import Config
 from trm_diffusion.data.scenes.source import SceneSource
 from trm_diffusion.files import write_json
-from trm_diffusion.jobs.sample import draw_all, image_drawer, write_grid
+from trm_diffusion.jobs.sample import draw_all, make_sample_fn, write_grid
 from trm_diffusion.metrics.digits import evaluate_digits
 from trm_diffusion.metrics.scenes.score import evaluate_scenes
-from trm_diffusion.models.tokenizer import Tokenizer
 from trm_diffusion.run.decoder import Decoder, load_decoder
-from trm_diffusion.run.prompts import load_words
 from trm_diffusion.run.restore import load_run, sampling_parameters
 from trm_diffusion.runtime.logging import say
+from trm_diffusion.runtime.processes import is_main_process
 from trm_diffusion.runtime.random import Purpose
 from trm_diffusion.runtime.signals import StopRequest
 
@@ -38,14 +38,14 @@ def evaluate(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
         return
     experiment, state = load_run(config, workdir)
     parameters, decoder = sampling_parameters(experiment, state), load_decoder(experiment, workdir)
-    draw = image_drawer(experiment, decoder)
+    draw = make_sample_fn(experiment, decoder)
 
     def generate(condition) -> np.ndarray:
         say(f"drawing {len(condition)} images to evaluate {workdir} at update {int(state.step)}")
         return np.concatenate(list(draw_all(draw, config, parameters, condition, stop)))
 
     measures = {"digits": _digits, "scenes": _scenes}[config.evaluate.kind](config, workdir, generate)
-    if jax.process_index() != 0:
+    if not is_main_process():
         return
     passed = measures.pop("pass")
     report = {**measures, "protocol": protocol(config, int(state.step), decoder), "pass": bool(passed)}
@@ -71,12 +71,12 @@ def _digits(config: Config, workdir: epath.Path, generate: Callable) -> dict:
 
 def _scenes(config: Config, workdir: epath.Path, generate: Callable) -> dict:
     """Text following, judged exactly, on compositions that training has seen and on others, `num_samples` of each."""
-    tokenizer = Tokenizer(load_words(workdir).vocabulary, config.model.text.length)
+    condition = make_condition(config, workdir)
     measures = {}
     for split in ("seen", "held_out"):
         source = SceneSource(config.data.image_size, split)
         captions = [source.scene(index)[1] for index in range(config.evaluate.num_samples)]
-        images = generate(np.stack([tokenizer.encode(caption) for caption in captions]))
+        images = generate(condition.encode(captions))
         measures[split] = evaluate_scenes(images, source)
         shown = SCENES_SHOWN * config.sample.per_class
         write_grid(workdir / "samples" / f"evaluation_{split}.png", images[:shown], config, captions[:shown])

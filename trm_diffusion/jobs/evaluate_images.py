@@ -23,7 +23,7 @@ from trm_diffusion.metrics.adm import (
 from trm_diffusion.metrics.image_sets import ImageSet, open_images
 from trm_diffusion.metrics.precision_recall import NEIGHBOURS
 from trm_diffusion.runtime.logging import say
-from trm_diffusion.runtime.processes import is_first
+from trm_diffusion.runtime.processes import is_main_process
 from trm_diffusion.weights.inception import load_inception
 
 BATCH_SIZE = 64
@@ -97,7 +97,7 @@ def evaluate_images(
             "device": jax.devices()[0].device_kind,
         },
     }
-    if is_first():
+    if is_main_process():
         write_json(path, report)
         say(f"wrote {path}")
         print(json.dumps(report), flush=True)
@@ -114,7 +114,7 @@ def make_reference(images: str, inception: str, out: str, image_size: int = 0) -
         raise UserError(f"--images={images} holds one image; a reference needs a whole data set")
     weights, _ = load_inception(inception)
     arrays = reference_arrays(weights, source, BATCH_SIZE)
-    if not is_first():
+    if not is_main_process():
         return
     with replacing(path) as partial, partial.open("wb") as file:
         np.savez(file, **arrays)

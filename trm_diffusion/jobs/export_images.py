@@ -21,16 +21,17 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from trm_diffusion.analysis.grids import image_grid, save_png
+from trm_diffusion.conditions import LABELS, kind_of
 from trm_diffusion.config import Config
 from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.files import replacing, write_json
 from trm_diffusion.jobs.evaluate import evaluation_labels, protocol
-from trm_diffusion.jobs.sample import drawer
+from trm_diffusion.jobs.sample import make_sample_fn
 from trm_diffusion.metrics.image_sets import FolderImages
 from trm_diffusion.run.decoder import load_decoder
 from trm_diffusion.run.restore import load_run, sampling_parameters
 from trm_diffusion.runtime.logging import say
-from trm_diffusion.runtime.processes import is_first, wait_for_all
+from trm_diffusion.runtime.processes import barrier, is_main_process
 from trm_diffusion.runtime.sharding import own_shards
 from trm_diffusion.runtime.signals import StopRequest
 
@@ -48,8 +49,7 @@ def export(config: Config, workdir: epath.Path, stop: StopRequest, count: int, o
       UserError: a model of texts, latents without their autoencoder, or a folder that holds images drawn otherwise.
       Interrupted: asked to stop; what was drawn stays.
     """
-    if config.model.architecture != "dit":
-        raise UserError("--num draws labels; a model of texts draws --prompts=FILE")
+    kind_of(config).require(LABELS, "--num")
     require_images(config)
     experiment, state = load_run(config, workdir)
     update = int(state.step)
@@ -60,7 +60,7 @@ def export(config: Config, workdir: epath.Path, stop: StopRequest, count: int, o
     decoder = load_decoder(experiment, workdir, experiment.mesh.local_mesh)
     start(folder, labels, protocol(config, update, decoder) | {"samples": count})
 
-    draw, parameters = drawer(experiment, gathered=False), sampling_parameters(experiment, state)
+    draw, parameters = make_sample_fn(experiment, gathered=False), sampling_parameters(experiment, state)
     missing = sum(len(indices) for indices in batches)
     with tqdm.tqdm(total=count, initial=count - missing, unit="image", mininterval=1) as bar:
         for indices in batches:
@@ -74,8 +74,8 @@ def export(config: Config, workdir: epath.Path, stop: StopRequest, count: int, o
                 if row < len(indices):
                     save_png(image_path(folder, indices[row]), image_grid(image[None], columns=1, padding=0))
             bar.update(len(indices))
-    wait_for_all("all images are written")
-    if target.suffix == ".npz" and is_first():
+    barrier("all images are written")
+    if target.suffix == ".npz" and is_main_process():
         pack(folder, target, labels)
     say(f"drew {count} images with {config.sample.parameters} parameters: {target}")
 
@@ -108,10 +108,10 @@ def as_first_sees(flags: Sequence[bool]) -> np.ndarray:
 
 def start(folder: epath.Path, labels: np.ndarray, record: dict) -> None:
     """Writes labels and record. Raises UserError where the folder's own record tells of other images."""
-    if keep_record(folder / "sampling.json", folder, record) and is_first():
+    if keep_record(folder / "sampling.json", folder, record) and is_main_process():
         with replacing(folder / "labels.npy") as partial, partial.open("wb") as file:
             np.save(file, labels)
-    wait_for_all("the folder is there")
+    barrier("the folder is there")
 
 
 def keep_record(path: epath.Path, folder: epath.Path, record: dict) -> bool:
@@ -129,7 +129,7 @@ def keep_record(path: epath.Path, folder: epath.Path, record: dict) -> bool:
                 "remove it, or give another --out"
             )
         return False
-    if is_first():
+    if is_main_process():
         write_json(path, record)
     return True
 

@@ -8,7 +8,6 @@ OUT                  the images, as `metrics/geneval.py` and `metrics/dpg.py` sa
 OUT.sampling.json    how they were drawn
 """
 
-import dataclasses
 import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,18 +18,18 @@ import tqdm
 from etils import epath
 
 from trm_diffusion.analysis.grids import image_grid
+from trm_diffusion.conditions import PROMPTS, TEXTS, kind_of
 from trm_diffusion.config import Config
 from trm_diffusion.errors import UserError
 from trm_diffusion.files import clear_partial, sha256_of_json
 from trm_diffusion.jobs.evaluate import protocol
 from trm_diffusion.jobs.export_images import as_first_sees, keep_record, require_images
-from trm_diffusion.jobs.sample import draw_all, image_drawer
+from trm_diffusion.jobs.sample import draw_all, make_sample_fn
 from trm_diffusion.metrics import dpg, geneval
 from trm_diffusion.run.decoder import load_decoder
-from trm_diffusion.run.prompts import text_reader
 from trm_diffusion.run.restore import load_run, sampling_parameters
 from trm_diffusion.runtime.logging import say
-from trm_diffusion.runtime.processes import is_first
+from trm_diffusion.runtime.processes import is_main_process
 from trm_diffusion.runtime.signals import StopRequest
 
 IMAGES = 4  # of a prompt, in either benchmark
@@ -90,38 +89,36 @@ def export_prompts(
         holds something else.
       Interrupted: asked to stop; what was drawn stays.
     """
-    if config.model.architecture == "dit":
-        raise UserError(f"--export={benchmark} draws texts; this model (config.model.architecture dit) draws labels")
+    kind_of(config).require(TEXTS, f"--export={benchmark}")
     require_images(config)
     if "://" in (out or str(workdir)):
         raise UserError(f"--export={benchmark} writes files for an evaluator: give --out=DIR, a local directory")
     suite = {"geneval": _geneval, "dpg": _dpg}[benchmark](prompts)
-    experiment, state = load_run(config, workdir)
-    reader, decoder = text_reader(config, workdir), load_decoder(experiment, workdir)
-    experiment = dataclasses.replace(experiment, null_text=reader.null_text)
+    experiment, state = load_run(config, workdir, reads=PROMPTS)
+    texts, decoder = experiment.condition, load_decoder(experiment, workdir)
     folder = pathlib.Path(out or workdir / "samples" / f"{benchmark}_{int(state.step):07d}")
-    record = protocol(config, int(state.step), decoder) | {"text": reader.encoding}
+    record = protocol(config, int(state.step), decoder) | {"text": texts.encoding()}
     start(folder, benchmark, suite.texts, record)
-    problems = [problem for problem in map(reader.problem, suite.texts) if problem]
+    problems = [problem for problem in map(texts.problem, suite.texts) if problem]
     if problems:
         say(f"warning: of {len(problems)} of {len(suite.texts)} prompts not all is read; the first: {problems[0]}")
 
-    draw, parameters = image_drawer(experiment, decoder), sampling_parameters(experiment, state)
+    draw, parameters = make_sample_fn(experiment, decoder), sampling_parameters(experiment, state)
     size, count = max(1, config.sample.batch_size // IMAGES), len(suite.texts)
     groups = [range(first, min(first + size, count)) for first in range(0, count, size)]
     unfinished = suite.unfinished(folder)
     lacking = as_first_sees([not unfinished.isdisjoint(group) for group in groups])
     groups = [group for group, lacks in zip(groups, lacking, strict=True) if lacks]
     for group in tqdm.tqdm(groups, unit="group", mininterval=1, disable=None):
-        condition = reader([suite.texts[prompt] for prompt in group])
+        condition = texts.encode([suite.texts[prompt] for prompt in group])
         condition = jax.tree.map(lambda leaf: np.repeat(leaf, IMAGES, axis=0), condition)
         drawn = draw_all(draw, config, parameters, condition, stop, first_index=IMAGES * group.start)
         images = np.concatenate(list(drawn))
-        if is_first():
+        if is_main_process():
             for prompt, four in zip(group, images.reshape(len(group), IMAGES, *images.shape[1:]), strict=True):
                 pixels = [image_grid(image[None], columns=1, padding=0) for image in four]
                 suite.write(folder, prompt, np.stack(pixels))
-    if is_first():
+    if is_main_process():
         suite.check(folder)
     say(f"drew {IMAGES} images of each of {count} prompts with {config.sample.parameters} parameters: {folder}")
 
@@ -136,5 +133,5 @@ def start(folder: pathlib.Path, benchmark: str, texts: list[str], record: dict) 
         raise UserError(f"{folder} is not empty, and no {path.name} beside it says of what: give another --out")
     del record["label_rule"]
     keep_record(path, folder, {**record, "samples": IMAGES * len(texts), benchmark: sha256_of_json(texts)})
-    if is_first():
+    if is_main_process():
         clear_partial(folder)

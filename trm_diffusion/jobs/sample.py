@@ -1,16 +1,15 @@
 """The sampling job: from a checkpoint to images, and what training and evaluation share of it."""
 
-import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from trm_diffusion.analysis.grids import captioned_grid, image_grid, save_png
+from trm_diffusion.conditions import DATA, PROMPTS, SampleRequest
 from trm_diffusion.config import Config
 from trm_diffusion.diffusion.guidance import guide
 from trm_diffusion.diffusion.samplers import draw_initial_noise
@@ -18,11 +17,11 @@ from trm_diffusion.diffusion.samplers import sample as run_sampler
 from trm_diffusion.errors import Interrupted
 from trm_diffusion.experiment import Experiment
 from trm_diffusion.run.decoder import Decoder, load_decoder
-from trm_diffusion.run.prompts import Request, request_of
 from trm_diffusion.run.restore import load_run, sampling_parameters
 from trm_diffusion.runtime.devices import compiler_options
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.parameters import Parameters
+from trm_diffusion.runtime.processes import is_main_process
 from trm_diffusion.runtime.random import Purpose, key_for
 from trm_diffusion.runtime.sharding import batch_sharding, distribute, replicated
 from trm_diffusion.runtime.signals import StopRequest
@@ -32,31 +31,14 @@ GRID_PIXELS = 64  # images narrower than this are shown enlarged
 CAPTIONED_PIXELS = 160  # and with captions than this
 
 
-def image_drawer(experiment: Experiment, decoder: Decoder | None) -> Callable:
-    """`drawer` of images, where there is a decoder for the latents that the model denoises."""
-    draw = drawer(experiment)
-    return draw if decoder is None else lambda *arguments: decoder(draw(*arguments))
-
-
-def drawer(experiment: Experiment, *, with_reports: bool = False, gathered: bool = True) -> Callable:
-    """`sampling_program` of a condition and indices that every process holds whole, as NumPy arrays."""
-    program = sampling_program(experiment, with_reports=with_reports, gathered=gathered)
-    batch = batch_sharding(experiment.mesh)
-
-    def draw(parameters: Parameters, condition: Any, indices: np.ndarray):
-        return program(parameters, *distribute((condition, indices), batch))
-
-    return draw
-
-
-def sampling_program(
+def make_sample_program(
     experiment: Experiment, *, with_reports: bool = False, gathered: bool = True
 ) -> jax.stages.Wrapped:
     """program(parameters, condition [B, ...], indices [B]) -> images or latents [B, H, W, C] float32, over the mesh.
 
     The result is on every device, or divided over them like the batch if not `gathered`.
 
-    An image depends on its condition (see `Experiment.condition_of`), its index and `sample.seed` alone, not on its
+    An image depends on its condition (conditions/base.py), its index and `sample.seed` alone, not on its
     batch or the number of devices. With `with_reports` it also returns the gates' `RoutingReport` of every diffusion
     step, [S, R, T, ...].
     """
@@ -70,7 +52,7 @@ def sampling_program(
             lambda noisy, times, condition: model(noisy, times, condition, latent_steps=sample.latent_steps),
             objective,
             condition,
-            jax.tree.map(lambda null, given: jnp.broadcast_to(null, given.shape), experiment.null_condition, condition),
+            experiment.condition.null_like(condition),
             scale=sample.guidance,
             interval=sample.guidance_interval,
             channels=sample.guidance_channels,
@@ -94,6 +76,23 @@ def sampling_program(
         out_shardings=out,
         compiler_options=compiler_options(experiment.mesh),
     )
+
+
+def make_sample_fn(
+    experiment: Experiment, decoder: Decoder | None = None, *, with_reports: bool = False, gathered: bool = True
+) -> Callable:
+    """`make_sample_program` for a condition and indices that every process holds whole, as NumPy arrays.
+
+    decoder: turns the latents that the model denoises into images; not together with reports.
+    """
+    program = make_sample_program(experiment, with_reports=with_reports, gathered=gathered)
+    batch = batch_sharding(experiment.mesh)
+
+    def draw(parameters: Parameters, condition: Any, indices: np.ndarray):
+        drawn = program(parameters, *distribute((condition, indices), batch))
+        return drawn if decoder is None else decoder(drawn)
+
+    return draw
 
 
 def draw_all(
@@ -120,7 +119,7 @@ def draw_all(
 
 
 def save_grid(
-    draw: Callable, experiment: Experiment, state: TrainState, request: Request, path: epath.Path
+    draw: Callable, experiment: Experiment, state: TrainState, request: SampleRequest, path: epath.Path
 ) -> np.ndarray:
     """Draws what is asked for and writes it as one PNG; returns it, uint8 [H, W, 3]."""
     parameters = sampling_parameters(experiment, state)
@@ -135,7 +134,7 @@ def write_grid(path: epath.Path, images: np.ndarray, config: Config, captions: S
         grid = captioned_grid(images, captions, columns, scale=max(1, CAPTIONED_PIXELS // size))
     else:
         grid = image_grid(images, columns, scale=max(1, GRID_PIXELS // size))
-    if jax.process_index() == 0:
+    if is_main_process():
         path.parent.mkdir(parents=True, exist_ok=True)
         save_png(path, grid)
     return grid
@@ -146,19 +145,18 @@ def sample(config: Config, workdir: epath.Path, stop: StopRequest, prompts: Sequ
 
     Writes a PNG and the images as an npz beside it; for prompts, each image as a PNG of its own too.
     """
-    experiment, state = load_run(config, workdir)
-    request = request_of(experiment, workdir, prompts)
-    experiment = dataclasses.replace(experiment, null_text=request.null_text)
+    experiment, state = load_run(config, workdir, reads=PROMPTS if prompts else DATA)
+    request = experiment.condition.request(prompts)
     parameters = sampling_parameters(experiment, state)
-    draw = image_drawer(experiment, load_decoder(experiment, workdir))
+    draw = make_sample_fn(experiment, load_decoder(experiment, workdir))
     images = np.concatenate(list(draw_all(draw, config, parameters, request.condition, stop)))
     directory, step = workdir / "samples", f"{int(state.step):07d}"
     path = directory / f"{'prompts' if prompts else 'grid'}_{step}.png"
     write_grid(path, images, config, request.captions)
     arrays = path.with_suffix(".npz")
-    if jax.process_index() == 0:
+    if is_main_process():
         with arrays.open("wb") as file:
-            np.savez(file, images=images, **request.arrays())
+            np.savez(file, images=images, **request.arrays)
         if prompts:
             write_images(directory / f"prompts_{step}", images, request.captions)
     say(f"drew {len(images)} images with {config.sample.parameters} parameters: {path} and {arrays}")

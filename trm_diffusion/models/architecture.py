@@ -1,14 +1,14 @@
 """Which model a config describes, and how to build it.
 
 Every model is model(images, times, condition, latent_steps=..., key=...) -> (prediction, routing reports). Its
-condition is a class label [B] for a DiT, and for an MMDiT word ids [B, L] or, of text encoded before, a `Text`.
+condition is a class label [B] for a DiT, and for an MMDiT word ids [B, L] or, where the text is encoded beforehand, a
+`Text`.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from trm_diffusion.models import dit, mmdit
@@ -16,19 +16,13 @@ from trm_diffusion.models.dit import DiT
 from trm_diffusion.models.mmdit import MMDiT, MMDiTConfig
 from trm_diffusion.models.settings import setting
 from trm_diffusion.models.stack import StackLayout
-from trm_diffusion.models.text import Text, TextConfig, TextEncoder
-from trm_diffusion.models.tokenizer import null_tokens
+from trm_diffusion.models.text import TextConfig, TextEncoder
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(MMDiTConfig):
     architecture: str = setting("dit", choices=("dit", "mmdit"))  # conditioned on class labels (dit) or text (mmdit)
     text: TextConfig = dataclasses.field(default_factory=TextConfig)  # mmdit: the text it is conditioned on
-
-    @property
-    def reads_words(self) -> bool:
-        """Is it conditioned on word ids?"""
-        return self.architecture == "mmdit" and self.text.encoder == "learned"
 
 
 class TextToImage(nnx.Module):
@@ -54,18 +48,7 @@ def make_network(
     sizes = dict(image_size=image_size, in_channels=in_channels, out_channels=out_channels, rngs=rngs)
     if config.architecture == "dit":
         return DiT(config, num_classes=num_classes, **sizes)
-    return TextToImage(config, **sizes) if config.reads_words else _mmdit(config, **sizes)
-
-
-def null_condition(config: ModelConfig, num_classes: int):
-    """One image's condition that stands for none in classifier-free guidance; arrays without the batch axis."""
-    text = config.text
-    if config.architecture == "dit":
-        return np.asarray(num_classes, np.int32)
-    if config.reads_words:
-        return null_tokens(text.length)
-    states, pooled = (text.length, text.features), (text.pooled_features,)
-    return Text(np.zeros(states, np.float32), np.ones(text.length, bool), np.zeros(pooled, np.float32))
+    return TextToImage(config, **sizes) if config.text.encoder == "learned" else _mmdit(config, **sizes)
 
 
 def stack_layout(config: ModelConfig) -> StackLayout:

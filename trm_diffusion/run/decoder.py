@@ -21,6 +21,7 @@ from trm_diffusion.experiment import Experiment
 from trm_diffusion.files import write_json
 from trm_diffusion.models.latent import LatentSpec
 from trm_diffusion.models.vae import VAE, decode_tiled
+from trm_diffusion.runtime.processes import is_main_process
 from trm_diffusion.runtime.sharding import BATCH_AXES, batch_shards, distribute
 from trm_diffusion.weights.store import holds_weights, load_vae, load_weights
 
@@ -125,7 +126,7 @@ def check_latents(config: Config, source: Source, workdir: epath.Path) -> None:
 
 def keep_spec(source: Source, workdir: epath.Path) -> None:
     """Writes what latents a run trains on to its workdir."""
-    if source.spec is not None and jax.process_index() == 0:
+    if source.spec is not None and is_main_process():
         write_json(workdir / SPEC_FILE, dataclasses.asdict(source.spec))
 
 

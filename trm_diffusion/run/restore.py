@@ -1,7 +1,10 @@
-"""A run's parameters: those of its checkpoint, or those that it is configured to start from.
+"""A run's state: restored from its checkpoint, or as it is configured to start.
 
-`config.init` names another run or a directory of weights (weights/store.py), and perhaps gates and experts that were
-exported alone, to be laid onto it.
+Where a run starts from, in this order:
+    1. its own workdir, if that holds a checkpoint: everything, to the bit, the data iterator included;
+    2. `config.init.workdir`, another run (its first average) or a directory of weights (weights/store.py), with gates
+       and experts from `config.init.adapter` if there are any: parameters, with a fresh optimiser;
+    3. scratch.
 """
 
 import dataclasses
@@ -11,34 +14,40 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
+from trm_diffusion.conditions import DATA, make_condition
+from trm_diffusion.conditions.text import JOINT_FIELDS
 from trm_diffusion.config import Config
+from trm_diffusion.data.pipeline import BatchIterator
 from trm_diffusion.diffusion.objectives import make_objective
 from trm_diffusion.errors import UserError
 from trm_diffusion.experiment import Experiment, build
 from trm_diffusion.models.architecture import stack_layout
 from trm_diffusion.models.stack import from_per_layer, per_layer
-from trm_diffusion.run.workdir import changed_fields, load_config
+from trm_diffusion.run.workdir import changed_fields, load_config, save_config
 from trm_diffusion.runtime.checkpoints import Checkpoints
+from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.parameters import Parameters
+from trm_diffusion.runtime.processes import is_main_process
 from trm_diffusion.runtime.state import TrainState
 from trm_diffusion.weights.adapters import base_sha256, check_adapter
 from trm_diffusion.weights.store import holds_weights, load_weights
 
-JOINT_FIELDS = ("dual_attention_blocks", "position_max_size", "position_base_size")
-# What must agree for weights to mean the same, of which shapes do not tell all; an image may have another size.
+# Fields that must match to load weights, beyond what their shapes show; the image size may differ.
 FIXED = {"depth", "width", "heads", "patch", "mlp_ratio", "qk_norm", "in_channels", "out_channels", *JOINT_FIELDS}
 
 
-def load_run(config: Config, workdir: epath.Path) -> tuple[Experiment, TrainState]:
+def load_run(config: Config, workdir: epath.Path, reads: str = DATA) -> tuple[Experiment, TrainState]:
     """The latest checkpoint of the run in `workdir`, for a config that may differ in how it samples and evaluates.
 
-    Where nothing was trained there, what `config.init` names.
+    Where nothing was trained there, what `config.init` names. reads: what the condition is read from, conditions.DATA
+    or conditions.PROMPTS.
     """
+    condition = make_condition(config, workdir, reads)
     if config.init.workdir and not (workdir / "checkpoints").exists():
-        experiment = build(config)
-        return experiment, started_state(experiment)
+        experiment = build(config, condition=condition)
+        return experiment, state_from_pretrained(experiment)
     changed_fields(workdir, config)  # refuses another model
-    experiment = build(config)
+    experiment = build(config, condition=condition)
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         latest = checkpoints.latest_step()
         if latest is None:
@@ -62,14 +71,38 @@ def layers_of_run(workdir: epath.Path) -> Parameters:
     return per_layer(sampling_parameters(experiment, state), stack_layout(experiment.config.model))
 
 
-def started_state(experiment: Experiment) -> TrainState:
+def restore_or_init(
+    experiment: Experiment, workdir: epath.Path, checkpoints: Checkpoints, iterator: BatchIterator
+) -> tuple[TrainState, dict]:
+    """The state to train from and the loop's record, by the rule at the top of this file.
+
+    Moves the iterator to where the run stopped, and keeps the config in the workdir.
+    """
+    config, latest = experiment.config, checkpoints.latest_step()
+    if latest is not None:
+        changes = changed_fields(workdir, config)
+        state, loop = checkpoints.restore(latest, experiment.abstract_state, iterator)
+        say(f"resuming {workdir} at update {latest}" + (f" with {'; '.join(changes)}" if changes else ""))
+    elif config.init.workdir:
+        state, loop = state_from_pretrained(experiment), {}
+        laid = f" with {config.init.adapter}" if config.init.adapter else ""
+        say(f"starting {workdir} from the parameters of {config.init.workdir}{laid}")
+    else:
+        state, loop = experiment.init_state(), {}
+        say(f"starting {workdir} from scratch")
+    if is_main_process():
+        save_config(workdir, config)
+    return state, loop
+
+
+def state_from_pretrained(experiment: Experiment) -> TrainState:
     """A fresh state with every parameter that `config.init` has; one it lacks must be named by `init.missing`.
 
     Raises UserError where something is lacking, or belongs to another model or another base.
     """
     config, model = experiment.config, experiment.model
     layout, adapter = stack_layout(config.model), config.init.adapter
-    layers = _initial_layers(epath.Path(config.init.workdir), config)
+    layers = _pretrained_layers(epath.Path(config.init.workdir), config)
     if adapter:
         added = load_weights(adapter)
         check_adapter(added, model_of(config), adapter)
@@ -95,7 +128,7 @@ def started_state(experiment: Experiment) -> TrainState:
             for name, leaf in current.items()
         }
 
-    state = experiment.fresh_state()
+    state = experiment.init_state()
     trainable, frozen = put(state.trainable), put(state.frozen)
     if adapter and base_sha256(per_layer({**trainable, **frozen}, layout)) != added.record["base_sha256"]:
         raise UserError(
@@ -106,7 +139,7 @@ def started_state(experiment: Experiment) -> TrainState:
     return dataclasses.replace(state, trainable=trainable, frozen=frozen, ema=ema)
 
 
-def _initial_layers(path: epath.Path, config: Config) -> dict:
+def _pretrained_layers(path: epath.Path, config: Config) -> dict:
     """The parameters of a run or a directory of weights, each block on its own."""
     if not holds_weights(path):
         return layers_of_run(path)
@@ -121,16 +154,13 @@ def _initial_layers(path: epath.Path, config: Config) -> dict:
 
 def model_of(config: Config) -> dict:
     """What a manifest says of the model that a config describes."""
-    model, channels = config.model, config.data.channels
+    model, condition = config.model, make_condition(config)
     fields = {name: getattr(model, name) for name in ("depth", "width", "heads", "patch", "mlp_ratio")}
     fields |= dict(
         image_size=config.data.image_size,
-        in_channels=channels,
-        out_channels=make_objective(config.diffusion).output_channels(channels),
+        in_channels=condition.input_channels,
+        out_channels=make_objective(config.diffusion).output_channels(config.data.channels),
     )
     if model.recursion.blocks != "none":
         fields["recursion"] = dataclasses.asdict(model.recursion)
-    if model.architecture == "dit":
-        return fields | {"num_classes": config.data.num_classes}
-    fields |= {name: getattr(model.mmdit, name) for name in JOINT_FIELDS} | {"qk_norm": model.qk_norm}
-    return fields | {"text_features": model.text.features, "pooled_features": model.text.pooled_features}
+    return fields | condition.model_fields

@@ -173,23 +173,23 @@ def _tell(connections, message: dict) -> None:
             connection.sendall(json.dumps(message).encode() + b"\n")
 
 
-def several() -> bool:
+def is_distributed() -> bool:
     """Is this one of several processes? Touches no device."""
     return jax.distributed.is_initialized()
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Is this process 0, which writes what is written once? Touches no device."""
     return global_state.process_id == 0
 
 
-def wait_for_all(what: str) -> None:
+def barrier(what: str) -> None:
     """Returns when all processes have come here.
 
     On CPUs the first meeting fails after 30 s (Gloo's limit on making its connections); later ones wait as long as it
     takes. So a job begins with one, before compilation or its share of the work can keep a process longer than others.
     """
-    if several():
+    if is_distributed():
         multihost_utils.sync_global_devices(what)
 
 
@@ -198,7 +198,7 @@ def end_after_error(code: int) -> int:
 
     The others may wait for this one in the middle of a computation, and would for ever if it waited for them in turn.
     """
-    if several():
+    if is_distributed():
         try:
             global_state.client.wait_at_barrier("error", LAST_WORD_SECONDS * 1000)
         except jax.errors.JaxRuntimeError:

@@ -9,7 +9,7 @@ import signal
 
 from jax.experimental import multihost_utils
 
-from trm_diffusion.runtime.processes import several
+from trm_diffusion.runtime.processes import is_distributed
 
 
 class StopRequest:
@@ -21,7 +21,7 @@ class StopRequest:
 
     def __init__(self, *, together: bool = True):
         self.requested = False  # of this process
-        self._together = together and several()
+        self._together = together and is_distributed()
         self._places = 0
 
     def reached(self) -> bool:

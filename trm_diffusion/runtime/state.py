@@ -26,7 +26,7 @@ class TrainState:
         return {**self.trainable, **self.frozen}
 
 
-def initial_state(
+def init_state(
     model: PureModel, optimizer: optax.GradientTransformation, key, *, trainable: str, frozen_dtype: str, ema_decays
 ) -> TrainState:
     """A fresh state; pure, to be jitted with `state_sharding` as its output sharding."""

@@ -1,0 +1,61 @@
+"""An image as a condition: the small picture that a model enlarges, joined to the noisy image along channels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trm_diffusion.conditions.base import ROWS_SHOWN, Condition, SampleRequest
+from trm_diffusion.data.texts import ConditionedSource
+
+FACTOR = 4
+
+
+class EnlargedSource(ConditionedSource):
+    mirrored = ("image", "small")
+
+    def condition(self, element, rng=None):
+        height, width, channels = self.sample_shape
+        small = element["image"].reshape(height // FACTOR, FACTOR, width // FACTOR, FACTOR, channels).mean((1, 3))
+        return {"small": np.repeat(np.repeat(small, FACTOR, 0), FACTOR, 1)}
+
+
+class LowResolution(Condition):
+    draws, instead = "small images", "leave the flag out, and it draws those of its data"
+
+    @classmethod
+    def matches(cls, config):
+        return config.name == "enlarge"
+
+    @classmethod
+    def check_config(cls, config):
+        pass
+
+    def wrap(self, source):
+        return EnlargedSource(source)
+
+    @property
+    def record_shapes(self):
+        data = self.config.data
+        return {"small": jax.ShapeDtypeStruct((data.image_size, data.image_size, data.channels), np.float32)}
+
+    def from_batch(self, batch):
+        return batch["small"]
+
+    @property
+    def null(self):
+        return np.zeros(self.record_shapes["small"].shape, np.float32)
+
+    @property
+    def input_channels(self):
+        return 2 * self.config.data.channels
+
+    def apply(self, network, noisy, times, condition, **options):
+        labels = jnp.zeros(len(noisy), jnp.int32)  # the same for all: the picture says everything
+        return network(jnp.concatenate([noisy, condition], axis=-1), times, labels, **options)
+
+    def request(self, prompts=()):
+        if prompts:
+            self.require("texts", "--prompt")
+        source = self.source()
+        small = np.stack([source[index]["small"] for index in range(ROWS_SHOWN)])
+        return SampleRequest(np.repeat(small, self.config.sample.per_class, axis=0), {"small": small})
