@@ -19,11 +19,11 @@ from trm_diffusion.analysis.halting import expert_rows, mean_latent_steps, savin
 from trm_diffusion.config import Config
 from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.experiment import Experiment, build
-from trm_diffusion.jobs.evaluate import protocol
 from trm_diffusion.jobs.sample import drawer
 from trm_diffusion.models.architecture import stack_layout
 from trm_diffusion.models.recursion.report import RoutingReport
 from trm_diffusion.run.prompts import Request, request_of
+from trm_diffusion.run.protocol import protocol
 from trm_diffusion.run.restore import load_run, sampling_parameters
 from trm_diffusion.run.workdir import write_json
 from trm_diffusion.runtime.logging import say

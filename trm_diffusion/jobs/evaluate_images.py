@@ -9,7 +9,6 @@ from etils import epath
 
 import trm_diffusion
 from trm_diffusion.errors import UserError
-from trm_diffusion.jobs.evaluate import git_commit
 from trm_diffusion.metrics.adm import (
     PROTOCOL,
     adm_metrics,
@@ -21,6 +20,7 @@ from trm_diffusion.metrics.adm import (
 )
 from trm_diffusion.metrics.image_sets import ImageSet, open_images
 from trm_diffusion.metrics.precision_recall import NEIGHBOURS
+from trm_diffusion.run.protocol import git_commit
 from trm_diffusion.run.workdir import write_json
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.processes import is_first

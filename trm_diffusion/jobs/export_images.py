@@ -23,10 +23,10 @@ from jax.experimental import multihost_utils
 from trm_diffusion.analysis.grids import image_grid, save_png
 from trm_diffusion.config import Config
 from trm_diffusion.errors import Interrupted, UserError
-from trm_diffusion.jobs.evaluate import evaluation_labels, protocol
 from trm_diffusion.jobs.sample import drawer
 from trm_diffusion.metrics.image_sets import FolderImages
 from trm_diffusion.run.decoder import load_decoder
+from trm_diffusion.run.protocol import evaluation_labels, protocol
 from trm_diffusion.run.restore import load_run, sampling_parameters
 from trm_diffusion.run.workdir import write_json
 from trm_diffusion.runtime.logging import say
