@@ -14,7 +14,8 @@ import pytest
 from trm_diffusion.diffusion import samplers
 from trm_diffusion.diffusion.objective import DiffusionConfig, per_sample
 from trm_diffusion.diffusion.objectives import make_objective
-from trm_diffusion.diffusion.samplers import draw_initial_noise, sample
+from trm_diffusion.diffusion.samplers import draw_initial_noise, sample, sampler_class
+from trm_diffusion.diffusion.samplers.base import SingleEvaluationSampler
 
 MEAN = np.array([[0.5, -1.0, 0.2]])  # [1, D]
 DEVIATION = np.array([[0.3, 1.5, 0.8]])  # [1, D]
@@ -24,6 +25,7 @@ FLOW = make_objective(DiffusionConfig())
 FINE_DDPM = make_objective(DiffusionConfig(objective="ddpm", beta_start=1e-6))
 DDPM = make_objective(DiffusionConfig(objective="ddpm"))
 HYBRID = make_objective(DiffusionConfig(objective="ddpm", learned_sigma=True))
+ANCESTRAL = sampler_class("ddpm")(HYBRID, jnp.asarray(HYBRID.time_grid(2)))
 EVERY_PAIR = [(DDPM, name) for name in samplers.SAMPLERS] + [(FLOW, name) for name in ("ddim", "euler", "heun", "ab2")]
 KEYS = jax.random.split(jax.random.key(0), 4)
 
@@ -90,31 +92,32 @@ def test_moments_and_order_of_the_probability_flow(sampler, order, largest_error
     np.testing.assert_allclose(observed_orders(errors, strides), order, atol=0.15)
 
 
-def propagated_moments(objective, update, diffusion_steps):
-    """Mean and variance [1, D] after `update` has walked the grid, from the exact marginal at pure noise.
+def propagated_moments(objective, name, diffusion_steps, eta=0.0):
+    """Mean and variance [1, D] after a sampler has walked the grid, from the exact marginal at pure noise.
 
     One diffusion step is x' = offset + gain x + spread noise; its three numbers are read off three inputs."""
     network, grid = exact_network(objective), jnp.asarray(objective.time_grid(diffusion_steps))
+    sampler = sampler_class(name)(objective, grid, eta)
 
     def diffusion_step(moments, ends):
         mean, variance = moments
         noisy = jnp.concatenate([mean, mean + 1.0, mean])  # [3, D]
         noise = jnp.concatenate([jnp.zeros((2, DIMENSIONS)), jnp.ones((1, DIMENSIONS))])
-        times, next_times = jnp.full(3, ends[0]), jnp.full(3, ends[1])
+        _, times = sampler.evaluation_point(noisy, ends)
         prediction = objective.predict(network(noisy, times)[0], noisy, times)
-        moved = update(objective, noisy, prediction, times, next_times, lambda: noise)
+        moved = sampler.step(noisy, ends, prediction, lambda: noise)
         gain, spread = moved[1:2] - moved[:1], moved[2:] - moved[:1]
         return (moved[:1], gain**2 * variance + spread**2), None
 
     mean, deviation = marginal(objective, grid[:1])
-    return jax.lax.scan(diffusion_step, (mean, deviation**2), jnp.stack([grid[:-1], grid[1:]], -1))[0]
+    return jax.lax.scan(diffusion_step, (mean, deviation**2), sampler.evaluations())[0]
 
 
 @pytest.mark.parametrize("objective", [DDPM, HYBRID], ids=["fixed", "learned"])
 def test_ancestral_sampling_is_of_order_1_in_variance_and_exact_in_mean(objective, float64):
     strides, errors = (111, 333, 999), []
     for stride_count in strides:
-        mean, variance = propagated_moments(objective, samplers.ancestral_update, stride_count + 1)
+        mean, variance = propagated_moments(objective, "ddpm", stride_count + 1)
         chex.assert_trees_all_close(mean, MEAN, atol=1e-10)
         errors.append(float(jnp.abs(variance - DEVIATION**2).max()))
     assert errors[-1] < 0.02
@@ -150,9 +153,7 @@ def test_many_samples_have_the_propagated_moments(objective, sampler, eta):
         )
     )
     samples = np.asarray(run(noise, keys)[0], np.float64)
-    ddim_update = functools.partial(samplers.ddim_update, eta=eta)
-    update = {"ddpm": samplers.ancestral_update, "ddim": ddim_update}[sampler]
-    mean, variance = map(np.asarray, propagated_moments(objective, update, diffusion_steps))
+    mean, variance = map(np.asarray, propagated_moments(objective, sampler, diffusion_steps, eta))
     five_sigma = 5 / np.sqrt(count)
     standard = (samples - mean) / np.sqrt(variance)
     np.testing.assert_allclose(standard.mean(0), 0.0, atol=five_sigma)
@@ -172,7 +173,7 @@ def test_learned_variance_spans_the_respaced_chain(fraction, expected):
     noisy = jnp.ones((1, 3))
     prediction = HYBRID.predict(jnp.full((1, 6), 2.0 * fraction - 1.0), noisy, times)
     moved, still = (
-        samplers.ancestral_update(HYBRID, noisy, prediction, times, next_times, lambda z=z: z)
+        ANCESTRAL.update(noisy, prediction, times, next_times, lambda z=z: z)
         for z in (jnp.ones((1, 3)), jnp.zeros((1, 3)))
     )
     np.testing.assert_allclose((moved - still) ** 2, variance, rtol=1e-4)
@@ -183,7 +184,7 @@ def test_last_transition_lands_on_the_predicted_data(fraction):
     times, next_times, noisy = jnp.array([1.0]), jnp.array([0.0]), jnp.full((1, 3), 0.3)
     output = jnp.concatenate([jnp.full((1, 3), 0.5), jnp.full((1, 3), 2.0 * fraction - 1.0)], -1)
     prediction = HYBRID.predict(output, noisy, times)
-    moved = samplers.ancestral_update(HYBRID, noisy, prediction, times, next_times, lambda: jnp.full((1, 3), 9.0))
+    moved = ANCESTRAL.update(noisy, prediction, times, next_times, lambda: jnp.full((1, 3), 9.0))
     chex.assert_trees_all_close(moved, prediction.clean, rtol=1e-6)
 
 
@@ -246,15 +247,15 @@ def test_a_sample_does_not_depend_on_its_batch(objective, sampler):
 
 
 def test_every_diffusion_step_and_the_start_draw_different_noise():
+    class OnlyNoise(SingleEvaluationSampler):
+        def update(self, noisy, prediction, times, next_times, draw_noise):
+            return draw_noise()
+
     drawn = []
-
-    def update(objective, noisy, prediction, times, next_times, draw_noise):
-        return draw_noise()
-
     for diffusion_steps in (1, 2, 3):  # the state after the last one is that step's noise
         grid = jnp.asarray(FLOW.time_grid(diffusion_steps), jnp.float32)
         noise = draw_initial_noise(KEYS, (DIMENSIONS,))
-        last, _ = samplers._one_evaluation_per_step(exact_network(FLOW), FLOW, update, noise, grid, KEYS)
+        last, _ = samplers.run(OnlyNoise(FLOW, grid), exact_network(FLOW), noise, KEYS)
         drawn.append(last)
     values = np.concatenate([np.ravel(array) for array in (noise, *drawn)])
     assert len(np.unique(values)) == values.size == 4 * KEYS.size * DIMENSIONS

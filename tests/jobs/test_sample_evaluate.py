@@ -9,9 +9,10 @@ from PIL import Image
 
 from tests.jobs.tiny import tiny_config
 from trm_diffusion.errors import Interrupted, UserError
-from trm_diffusion.jobs.evaluate import evaluate, evaluation_labels
+from trm_diffusion.jobs.evaluate import evaluate
 from trm_diffusion.jobs.sample import draw_all, make_sample_fn, sample
 from trm_diffusion.jobs.train import train
+from trm_diffusion.run.protocol import evaluation_labels
 from trm_diffusion.run.restore import load_run, sampling_parameters
 from trm_diffusion.runtime.signals import StopRequest
 

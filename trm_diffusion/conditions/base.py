@@ -143,6 +143,10 @@ class Condition(abc.ABC):
             raise UserError(f"{flag} draws {wanted}; this model draws {cls.draws}: {cls.instead}")
 
     @abc.abstractmethod
+    def encode(self, wanted: Sequence) -> Any:
+        """The condition of these labels or texts, as `draws` says; NumPy leaves [N, ...]."""
+
+    @abc.abstractmethod
     def request(self, prompts: Sequence[str] = ()) -> SampleRequest:
         """The prompts; without any, what the config names or a few records of the run's own data.
 

@@ -55,8 +55,6 @@ class EncodedText(TextCondition):
                 "are of the CLIP encoders, and the others T5's"
             )
         super().check_config(config)
-        if config.evaluate.kind == "scenes":
-            raise UserError("config.evaluate.kind scenes is for config.model.text.encoder learned")
 
     def wrap(self, source: Source) -> Source:
         data, text = self.config.data, self.config.model.text

@@ -56,10 +56,13 @@ class Labels(Condition):
     def model_fields(self) -> dict:
         return {"num_classes": self.config.data.num_classes}
 
+    def encode(self, wanted: Sequence[int]) -> np.ndarray:
+        return np.asarray(wanted, np.int32)
+
     def request(self, prompts: Sequence[str] = ()) -> SampleRequest:
         if prompts:
             self.require(TEXTS, "--prompt")
         sample = self.config.sample
         classes = sample.classes or range(min(ROWS_SHOWN, self.config.data.num_classes))
-        labels = np.repeat(np.asarray(classes, np.int32), sample.per_class)
+        labels = np.repeat(self.encode(classes), sample.per_class)
         return SampleRequest(labels, {"labels": labels})

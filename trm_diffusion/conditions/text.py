@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -44,10 +44,6 @@ class TextCondition(Condition):
         model = self.config.model
         fields = {name: getattr(model.mmdit, name) for name in JOINT_FIELDS} | {"qk_norm": model.qk_norm}
         return fields | {"text_features": model.text.features, "pooled_features": model.text.pooled_features}
-
-    @abc.abstractmethod
-    def encode(self, texts: Sequence[str]) -> Any:
-        """The condition of these texts; NumPy leaves [N, ...]."""
 
     @abc.abstractmethod
     def shown_captions(self) -> Sequence[str]:

@@ -62,9 +62,7 @@ class Words(TextCondition):
             ("heads", text.heads, "tensor", mesh.tensor),
         ):
             if value % max(1, shards):
-                raise UserError(
-                    f"config.model.text.{field} {value} is not a multiple of config.mesh.{axis} {shards}"
-                )
+                raise UserError(f"config.model.text.{field} {value} is not a multiple of config.mesh.{axis} {shards}")
         if text.features != text.pooled_features:
             raise UserError(
                 f"config.model.text.pooled_features {text.pooled_features} must equal config.model.text.features "

@@ -12,6 +12,7 @@ from trm_diffusion.config.schema import Config
 from trm_diffusion.diffusion.guidance import check_guidance
 from trm_diffusion.diffusion.samplers import check_sampler
 from trm_diffusion.errors import UserError
+from trm_diffusion.metrics.judges import judge_class
 from trm_diffusion.models.recursion.config import recursive_blocks
 
 
@@ -126,11 +127,14 @@ def _check_sampling(config: Config) -> None:
 
 def _check_evaluation(config: Config) -> None:
     kind = config.evaluate.kind
+    if kind == "none":
+        return
+    judge = judge_class(kind)
     _require(
-        kind in ("none", config.data.source),
-        f"config.evaluate.kind {kind} is for images of config.data.source {kind} only",
+        config.data.source in judge.sources,
+        f"config.evaluate.kind {kind} is for images of config.data.source {' or '.join(judge.sources)} only",
     )
     _require(
-        kind != "scenes" or config.model.reads_words,
-        "config.evaluate.kind scenes is for config.model.text.encoder learned",
+        judge.condition != "words" or config.model.reads_words,
+        f"config.evaluate.kind {kind} is for config.model.text.encoder learned",
     )

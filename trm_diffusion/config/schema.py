@@ -10,6 +10,7 @@ from trm_diffusion.data.base import DataConfig
 from trm_diffusion.diffusion.guidance import GUIDED_CHANNELS
 from trm_diffusion.diffusion.objective import DiffusionConfig
 from trm_diffusion.diffusion.samplers import SAMPLERS
+from trm_diffusion.metrics.judges import JUDGES
 from trm_diffusion.models.architecture import ModelConfig
 from trm_diffusion.models.settings import Settings, setting
 from trm_diffusion.runtime.checkpoints import CheckpointConfig
@@ -55,7 +56,7 @@ class SampleConfig(Settings):
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig(Settings):
     # digits: judge accuracy, Frechet distance, memorisation; scenes: text following
-    kind: str = setting("none", choices=("none", "digits", "scenes"))
+    kind: str = setting("none", choices=("none", *JUDGES))
     # images generated for the measures; scenes: of seen compositions, and as many of others
     num_samples: int = setting(2000, least=2)
     # labels of the generated images: balanced (round robin) or random

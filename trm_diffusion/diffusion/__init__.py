@@ -1,1 +1,1 @@
-"""Noise in, noise out: objectives, guidance and samplers, all blind to the network they serve."""
+"""Objectives, guidance and samplers; none of them knows what network it works with."""

@@ -9,16 +9,16 @@ import numpy as np
 from trm_diffusion.diffusion import gaussian
 from trm_diffusion.diffusion.objective import (
     DiffusionConfig,
+    Objective,
     Prediction,
     at_least_float32,
     check_diffusion_steps,
     mean_per_sample,
     per_sample,
-    perturb_by,
 )
 
 
-class DDPM:
+class DDPM(Objective):
     """Noise prediction on linear betas (Ho et al. 2020), with improved DDPM's learned variances if asked.
 
     Times are levels 0 ... timesteps: level 0 is clean data (alpha_bar = 1), level l is timestep index l - 1,
@@ -29,7 +29,7 @@ class DDPM:
     name = "ddpm"
 
     def __init__(self, config: DiffusionConfig):
-        self.config = config
+        super().__init__(config)
         betas = np.linspace(config.beta_start, config.beta_end, config.timesteps)  # [T]
         alpha_bar = np.concatenate([[1.0], np.cumprod(1.0 - betas)])  # [T + 1], by level, as are all tables
         self._signal, self._sigma = np.sqrt(alpha_bar), np.sqrt(1.0 - alpha_bar)
@@ -45,9 +45,6 @@ class DDPM:
     def _at(self, table: np.ndarray, times):
         return jnp.asarray(table, times.dtype)[times.astype(jnp.int32)]  # [B]
 
-    def output_channels(self, channels: int) -> int:
-        return 2 * channels if self.config.learned_sigma else channels
-
     def sample_times(self, key, count: int):
         return jax.random.randint(key, (count,), 1, self.config.timesteps + 1).astype(jnp.float32)
 
@@ -59,9 +56,6 @@ class DDPM:
 
     def signal_and_sigma(self, times):
         return self._at(self._signal, times), self._at(self._sigma, times)
-
-    def perturb(self, clean, noise, times):
-        return perturb_by(self, clean, noise, times)
 
     def loss(self, output, clean, noise, noisy, times):
         """Mean squared error of the noise; with learned_sigma plus the variational bound, which trains the

@@ -29,7 +29,7 @@ def posterior(signal, sigma, cleaner_signal, cleaner_sigma) -> Posterior:
     (DDPM). Plain arithmetic: NumPy arrays stay float64, JAX arrays stay traced.
     """
     ratio = signal / cleaner_signal
-    # Equal to 1 - alpha_bar_t / alpha_bar_s when variance is preserved, but float32 loses that difference
+    # Equal to 1 - alpha_bar_t / alpha_bar_s when signal^2 + sigma^2 = 1, but in float32 that difference cancels
     # where beta is 1e-4; here the subtracted term is never close to the first.
     forward_variance = sigma**2 - (ratio * cleaner_sigma) ** 2
     return Posterior(
@@ -51,7 +51,7 @@ def discretized_log_likelihood(value, mean, log_variance):
     """Log mass, in nats and elementwise, that a Gaussian gives to the 8-bit bin around `value`.
 
     Bins are 2/255 wide on [-1, 1] and the two outermost are unbounded (Ho et al. 2020, equation 13). The
-    normal distribution function is exact; the published code of DDPM and DiT approximates it with a tanh.
+    normal distribution function is exact; the published code of DDPM and DiT approximates it by a tanh.
     """
     deviation = jnp.exp(0.5 * log_variance)
     centred = value - mean

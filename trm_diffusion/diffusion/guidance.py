@@ -13,7 +13,7 @@ DIT3_CHANNELS = 3  # the published DiT guides the first three of its four latent
 
 
 def check_guidance(interval: tuple[float, float], channels: str):
-    """Raise ValueError, in one line, for an interval or a choice of channels that means nothing."""
+    """Raises ValueError, in one line, for an invalid interval or choice of channels."""
     if channels not in GUIDED_CHANNELS:
         raise ValueError(f"guidance channels are {channels!r}; choose one of {', '.join(GUIDED_CHANNELS)}")
     low, high = interval
@@ -42,7 +42,7 @@ def combine(
     guided_channels = data_channels if channels == "all" else min(DIT3_CHANNELS, data_channels)
     low, high = interval
     inside = (low <= normalized_times) & (normalized_times <= high)  # [B]
-    # The same line as uncond + scale (cond - uncond), drawn from its other end: a gain of 0 is then exact.
+    # Equal to uncond + scale (cond - uncond), but written from the conditional output: a gain of 0 changes no bit.
     gain = per_sample(jnp.where(inside, scale - 1.0, 0.0).astype(conditional.dtype), conditional)
     head = conditional[..., :guided_channels]
     guided = head + gain * (head - unconditional[..., :guided_channels])
@@ -62,8 +62,8 @@ def guide(
     """A sampler's network(noisy, times) -> (output, aux) from network(noisy, network_times, condition).
 
     condition and null_condition are pytrees of equal structure whose leaves are [B, ...]. Both are evaluated
-    in one batch of 2B, null second, and aux comes back as the network gave it for that batch. `scale` is a
-    Python number: at 1 the null half is never built, null_condition is not read, and aux is a batch of B's.
+    in one batch of 2B, null second, and aux is returned as the network gave it for that batch. `scale` is a
+    Python number: at 1 only the condition is evaluated, null_condition is not read, and aux is of a batch of B.
     """
     check_guidance(interval, channels)
 

@@ -1,13 +1,14 @@
-"""What the network is asked to predict and what its answer means: DDPM and rectified flow, one contract.
+"""What the network is asked to predict and what its output means: the contract of DDPM and rectified flow.
 
 Data are channels last, [B, ..., C], and every objective mixes them with noise as
-x_t = signal(t) x_0 + sigma(t) noise. Schedules are float64 NumPy tables; a coefficient takes the dtype of the
-times it is asked for, and data are computed in float32 or, when given so, float64.
+x_t = signal(t) x_0 + sigma(t) noise. Schedules are float64 NumPy tables; a coefficient has the dtype of the
+times given, and data are computed in float32, or in float64 where they are float64.
 """
 
+import abc
 import dataclasses
 import math
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,7 @@ class DiffusionConfig(Settings):
 
 
 class Prediction(NamedTuple):
-    """What a network's output says about a noisy input; both parts together give that input back."""
+    """What a network's output says about a noisy input; perturbing `clean` with `noise` gives that input back."""
 
     clean: jax.Array  # [B, ..., C] estimate of x_0
     noise: jax.Array  # [B, ..., C] estimate of the noise
@@ -57,47 +58,63 @@ class Prediction(NamedTuple):
     variance_fraction: jax.Array | None = None
 
 
-class Objective(Protocol):
+class Objective(abc.ABC):
     """One contract for every objective. `times` [B] are in the objective's own unit, larger is noisier."""
 
     name: str  # its name in `OBJECTIVES`
 
+    def __init__(self, config: DiffusionConfig):
+        self.config = config
+
     def output_channels(self, channels: int) -> int:
         """Channels that the network must produce for data of `channels` channels."""
-
-    def sample_times(self, key: jax.Array, count: int) -> jax.Array:
-        """Training times, [count] float32."""
-
-    def normalized(self, times: jax.Array) -> jax.Array:
-        """[B] in [0, 1]: 0 is clean, 1 is pure noise."""
-
-    def network_times(self, times: jax.Array) -> jax.Array:
-        """[B] floats: what the network's timestep embedding sees."""
-
-    def signal_and_sigma(self, times: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The two coefficients, [B] each, of x_t = signal x_0 + sigma noise."""
+        return 2 * channels if self.config.learned_sigma else channels
 
     def perturb(self, clean: jax.Array, noise: jax.Array, times: jax.Array) -> jax.Array:
         """x_t = signal x_0 + sigma noise, [B, ..., C]."""
+        signal, sigma = self.signal_and_sigma(times)
+        return per_sample(signal, clean) * at_least_float32(clean) + per_sample(sigma, noise) * at_least_float32(noise)
 
+    @abc.abstractmethod
+    def sample_times(self, key: jax.Array, count: int) -> jax.Array:
+        """Training times, [count] float32."""
+
+    @abc.abstractmethod
+    def normalized(self, times: jax.Array) -> jax.Array:
+        """[B] in [0, 1]: 0 is clean, 1 is pure noise."""
+
+    @abc.abstractmethod
+    def network_times(self, times: jax.Array) -> jax.Array:
+        """[B] floats: what the network's timestep embedding sees."""
+
+    @abc.abstractmethod
+    def signal_and_sigma(self, times: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The two coefficients, [B] each, of x_t = signal x_0 + sigma noise."""
+
+    @abc.abstractmethod
     def loss(self, output, clean, noise, noisy, times) -> jax.Array:
         """[B] per-sample loss of the network's `output` [B, ..., output_channels] at `noisy` [B, ..., C]."""
 
+    @abc.abstractmethod
     def predict(self, output: jax.Array, noisy: jax.Array, times: jax.Array) -> Prediction:
         """The network's output, read as clean data and noise."""
 
+    @abc.abstractmethod
     def time_grid(self, diffusion_steps: int) -> np.ndarray:
         """[diffusion_steps + 1] float64, from pure noise down to clean."""
 
     # The probability-flow ODE, in the coordinates where the objective makes it simplest:
     # z = x / scale(t) obeys dz/du = direction(prediction) with u = clock(t).
 
+    @abc.abstractmethod
     def scale(self, times: jax.Array) -> jax.Array:
         """[B], never 0."""
 
+    @abc.abstractmethod
     def clock(self, times: jax.Array) -> jax.Array:
         """[B], 0 at clean, growing with noise."""
 
+    @abc.abstractmethod
     def direction(self, prediction: Prediction) -> jax.Array:
         """dz/du, [B, ..., C]."""
 
@@ -120,8 +137,3 @@ def check_diffusion_steps(diffusion_steps: int, largest: float = math.inf):
     if not 1 <= diffusion_steps <= largest:
         limit = "at least 1" if largest == math.inf else f"between 1 and the {largest} timesteps trained on"
         raise ValueError(f"diffusion_steps is {diffusion_steps}; it must be {limit}")
-
-
-def perturb_by(objective: Objective, clean, noise, times):
-    signal, sigma = objective.signal_and_sigma(times)
-    return per_sample(signal, clean) * at_least_float32(clean) + per_sample(sigma, noise) * at_least_float32(noise)

@@ -5,19 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from trm_diffusion.diffusion.objective import (
-    DiffusionConfig,
+    Objective,
     Prediction,
     at_least_float32,
     check_diffusion_steps,
     mean_per_sample,
     per_sample,
-    perturb_by,
 )
 
-FLOW_EMBEDDING_SCALE = 1000.0  # the range that sinusoidal timestep embeddings were made for
+FLOW_EMBEDDING_SCALE = 1000.0  # sinusoidal timestep embeddings are made for 0 .. 1000
 
 
-class RectifiedFlow:
+class RectifiedFlow(Objective):
     """Straight paths from data to noise (Liu et al. 2022; SiT and SD3's linear path).
 
     Times are t in [0, 1], x_t = (1 - t) x_0 + t noise, and the output is the velocity noise - x_0, or as
@@ -26,18 +25,12 @@ class RectifiedFlow:
 
     name = "rectified_flow"
 
-    def __init__(self, config: DiffusionConfig):
-        self.config = config
-
     def _shifted(self, times):
         shift = self.config.shift  # Esser et al. 2024 (SD3), equation 23
         return shift * times / (1.0 + (shift - 1.0) * times)
 
-    def output_channels(self, channels: int) -> int:
-        return 2 * channels if self.config.learned_sigma else channels
-
     def _velocity(self, output, channels: int):
-        """noise - x_0 [B, ..., C] out of the network's answer."""
+        """noise - x_0 [B, ..., C] from the network's output."""
         velocity = at_least_float32(output[..., :channels])
         return -velocity if self.config.convention == "sit" else velocity
 
@@ -57,9 +50,6 @@ class RectifiedFlow:
 
     def signal_and_sigma(self, times):
         return 1.0 - times, times
-
-    def perturb(self, clean, noise, times):
-        return perturb_by(self, clean, noise, times)
 
     def loss(self, output, clean, noise, noisy, times):
         velocity = at_least_float32(noise) - at_least_float32(clean)  # [B, ..., C]

@@ -21,10 +21,10 @@ from trm_diffusion.config import Config
 from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.experiment import Experiment, build
 from trm_diffusion.files import write_json
-from trm_diffusion.jobs.evaluate import protocol
 from trm_diffusion.jobs.sample import make_sample_fn
 from trm_diffusion.models.architecture import stack_layout
 from trm_diffusion.models.recursion.report import RoutingReport
+from trm_diffusion.run.protocol import protocol
 from trm_diffusion.run.restore import load_run, sampling_parameters
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.parameters import Parameters

@@ -10,7 +10,6 @@ from etils import epath
 import trm_diffusion
 from trm_diffusion.errors import UserError
 from trm_diffusion.files import replacing, write_json
-from trm_diffusion.jobs.evaluate import git_commit
 from trm_diffusion.metrics.adm import (
     PROTOCOL,
     adm_metrics,
@@ -22,6 +21,7 @@ from trm_diffusion.metrics.adm import (
 )
 from trm_diffusion.metrics.image_sets import ImageSet, open_images
 from trm_diffusion.metrics.precision_recall import NEIGHBOURS
+from trm_diffusion.run.protocol import git_commit
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.processes import is_main_process
 from trm_diffusion.weights.inception import load_inception

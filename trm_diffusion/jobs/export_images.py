@@ -25,10 +25,10 @@ from trm_diffusion.conditions import LABELS, kind_of
 from trm_diffusion.config import Config
 from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.files import replacing, write_json
-from trm_diffusion.jobs.evaluate import evaluation_labels, protocol
 from trm_diffusion.jobs.sample import make_sample_fn
 from trm_diffusion.metrics.image_sets import FolderImages
 from trm_diffusion.run.decoder import load_decoder
+from trm_diffusion.run.protocol import evaluation_labels, protocol
 from trm_diffusion.run.restore import load_run, sampling_parameters
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.processes import barrier, is_main_process

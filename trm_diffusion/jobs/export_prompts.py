@@ -22,11 +22,11 @@ from trm_diffusion.conditions import PROMPTS, TEXTS, kind_of
 from trm_diffusion.config import Config
 from trm_diffusion.errors import UserError
 from trm_diffusion.files import clear_partial, sha256_of_json
-from trm_diffusion.jobs.evaluate import protocol
 from trm_diffusion.jobs.export_images import as_first_sees, keep_record, require_images
 from trm_diffusion.jobs.sample import draw_all, make_sample_fn
 from trm_diffusion.metrics import dpg, geneval
 from trm_diffusion.run.decoder import load_decoder
+from trm_diffusion.run.protocol import protocol
 from trm_diffusion.run.restore import load_run, sampling_parameters
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.processes import is_main_process

@@ -13,8 +13,34 @@ from trm_diffusion.data.digits import NUM_CLASSES, PIXEL_MAX, load_digits_split
 from trm_diffusion.errors import UserError
 from trm_diffusion.files import sha256
 from trm_diffusion.metrics.frechet import frechet_distance, moments
+from trm_diffusion.metrics.judges import Evaluation, Judge, Picture
 
 JUDGE = "scikit-learn SVC(rbf, C=10, gamma=0.001) on 0..16 pixels of the training split"
+ROWS_SHOWN = 10
+
+
+class DigitsJudge(Judge):
+    """Class accuracy by a judge trained on real digits, Frechet distance, memorisation."""
+
+    sources = ("digits",)
+    condition = "label"
+
+    def evaluate(self, generate):
+        labels = self.labels()
+        images = generate(labels)
+        measures = evaluate_digits(images, labels)
+        passed = (
+            measures["class_accuracy"] >= self.settings.min_class_accuracy
+            and measures["judge_test_accuracy"] >= self.settings.min_judge_accuracy
+        )
+        return Evaluation(measures, passed, {"evaluation": Picture(self._shown(images, labels))})
+
+    def _shown(self, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """A row for each class where all classes have the same number of images; else the first images."""
+        if self.settings.label_rule == "balanced" and len(labels) % self.data.num_classes == 0:
+            by_class = np.argsort(labels, kind="stable").reshape(self.data.num_classes, -1)
+            images = images[by_class[:, : self.per_class].reshape(-1)]
+        return images[: ROWS_SHOWN * self.per_class]
 
 
 def evaluate_digits(images: np.ndarray, labels: np.ndarray) -> dict:

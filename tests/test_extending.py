@@ -1,0 +1,158 @@
+"""Extensions take the files and lines that README says, no others: each is made in a copy of the package and run.
+
+A test adds what a user would add, runs one command line that uses it, and checks the outcome and what was changed.
+"""
+
+import difflib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NEW = "new"  # a file that the package does not have
+TINY = (
+    "--config=configs/digits.py",
+    "--workdir=run",
+    "--compilation_cache=none",
+    "--config.model.depth=1",
+    "--config.model.width=16",
+    "--config.model.heads=2",
+    "--config.model.patch=4",
+    "--config.model.recursion.blocks=none",
+    "--config.train.updates=2",
+    "--config.train.batch_size=8",
+    "--config.optim.warmup_steps=1",
+    "--config.log.every=1",
+    "--config.log.samples_every=0",
+    "--config.log.tensorboard=false",
+    "--config.sample.sampler=euler",
+    "--config.sample.diffusion_steps=2",
+    "--config.sample.guidance=1.0",
+    "--config.sample.per_class=1",
+    "--config.sample.batch_size=10",
+    "--config.evaluate.kind=none",
+)
+
+
+class Checkout:
+    """A copy of the package and its experiments, to be extended."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        for name in ("trm_diffusion", "configs"):
+            shutil.copytree(ROOT / name, directory / name, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def add_file(self, path: str, text: str) -> None:
+        assert not (self.directory / path).exists()
+        (self.directory / path).write_text(text)
+
+    def add_line(self, path: str, line: str, *, after: str) -> None:
+        """Adds a line below the only one that is `after`."""
+        file = self.directory / path
+        lines = file.read_text().splitlines()
+        assert lines.count(after) == 1, f"{path} has {lines.count(after)} lines {after!r}"
+        lines.insert(lines.index(after) + 1, line)
+        file.write_text("\n".join(lines) + "\n")
+
+    def changes(self) -> dict[str, str]:
+        """{path: NEW, or "+LINES -LINES"} of every file that is not as in the package."""
+        found = {}
+        for path in sorted(file for file in self.directory.rglob("*") if file.is_file()):
+            name = path.relative_to(self.directory).as_posix()
+            if not name.startswith(("trm_diffusion/", "configs/")) or path.suffix == ".pyc":
+                continue
+            if not (ROOT / name).exists():
+                found[name] = NEW
+            elif path.read_bytes() != (ROOT / name).read_bytes():
+                texts = ((ROOT / name).read_text().splitlines(), path.read_text().splitlines())
+                marks = [line[0] for line in difflib.ndiff(*texts)]
+                found[name] = f"+{marks.count('+')} -{marks.count('-')}"
+        return found
+
+    def run(self, *flags: str) -> Path:
+        """Trains digits for two updates and draws a grid, by the extended package; returns the run's directory.
+
+        flags: added to those of TINY, which they override.
+        """
+        process = subprocess.run(
+            [sys.executable, "-m", "trm_diffusion.main", *TINY, *flags],
+            cwd=self.directory,
+            env={**os.environ, "PYTHONPATH": ""},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert process.returncode == 0, process.stderr[-4000:]
+        return self.directory / "run"
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    return Checkout(tmp_path)
+
+
+THRESHOLDED = '''"""Static thresholding: DDIM whose predicted data are clipped to the range of the data."""
+
+import jax.numpy as jnp
+
+from trm_diffusion.diffusion.samplers.base import SingleEvaluationSampler
+
+
+class Thresholded(SingleEvaluationSampler):
+    def update(self, noisy, prediction, times, next_times, draw_noise):
+        return self.objective.perturb(jnp.clip(prediction.clean, -1.0, 1.0), prediction.noise, next_times)
+'''
+
+
+def test_a_sampler_is_one_file_and_one_line(checkout):
+    samplers = "trm_diffusion/diffusion/samplers"
+    checkout.add_file(f"{samplers}/thresholded.py", THRESHOLDED)
+    checkout.add_line(
+        f"{samplers}/__init__.py",
+        '    "thresholded": "trm_diffusion.diffusion.samplers.thresholded:Thresholded",',
+        after="SAMPLERS = {  # `sample.sampler`: its class",
+    )
+    workdir = checkout.run("--config.sample.sampler=thresholded")
+    images = np.load(workdir / "samples" / "grid_0000002.npz")["images"]
+    # A network that has hardly been trained leaves the noise as it is: without the new sampler, values go to 3.
+    assert images.shape == (10, 8, 8, 1) and images.min() == -1.0 and images.max() == 1.0
+    assert checkout.changes() == {f"{samplers}/thresholded.py": NEW, f"{samplers}/__init__.py": "+1 -0"}
+
+
+CONTRAST = '''"""The contrast of generated images, a metric of one number."""
+
+from trm_diffusion.metrics.judges import Evaluation, Judge, Picture
+
+
+class ContrastJudge(Judge):
+    sources = ("digits",)
+    condition = "label"
+
+    def evaluate(self, generate):
+        images = generate(self.labels())
+        contrast = float(images.max() - images.min())
+        return Evaluation({"contrast": contrast}, contrast > 1.0, {"contrast": Picture(images[: self.per_class])})
+'''
+
+
+def test_a_metric_is_one_file_and_one_line(checkout):
+    checkout.add_file("trm_diffusion/metrics/contrast.py", CONTRAST)
+    checkout.add_line(
+        "trm_diffusion/metrics/judges.py",
+        '    "contrast": "trm_diffusion.metrics.contrast:ContrastJudge",',
+        after="JUDGES = {  # `evaluate.kind`: its class",
+    )
+    workdir = checkout.run("--config.evaluate.kind=contrast", "--config.evaluate.num_samples=10")
+    report = json.loads((workdir / "evaluation.json").read_text())
+    images = np.load(workdir / "samples" / "grid_0000002.npz")["images"]
+    # The grid and the evaluation draw the same images: one of each class, by the same indices.
+    assert report["contrast"] == pytest.approx(float(images.max() - images.min()))
+    assert report["pass"] is True and report["protocol"]["samples"] == 10
+    assert (workdir / "samples" / "contrast.png").exists()
+    assert checkout.changes() == {"trm_diffusion/metrics/contrast.py": NEW, "trm_diffusion/metrics/judges.py": "+1 -0"}

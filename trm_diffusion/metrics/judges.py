@@ -1,0 +1,72 @@
+"""Judges of generated images: what `--mode=evaluate` measures, one class for each `evaluate.kind`.
+
+A new judge is a class that keeps the contract of `Judge`, in a file of its own, and a line in `JUDGES`.
+"""
+
+import abc
+import pkgutil
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from trm_diffusion.data.base import DataConfig
+from trm_diffusion.runtime.random import Purpose
+
+JUDGES = {  # `evaluate.kind`: its class
+    "digits": "trm_diffusion.metrics.digits:DigitsJudge",
+    "scenes": "trm_diffusion.metrics.scenes.judge:SceneJudge",
+}
+
+
+class Picture(NamedTuple):
+    """Some of the images, to be shown `per_class` in a row."""
+
+    images: np.ndarray  # [N, H, W, C]
+    captions: Sequence[str] | None = None  # [N]
+
+
+class Evaluation(NamedTuple):
+    measures: dict  # for JSON
+    passed: bool  # whether the measures reach what the config demands
+    pictures: dict[str, Picture]  # by file name, without a suffix
+
+
+class Judge(abc.ABC):
+    """Asks for images of a run and measures them.
+
+    Attributes:
+      sources: the `data.source`s whose images it can judge.
+      condition: what it asks for images by: "label" (a class), or "words" (a caption in the run's own vocabulary).
+    """
+
+    sources: tuple[str, ...]
+    condition: str
+
+    def __init__(self, data: DataConfig, settings: Any, *, seed: int, per_class: int):
+        """settings: the config's `evaluate`; seed: `sample.seed`; per_class: images in a row of a picture."""
+        self.data, self.settings, self.seed, self.per_class = data, settings, seed, per_class
+
+    @abc.abstractmethod
+    def evaluate(self, generate: Callable[[Sequence], np.ndarray]) -> Evaluation:
+        """Measures the images [N, H, W, C], nominally in [-1, 1], that `generate` draws of N labels or captions.
+
+        Raises UserError for images that are not finite.
+        """
+
+    def labels(self) -> np.ndarray:
+        """The labels [num_samples] int32 to ask for, as `evaluate.label_rule` says."""
+        settings = self.settings
+        return draw_labels(settings.label_rule, settings.num_samples, self.data.num_classes, self.seed)
+
+
+def judge_class(kind: str) -> type[Judge]:
+    return pkgutil.resolve_name(JUDGES[kind])
+
+
+def draw_labels(rule: str, count: int, num_classes: int, seed: int) -> np.ndarray:
+    """Labels [count] int32, never sorted by class: in turn if the rule is balanced, else uniformly at random."""
+    if rule == "balanced":
+        return np.arange(count, dtype=np.int32) % num_classes
+    rng = np.random.default_rng([seed, int(Purpose.SAMPLING)])
+    return rng.integers(0, num_classes, count, dtype=np.int32)
