@@ -91,9 +91,9 @@ def build(
     return Experiment(config, mesh, condition, objective, model, optimizer, abstract_state)
 
 
-def make_model(config: Config, objective: Objective, condition: Condition) -> PureModel:
-    """The model of the config as a pure function of its parameters."""
-    data = config.data
+def make_model(config: Config, objective: Objective, condition: Condition | None = None) -> PureModel:
+    """The model of the config as a pure function of its parameters; condition: the config's by default."""
+    data, condition = config.data, condition or make_condition(config)
     return PureModel(
         lambda key: make_network(
             config.model,
