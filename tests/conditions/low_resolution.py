@@ -20,6 +20,7 @@ class EnlargedSource(ConditionedSource):
 
 
 class LowResolution(Condition):
+    name = "small image"
     draws, instead = "small images", "leave the flag out, and it draws those of its data"
 
     @classmethod

@@ -53,6 +53,7 @@ class Condition(abc.ABC):
       reads: DATA, PROMPTS or NOTHING.
     """
 
+    name: str  # of the kind, as a judge of its images asks for it (metrics/judges.py)
     draws: str  # what a user may ask for: LABELS, TEXTS, or a word of the kind's own
     instead: str  # what to do about another request, for an error message
 

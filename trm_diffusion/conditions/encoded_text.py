@@ -37,6 +37,8 @@ SOURCES = ("synthetic", "latents", *CAPTIONED_SOURCES)
 class EncodedText(TextCondition):
     """`Text`: states float32 [B, L, C], mask bool [B, L] and pooled float32 [B, P]; the empty text stands for none."""
 
+    name = "caption encoded beforehand"
+
     @classmethod
     def matches(cls, config: "Config") -> bool:
         return config.model.architecture == "mmdit" and config.model.text.encoder == "encoded"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 class Labels(Condition):
     """int32 [B], 0 .. num_classes - 1; num_classes stands for none."""
 
+    name = "label"
     draws = LABELS
     instead = "choose config.sample.classes"
 

@@ -35,6 +35,8 @@ class RunWords(NamedTuple):
 class Words(TextCondition):
     """Word ids int32 [B, L]. The vocabulary is the data's; a run keeps it, and reads prompts by it."""
 
+    name = "caption in words"
+
     @classmethod
     def matches(cls, config: "Config") -> bool:
         return config.model.architecture == "mmdit" and config.model.text.encoder == "learned"

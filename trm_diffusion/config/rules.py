@@ -135,6 +135,7 @@ def _check_evaluation(config: Config) -> None:
         f"config.evaluate.kind {kind} is for images of config.data.source {' or '.join(judge.sources)} only",
     )
     _require(
-        judge.condition != "words" or config.model.reads_words,
-        f"config.evaluate.kind {kind} is for config.model.text.encoder learned",
+        judge.condition == kind_of(config).name,
+        f"config.evaluate.kind {kind} is for models conditioned on a {judge.condition}; this one is conditioned on a "
+        f"{kind_of(config).name}",
     )

@@ -37,7 +37,7 @@ class Judge(abc.ABC):
 
     Attributes:
       sources: the `data.source`s whose images it can judge.
-      condition: what it asks for images by: "label" (a class), or "words" (a caption in the run's own vocabulary).
+      condition: the kind of condition it asks for images by, as named in conditions/: "label", or "caption in words".
     """
 
     sources: tuple[str, ...]

@@ -11,7 +11,7 @@ class SceneJudge(Judge):
     """Scores `num_samples` images of seen compositions, and as many of held-out ones; `passed` is about the seen."""
 
     sources = ("scenes",)
-    condition = "words"
+    condition = "caption in words"
 
     def evaluate(self, generate):
         measures, pictures = {}, {}
