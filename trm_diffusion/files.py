@@ -1,7 +1,7 @@
-"""Files that appear whole or not at all, and the checksums of what they hold.
+"""Atomic writes of files and directories, and checksums.
 
-A file is written under a hidden name beside its own, `.NAME.partial-PROCESS`, and renamed when it is complete. So a
-reader never sees half a file, and what a killed job leaves behind can be recognised by its name.
+A file is written next to its final place under a hidden name, `.NAME.partial-PID`, and renamed when it is complete. So
+a reader never sees half a file, and the leftovers of a killed job can be recognised by their names.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ PathLike = str | os.PathLike
 
 @contextlib.contextmanager
 def replacing(path: PathLike) -> Iterator[epath.Path]:
-    """A hidden path to write a file or a directory at, which becomes `path` at the end of the block.
+    """Yields a hidden path to write a file or a directory to, and renames it to `path` at the end of the block.
 
-    Makes the directory around `path` if need be. After an error nothing of the hidden path is left, and `path` is as it
-    was before. A directory can only be new: renaming does not replace one.
+    Creates the parent directory if needed. After an error the hidden path is gone and `path` is unchanged. A
+    directory must be new: a rename does not replace one.
     """
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,13 +37,13 @@ def replacing(path: PathLike) -> Iterator[epath.Path]:
 
 
 def partial_path(path: PathLike) -> epath.Path:
-    """Where this process writes what `path` becomes."""
+    """The hidden path that this process writes to before it is renamed to `path`."""
     path = epath.Path(path)
     return path.with_name(f".{path.name}.partial-{os.getpid()}")
 
 
 def remove(path: epath.Path) -> None:
-    """Removes a file or a directory, if there is one."""
+    """Removes a file or a directory if it exists."""
     if path.is_dir():
         path.rmtree()
     else:
@@ -51,9 +51,9 @@ def remove(path: epath.Path) -> None:
 
 
 def clear_partial(directory: PathLike, name: str = "*") -> None:
-    """Removes what killed jobs left of files of this name (a glob), in a local directory and the folders below it.
+    """Removes the partial files that killed jobs left for `name` (a glob), in a local directory and below it.
 
-    Only for a caller that knows that no other process is writing such a file.
+    Call this only if no other process is writing such a file.
     """
     for partial in list(pathlib.Path(directory).rglob(f".{name}.partial-*")):
         remove(epath.Path(partial))
@@ -65,7 +65,7 @@ def write_bytes(path: PathLike, data: bytes) -> None:
 
 
 def write_text(path: PathLike, text: str) -> None:
-    """UTF-8."""
+    """Writes `text` as UTF-8."""
     write_bytes(path, text.encode())
 
 
@@ -74,7 +74,7 @@ def write_json(path: PathLike, record: Any, indent: int = 2) -> None:
 
 
 def sha256(chunks: Iterable[bytes | np.ndarray]) -> str:
-    """Of all chunks, one after another; arrays are contiguous."""
+    """The hash of all chunks, one after another. Arrays must be contiguous."""
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(chunk)
@@ -95,12 +95,12 @@ def sha256_of_json(record: Any) -> str:
 
 
 def sha256_of_names(names: Iterable[str]) -> str:
-    """Of names in order: data whose records have the same names are the same data."""
+    """The hash of names in order. Data whose records have the same names count as the same data."""
     return sha256(name.encode() + b"\n" for name in names)
 
 
 def sha256_of_arrays(arrays: Iterable[tuple[str, np.ndarray]]) -> str:
-    """Of the bytes of arrays in order, each after its heading: what is to be told apart besides its bytes."""
+    """The hash of arrays in order: the heading of each, which tells apart what the bytes do not, then its bytes."""
 
     def chunks() -> Iterator[bytes | np.ndarray]:
         for heading, array in arrays:

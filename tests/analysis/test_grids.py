@@ -1,4 +1,4 @@
-"""Grids put every image where it belongs, and files are whole or absent."""
+"""Grids place every image correctly, and files are written atomically."""
 
 import chex
 import numpy as np
@@ -92,6 +92,6 @@ def test_captions_are_printed_under_their_images():
         np.testing.assert_array_equal(cell[:80], 128)
     ink = [int((cell[80:] < 128).sum()) for cell in cells]
     assert ink[0] > ink[2] > ink[1] == 0
-    narrow = captioned_grid(images, ["a red circle", "", "a circle"], 3, scale=5)  # the longest takes two lines or more
+    narrow = captioned_grid(images, ["a red circle", "", "a circle"], 3, scale=5)  # the longest takes 2 or more lines
     assert narrow.shape[0] - 40 > grid.shape[0] - 80
     assert set(np.unique(narrow[:, :6])) == {255}

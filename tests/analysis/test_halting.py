@@ -1,4 +1,4 @@
-"""What halting saves, counted by hand."""
+"""The savings of halting, compared with counts by hand."""
 
 import numpy as np
 import pytest

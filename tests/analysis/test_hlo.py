@@ -1,4 +1,4 @@
-"""The cost of compiled programs: loops in full, what is sent by kind, groups of devices in every notation."""
+"""The cost of compiled programs: loops counted in full, bytes sent by kind, device groups in every notation."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def test_loops_count_as_often_as_they_run():
     costs = [cost_of(function, *shapes) for function in (looped, unrolled)]
     assert [cost.flops for cost in costs] == [LENGTH * 3 * PRODUCT] * 2
     assert [cost.unknown_loops for cost in costs] == [0, 0]
-    read = 4 * LENGTH * WIDTH * WIDTH  # the kernels, once for each of the inner turns at least
+    read = 4 * LENGTH * WIDTH * WIDTH  # the kernels, which each inner iteration reads at least once
     assert all(3 * read < cost.bytes < 12 * read for cost in costs)
 
 
@@ -68,12 +68,12 @@ def test_groups_of_devices(attributes, group):
 
 
 def test_groups_in_an_unknown_form_are_not_taken_for_single_devices():
-    with pytest.raises(ValueError, match="not known: .*torus"):
+    with pytest.raises(ValueError, match="unknown notation: .*torus"):
         first_group("replica_groups=torus[4,2], dimensions={0}")
 
 
-# As a TPU's compiler writes it: a loop that only its condition tells the length of, a sum of which each device keeps
-# its part inside of a fusion, a collective in two halves, one between slices, a batched product as a convolution.
+# As the TPU compiler writes it: a loop whose trip count is only in its condition; a fusion with an all-reduce of which
+# each device keeps its part; a collective in two halves; one between slices; a batched product as a convolution.
 TPU_TEXT = """HloModule jit_step
 
 %sum (a: f32[], b: f32[]) -> f32[] {
@@ -127,7 +127,8 @@ ENTRY %main (x: bf16[64,32], y: bf16[16,32], q: bf16[6,40,64], k: bf16[6,64,40])
 
 def test_the_text_of_a_tpus_compiler():
     cost = program_cost(TPU_TEXT, slices=2)
-    part, turns = 2 * 16 * 32, 10  # bytes of a part; from 2 to 12
+    part = 2 * 16 * 32  # bytes that each device keeps
+    turns = 10  # from 2 to 12
     assert cost.collectives == {
         "reduce-scatter": {"count": turns, "bytes": turns * 4 * part * 3 / 4},
         "all-gather": {"count": turns, "bytes": turns * part * 3},

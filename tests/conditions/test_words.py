@@ -145,7 +145,7 @@ def test_dropped_texts_become_the_empty_text(squares):
         for name, shape in experiment.model.shapes.items()
     }
     batch = batch_of(experiment.config)
-    config = dataclasses.replace(experiment.config.train, label_dropout=1.0)
+    config = dataclasses.replace(experiment.config.train, label_dropout=1 - 2**-24)
     dropping = dataclasses.replace(experiment, config=dataclasses.replace(experiment.config, train=config))
     keeping = dataclasses.replace(config, label_dropout=0.0)
     keeping = dataclasses.replace(experiment, config=dataclasses.replace(experiment.config, train=keeping))

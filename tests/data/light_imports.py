@@ -1,4 +1,4 @@
-"""Imports that must be light and start no backend of JAX: python -m tests.data.light_imports"""
+"""Imports these modules and checks that they are light and start no JAX backend: python -m tests.data.light_imports"""
 
 import importlib
 import sys

@@ -1,4 +1,4 @@
-"""A source that the package does not know: what somebody would add in one file."""
+"""A source outside the package, as a user would add one in a single file."""
 
 import numpy as np
 

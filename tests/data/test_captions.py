@@ -1,4 +1,4 @@
-"""Captioned images from folders, TFDS and OpenMoji: what is on disk is what training reads, and damage is named."""
+"""Captioned images from folders, TFDS and OpenMoji: training reads what is on disk, and errors name damage."""
 
 import io
 import json
@@ -36,7 +36,7 @@ def test_captions_beside_the_images(folder):
     assert [str(source[i]["caption"]) for i in range(3)] == ["the one", "b", "c"]
     assert [round(float(source[i]["image"].mean() + 1) * 127.5) for i in range(3)] == [0, 20, 40]
     chex.assert_shape(source[0]["image"], (8, 8, 3))
-    # Training draws one of several captions, anew each epoch, as the seed says.
+    # Training draws one of several captions anew in each epoch; the seed determines which.
     batches = []
     for _ in range(2):
         iterator = make_iterator(source, DataConfig(), seed=1, batch_size=30)
@@ -113,7 +113,9 @@ def test_tfds_captions_are_read_without_the_code_that_made_them(tmp_path):
         assert str(element["caption"]) == f"grey {round(float(element['image'].mean() + 1) * 127.5)}"
     drawn = {str(source.sample(0, np.random.default_rng(seed))["caption"]).split()[0] for seed in range(8)}
     assert drawn == {"grey", "again"}
-    with pytest.raises(UserError, match="has the features captions, image: choose one .* class label"):
+    with pytest.raises(
+        UserError, match="has the features captions, image: set config.data.tfds_name to one .* class label"
+    ):
         make_source(config("tfds", tmp_path, tfds_name="coco_captions", num_classes=3))
 
 

@@ -1,4 +1,4 @@
-"""The stream is a pure function of seed and position, whoever reads it and wherever it was interrupted."""
+"""The stream is a pure function of seed and position, for any number of readers and after any interruption."""
 
 import json
 
@@ -17,7 +17,7 @@ CONFIG = DataConfig(source="synthetic", image_size=2, num_classes=3, synthetic_r
 
 
 def take(count, config=CONFIG, state=None, **arguments):
-    """The next `count` batches, and the state behind them."""
+    """The next `count` batches, and the state after them."""
     iterator = make_iterator(make_source(config), config, **{"seed": 0, "batch_size": 12} | arguments)
     if state is not None:
         iterator.set_state(state)
@@ -59,7 +59,7 @@ def test_seeds_give_different_orders_and_the_same_seed_the_same():
 
 
 def test_the_order_is_uniform():
-    """Each record stands at each place about equally often: 5 sigma of 4,000 draws over 5 places."""
+    """Each record comes at each place about equally often: 5 sigma of 4,000 draws over 5 places."""
     orders = np.stack([epoch_order(5, seed, epoch) for seed in range(40) for epoch in range(100)])
     counts = np.stack([np.bincount(orders[:, place], minlength=5) for place in range(5)])
     assert abs(counts - 800).max() < 5 * np.sqrt(4000 * 0.2 * 0.8)
@@ -132,7 +132,7 @@ def test_a_state_fits_other_process_counts_and_batch_sizes():
 
 
 def test_worker_processes_read_the_same_stream_and_resume_in_it():
-    """Flips and record ids included; the state goes from two workers to none, and from none to two."""
+    """Flips and record ids included; a state saved with two workers resumes with none and with two."""
     config = DataConfig(flip=True)
     workers = DataConfig(flip=True, workers=2)
     whole, _ = take(6, config, batch_size=500)

@@ -1,4 +1,4 @@
-"""Image folders and TFDS: what is on disk is what training sees, and damage is named."""
+"""Image folders and TFDS: training reads what is on disk, and errors name damage."""
 
 import io
 import pickle
@@ -65,7 +65,7 @@ def test_halving_by_box_averages_exact_blocks():
 
 @pytest.mark.parametrize(("width", "height"), [(100, 40), (23, 61), (5, 3), (16, 16)])
 def test_crop_is_the_centre_at_the_size_asked_for(width, height):
-    """A picture that is dark but for a bright centre line across its long side."""
+    """A dark picture with a bright line through the centre, across its long side."""
     pixels = np.zeros((height, width), np.uint8)
     band = max(1, max(width, height) // 5)
     start = (max(width, height) - band) // 2

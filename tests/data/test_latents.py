@@ -1,4 +1,4 @@
-"""Prepared latents: written, read and drawn from exactly, and refused when anything is amiss."""
+"""Prepared latents: written, read and sampled exactly, and refused if anything is wrong."""
 
 import dataclasses
 import hashlib
@@ -48,7 +48,7 @@ def test_round_trip_over_shards(prepared):
     source = make_source(latent_config(prepared))
     assert source.spec == SPEC and len(source) == COUNT
     means, _, labels = posteriors()
-    source[0]  # readers are open before the copy is made
+    source[0]  # opens a reader before the copy is made
     for reader in (source, pickle.loads(pickle.dumps(source))):
         for index in range(COUNT):
             element = reader[index]

@@ -1,4 +1,4 @@
-"""Scenes: pure functions of their index, true captions, room between objects, nothing held out in training."""
+"""Scenes: pure functions of their index, true captions, gaps between objects, nothing held out in training."""
 
 import collections
 import itertools
@@ -58,7 +58,7 @@ def test_no_training_scene_contains_a_held_out_composition(size, number):
         assert scene.request.compositions() <= compositions
         seen |= compositions
     assert not seen & source.held_out
-    # Nothing else is missing: all that could be drawn and is not held out has been drawn.
+    # Nothing else is missing: everything that can be drawn and is not held out has been drawn.
     possible = {("color", *pair) for pair in itertools.product(source.shapes, COLORS)}
     possible |= {("count", *pair) for pair in itertools.product(source.shapes, COUNTS)}
     for a, b in itertools.permutations(source.shapes, 2):
@@ -85,7 +85,8 @@ def test_evaluation_splits_are_balanced_and_on_their_side():
 
 @pytest.mark.parametrize("size", [32, 64])
 def test_objects_lie_apart_and_inside(size):
-    source, scale = SceneSource(size, "all"), size / 32
+    source = SceneSource(size, "all")
+    scale = size / 32
     for index in range(1200):
         objects = source.scene(index)[0].objects
         for item in objects:
@@ -115,7 +116,7 @@ def _synonyms() -> dict[str, str]:
 
 
 def _parse(caption: str, task: str, synonyms: dict[str, str]) -> Request:
-    """Reads a caption by the position of its nouns, colours and relation words alone."""
+    """Reads a caption using only the positions of its nouns, colours and relation words."""
     words = caption.split()
     nouns = [i for i, word in enumerate(words) if word in synonyms]
     shapes = [synonyms[words[i]] for i in nouns]

@@ -1,4 +1,4 @@
-"""Sources keep one contract: element names, shapes, dtypes, ranges, and a config that matches the data."""
+"""Sources follow one contract: element names, shapes, dtypes, ranges, and a config that matches the data."""
 
 import pickle
 import shutil
@@ -45,7 +45,7 @@ def test_digits_split_is_stratified_disjoint_and_complete():
 
 
 def test_digits_labels_belong_to_their_images():
-    """Class means of the two halves agree: swapped labels would mix them."""
+    """Class means of the two splits agree; swapped labels would mix them."""
     train_images, train_labels, test_images, test_labels = load_digits_split()
     train_means = np.stack([train_images[train_labels == c].mean(0) for c in range(10)]).reshape(10, 64)
     test_means = np.stack([test_images[test_labels == c].mean(0) for c in range(10)]).reshape(10, 64)

@@ -1,4 +1,4 @@
-"""Latents written for tests, as `--mode=prepare` writes them."""
+"""Writes latents for tests in the format of `--mode=prepare`."""
 
 import itertools
 import pathlib

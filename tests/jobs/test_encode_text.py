@@ -159,7 +159,7 @@ def test_damage_is_named(place, tmp_path):
     for name, content in contents(place / "texts").items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "texts-00001.json").write_text("{")
-    with pytest.raises(UserError, match="texts-00001.array_record, or the file about it, is missing or damaged"):
+    with pytest.raises(UserError, match="texts-00001.array_record or its JSON file is missing or damaged"):
         Encodings(str(tmp_path))
 
 

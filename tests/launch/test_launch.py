@@ -1,6 +1,6 @@
-"""The launch scripts: what they would run, what they say of mistakes, and how a job comes through preemption.
+"""The launch scripts: the commands they run, their error messages, and how a job survives preemption.
 
-No cloud is reached: the tools that the scripts call are replaced by ones that write down how they were called.
+No cloud is used: the tools that the scripts call are replaced by ones that log their calls.
 """
 
 import os
@@ -32,7 +32,7 @@ case $answer in exit*) exit "${answer#exit}" ;; *) echo "$answer" ;; esac
 
 
 class Fakes:
-    """Tools that write down their calls and give prepared answers, a line to a call, "exit75" being an exit code."""
+    """Tools that log their calls and give prepared answers, one line per call; "exit75" is an exit code."""
 
     def __init__(self, directory: Path, tools=TOOLS):
         self.bin, self.log, self.answers = directory / "bin", directory / "calls", directory / "answers"
@@ -85,7 +85,7 @@ DRY_RUNS = [
 
 
 def dry_run(fakes: Fakes, script: str, command: str, *arguments: str) -> list[list[str]]:
-    """The commands that a dry run prints, in words; none of them was run."""
+    """The commands that a dry run prints, split into words; none of them was run."""
     result = fakes.run(script, command, "--dry-run", *arguments)
     assert result.returncode == 0 and not result.stderr, result.stderr
     assert fakes.calls == []
@@ -96,7 +96,7 @@ def dry_run(fakes: Fakes, script: str, command: str, *arguments: str) -> list[li
 def test_dry_run_prints_every_command_and_runs_none(fakes, call):
     printed = dry_run(fakes, *call)
     assert printed and {words[0] for words in printed} <= {*TOOLS, ".venv/bin/python"}
-    if call[1] not in ("keep", "create", "install", "score", "submit"):  # these wait for answers, pipe, or run ours
+    if call[1] not in ("keep", "create", "install", "score", "submit"):  # these wait for answers, pipe, or run our code
         fakes.run(*call)
         assert fakes.calls == [" ".join(words) for words in printed]
 
@@ -127,7 +127,7 @@ def test_flags_of_the_job_arrive_as_they_were_given(fakes):
 
 
 def steps(calls: list[str]) -> list[str]:
-    """The calls of keep in short; looking is left out."""
+    """Short names of the calls that `keep` makes, without status queries."""
     short = {
         r"resources create": "create",
         r"resources delete": "delete",
@@ -139,7 +139,7 @@ def steps(calls: list[str]) -> list[str]:
 
 def test_keep_goes_through_preemption(tmp_path):
     fakes = Fakes(tmp_path, ("gcloud",))
-    # Not there, waited for, given; taken away while it runs, and asked for anew; stopped and saved; done.
+    # Absent, queued, active; preempted while the job runs and requested again; the job stops and has saved; done.
     fakes.answer("gcloud-state", "exit1", "WAITING_FOR_RESOURCES", "ACTIVE", "SUSPENDED", *4 * ["ACTIVE"])
     fakes.answer("gcloud-status", "none", "running", "exit255", "none", "running", "75", "75", "running", "0")
     result = fakes.run("tpu_vm.sh", "keep", *TPU_VM, *JOB)
@@ -209,7 +209,7 @@ def test_a_missing_tool_is_named(tmp_path, call, tool):
 
 
 def test_worker_keeps_a_job_in_the_background(tmp_path):
-    """On a copy whose python is a job that waits, saves when asked to, and leaves with 75."""
+    """On a copy of the scripts whose `python` is a job that waits for SIGTERM and then exits with 75."""
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
@@ -227,11 +227,11 @@ def test_worker_keeps_a_job_in_the_background(tmp_path):
         return any(worker("status") == status or time.sleep(0.1) for _ in range(100))
 
     assert worker("status") == "none"
-    for _ in range(2):  # the second time it goes on after it was stopped
+    for _ in range(2):  # the second time it resumes after the stop
         worker("start", "cpu", "--config=a b")
         assert reaches("running")
-        worker("start", "cpu", "--config=other")  # runs already
-        time.sleep(0.3)  # for the trap above
+        worker("start", "cpu", "--config=other")  # already running
+        time.sleep(0.3)  # until the trap above is set
         worker("stop")
         assert reaches("75")
     assert (
@@ -240,7 +240,7 @@ def test_worker_keeps_a_job_in_the_background(tmp_path):
 
 
 def test_recommended_flags_are_known_to_xla():
-    """XLA ends a process that has a flag it does not know; flags of the user's own come last, and so win."""
+    """XLA aborts on flags that it does not know. The user's own flags come last, so they win."""
     shell = "source launch/xla_flags.sh; xla_flags cuda; echo $XLA_FLAGS; xla_flags tpu; echo $LIBTPU_INIT_ARGS"
     own = {"XLA_FLAGS": "--xla_gpu_enable_latency_hiding_scheduler=false", "LIBTPU_INIT_ARGS": "--mine=1"}
     environment = {**os.environ, **own}

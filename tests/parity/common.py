@@ -1,4 +1,4 @@
-"""What the parity tests share: random PyTorch weights in a file, through our conversion, and how far outputs differ."""
+"""Shared by the parity tests: random PyTorch weights, their conversion through files, and comparison of outputs."""
 
 from pathlib import Path
 
@@ -11,11 +11,11 @@ from flax import nnx
 from trm_diffusion.jobs.convert_weights import convert
 from trm_diffusion.weights.store import load_weights
 
-TOLERANCE = 1e-4  # largest difference over largest value, float32
+TOLERANCE = 1e-4  # largest difference relative to the largest value, float32
 
 
 def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Weights of a size that keeps every path alive: no zero gates, no unit norms; what is a buffer stays."""
+    """Random weights that keep every path active: no zero gates, no unit norms. Non-trainable values stay."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -26,7 +26,7 @@ def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def converted(module: torch.nn.Module, directory: Path, layout: str, prefix: str = ""):
-    """The module's weights as ours, by way of files and the command, and as the same layout again, which is equal.
+    """Converts the module's weights to ours and back to its layout, through files, and asserts that they are equal.
 
     Returns our weights.
     """
@@ -69,5 +69,5 @@ def assert_parity(ours, theirs: torch.Tensor, tolerance: float = TOLERANCE) -> N
     """ours channels last, theirs channels first."""
     ours, theirs = np.asarray(ours), channels_last(theirs)
     assert ours.shape == theirs.shape
-    assert np.abs(theirs).max() > 1e-2  # something came through
+    assert np.abs(theirs).max() > 1e-2  # the output is not just zeros
     assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()

@@ -1,4 +1,4 @@
-"""torch-fidelity, imported without torchvision, which it needs for data sets and networks that are not used here."""
+"""torch-fidelity, imported without torchvision, which it needs only for data sets and networks not used here."""
 
 import importlib.util
 import sys
@@ -8,7 +8,7 @@ NAMES = ("torchvision", "torchvision.datasets", "torchvision.transforms", "torch
 
 
 def import_torch_fidelity():
-    """The package; where torchvision is absent, with empty modules in its place until it is imported."""
+    """The package. If torchvision is missing, empty modules stand in for it during the import."""
     absent = importlib.util.find_spec("torchvision") is None
     if absent:
         modules = {name: types.ModuleType(name) for name in NAMES}
@@ -20,7 +20,7 @@ def import_torch_fidelity():
         sys.modules.update(modules)
     import torch_fidelity
 
-    if absent:  # other packages look whether there is a torchvision
+    if absent:  # other packages check whether there is a torchvision
         for name in NAMES:
             del sys.modules[name]
     return torch_fidelity

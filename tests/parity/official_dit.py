@@ -1,4 +1,4 @@
-"""A DiT in PyTorch whose state has the tensors of the published checkpoints, name for name."""
+"""A DiT in PyTorch whose state dict has the tensor names of the published checkpoints."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""A DiT computes what PyTorch computes from the same file, in both published layouts, and writes that file again."""
+"""Our DiT equals PyTorch's with weights from the same file, in both published layouts, and exports that file again."""
 
 import diffusers
 import jax.numpy as jnp
@@ -70,7 +70,7 @@ def with_equal_embedders(module):
 
 
 def test_diffusers_layout(tmp_path):
-    """With frequency_shift 1 the library's model as it is; with 0 the model that the weights were published for."""
+    """frequency_shift 1 is the library's model as it is; 0 is the model that the weights were published for."""
     theirs = with_equal_embedders(diffusers_dit())
     weights = converted(theirs, tmp_path, "diffusers-dit")
     assert weights.model["heads"] == TINY["heads"]
@@ -91,7 +91,7 @@ def test_diffusers_layout(tmp_path):
 
 
 def test_torch_file(tmp_path):
-    """A .pt file, plain or as a training checkpoint keeps it, is what the safetensors file of the same weights is."""
+    """A .pt file, with plain weights or a training checkpoint, opens as its bfloat16 weights by name."""
     theirs = randomize(official_dit.DiT(*TINY.values(), 8, 4, 8, 10)).to(torch.bfloat16)
     state = theirs.state_dict()
     torch.save(state, tmp_path / "plain.pt")

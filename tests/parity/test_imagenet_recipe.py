@@ -1,4 +1,4 @@
-"""The conversions of docs/imagenet.md as they stand there, PyTorch's own files included, in miniature."""
+"""The conversion commands of docs/imagenet.md as written, including those of PyTorch files, in miniature."""
 
 import torch
 
@@ -7,7 +7,7 @@ from tests.recipe import COMMANDS, job, miniature, without_torch, write_inputs
 
 
 def test_conversions(tmp_path):
-    """They give the bytes that they give from .safetensors, with which tests/jobs/test_imagenet_recipe.py goes on."""
+    """They give the same bytes as from .safetensors, with which tests/jobs/test_imagenet_recipe.py continues."""
     write_inputs(
         tmp_path, lambda path, tensors: torch.save({name: torch.from_numpy(t) for name, t in tensors.items()}, path)
     )

@@ -17,13 +17,13 @@ fidelity = import_torch_fidelity()
 def weights_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
     state = {name: torch.from_numpy(value) for name, value in random_state(0).items()}
-    state["fc.weight"] *= 30  # answers that differ from image to image, for an inception score well above 1
+    state["fc.weight"] *= 30  # logits that differ between images, for an inception score well above 1
     torch.save(state, path)
     return str(path)
 
 
 def images(seed: int, count: int) -> np.ndarray:
-    """Coarse random colours [N, 32, 32, 3], alike enough that some are near one another and some are not."""
+    """Coarse random colours [N, 32, 32, 3], similar enough that some are neighbours and some are not."""
     coarse = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), np.uint8)
     return coarse.repeat(8, axis=1).repeat(8, axis=2)
 
@@ -87,7 +87,7 @@ def test_metrics_agree(weights_path, tmp_path):
         "precision": fidelity.KEY_METRIC_PRECISION,
         "recall": fidelity.KEY_METRIC_RECALL,
     }
-    # Else the comparison shows nothing.
+    # Otherwise the comparison would show nothing.
     assert 0 < ours["precision"] < 1 and 0 < ours["recall"] < 1 and ours["inception_score"] > 1.1
     for name, key in names.items():
         np.testing.assert_allclose(ours[name], theirs[key], rtol=1e-3, err_msg=name)

@@ -1,4 +1,4 @@
-"""An MMDiT computes what diffusers computes from the same file, and writes it again, in both published layouts."""
+"""Our MMDiT equals diffusers' with weights from the same file, in both published layouts, and exports it again."""
 
 import dataclasses
 import shutil
@@ -72,7 +72,7 @@ def test_diffusers_layout(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_single_file_layout(kind, tmp_path):
-    """What we write in the single files' names, diffusers reads as the weights we started from; and so do we."""
+    """Diffusers reads a single file that we export as the original weights, and so do we."""
     theirs = transformer(kind)
     theirs.save_pretrained(tmp_path / "theirs")
     convert(str(tmp_path / "theirs"), str(tmp_path / "ours"))

@@ -1,9 +1,9 @@
-"""The same noise through our samplers and diffusers' schedulers takes the same way, state by state.
+"""From the same noise, our samplers and diffusers' schedulers go through the same states.
 
-Both walk over the same noise levels, by asking the schedulers for ours:
-    DDPM   improved DDPM's respacing is what diffusers calls "linspace", where no level falls on a half;
-    DDIM   diffusers' step always goes down by T // n, so its n is set to what makes that our stride, (T - 1) / (n - 1);
-    Euler  our levels before the shift are given as `sigmas`; diffusers' own end at 1 / T in place of 0.
+The schedulers are set to our noise levels:
+    DDPM   improved DDPM's respacing is what diffusers calls "linspace", if no level falls on a half;
+    DDIM   diffusers always steps down by T // n, so its n is chosen to give our stride, (T - 1) / (n - 1);
+    Euler  our levels before the shift are passed as `sigmas`; diffusers' own end at 1 / T instead of 0.
 """
 
 import diffusers
@@ -30,13 +30,13 @@ KEYS = jax.random.split(jax.random.key(0), 3)
 
 
 def network(x, times, sin, channels):
-    """A smooth function of the noisy sample and its time, with as many channels as asked, in either library."""
+    """A smooth function of the noisy sample and its time, with `channels` channels, for JAX and PyTorch."""
     base = 0.8 * sin(1.3 * x + times / 250.0) + 0.1 * x
     return base if channels == SHAPE[-1] else (base, 0.7 * sin(2.0 * x))
 
 
 def our_states(config, sampler, **options):
-    """States [n + 1, B, H, W, C], from pure noise to the sample; the network's times."""
+    """States [n + 1, B, H, W, C], from pure noise to the sample; and the network's times [n]."""
     objective = make_objective(config)
     channels = objective.output_channels(SHAPE[-1])
 
@@ -54,13 +54,13 @@ def our_states(config, sampler, **options):
 
 
 def fresh_noise(step):
-    """What our samplers draw in diffusion step `step`."""
+    """The noise that our samplers draw in diffusion step `step`."""
     keys = jax.vmap(lambda key: jax.random.fold_in(key, step + 1))(KEYS)
     return torch.from_numpy(np.array(jax.vmap(lambda key: jax.random.normal(key, SHAPE))(keys)))
 
 
 def assert_same_way(states, times, step, channels=SHAPE[-1]):
-    """step(output, time, state, index) -> the next state, by the scheduler; channels last as ours."""
+    """step(output, time, state, index) -> the scheduler's next state, channels last like ours."""
     state = torch.from_numpy(states[0].copy())
     for index, time in enumerate(times):
         output = network(state, torch.tensor(float(time)), torch.sin, channels)
@@ -125,7 +125,7 @@ def test_flow_euler():
 
 
 def test_sit_takes_the_way_of_its_own_equations(tmp_path):
-    """SiT goes from noise at its time 0 to data at 1 along its answer, the first half of its channels."""
+    """SiT goes from noise at its time 0 to data at 1 along its output, the first half of the channels."""
     theirs = randomize(official_dit.DiT(2, 32, 2, 2, 8, 4, 8, 10))
     safetensors.torch.save_file(theirs.state_dict(), tmp_path / "sit.safetensors")
     convert(str(tmp_path / "sit.safetensors"), str(tmp_path / "ours"), layout="sit")

@@ -23,7 +23,7 @@ from trm_diffusion.errors import UserError
 from trm_diffusion.models.text import TextConfig
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-TEXTS = ["a red circle left of a blue square", "", "stars " * 20, "stars " * 60]  # CLIP cuts two, T5 the last
+TEXTS = ["a red circle left of a blue square", "", "stars " * 20, "stars " * 60]  # CLIP truncates two, T5 the last
 SD3 = TextConfig(encoder="encoded", length=333, features=4096, pooled_features=2048, recipe="sd3")
 
 
@@ -51,12 +51,13 @@ def t5(width: int):
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    """Published widths and folders, random weights and few of them; CLIP-G pads with another token than CLIP-L."""
+    """Published widths and folders, few layers, random weights. CLIP-G pads with another token than CLIP-L."""
     parts = dict(transformer=None, vae=None, scheduler=None)
     parts |= dict(text_encoder=clip(CLIPTextModelWithProjection, 768), tokenizer=clip_tokenizer())
     parts |= dict(text_encoder_2=clip(CLIPTextModelWithProjection, 1280, "gelu"))
     parts |= dict(tokenizer_2=clip_tokenizer(pad_token="!"), text_encoder_3=t5(4096), tokenizer_3=t5_tokenizer())
-    pipeline, directory = StableDiffusion3Pipeline(**parts), tmp_path_factory.mktemp("sd3")
+    pipeline = StableDiffusion3Pipeline(**parts)
+    directory = tmp_path_factory.mktemp("sd3")
     pipeline.save_pretrained(directory)
     return pipeline, directory
 
@@ -71,7 +72,7 @@ def test_sd3_equals_the_published_pipeline(pipeline):
     assert states.shape == (4, 333, 4096) and pooled.shape == (4, 2048)
     for found, wanted in ((ours.states, states), (ours.pooled, pooled)):
         np.testing.assert_allclose(found, wanted.numpy(), atol=1e-5 * float(wanted.abs().max()))
-    np.testing.assert_allclose(ours.states[1], null[0].numpy(), atol=1e-4)  # the empty text is guidance's
+    np.testing.assert_allclose(ours.states[1], null[0].numpy(), atol=1e-4)  # guidance uses the empty text
     np.testing.assert_allclose(ours.pooled[1], null_pooled[0].numpy(), atol=1e-4)
     assert ours.mask.all() and ours.mask.dtype == bool and ours.states.dtype == np.float32
     assert [part["class"] for part in encoder.encoding["encoders"]] == [
@@ -92,7 +93,7 @@ def bert(directory):
 
 @pytest.mark.parametrize("kind", ["clip with projection", "clip", "t5", "bert"])
 def test_single_encoders_equal_the_library(tmp_path, kind):
-    """States and pooled vectors of texts that are not padded, one by one; padding changes none of them."""
+    """States and pooled vectors equal those of each text alone, without padding."""
     model, tokenizer = {
         "clip with projection": lambda: (clip(CLIPTextModelWithProjection, 16), clip_tokenizer()),
         "clip": lambda: (clip(CLIPTextModel, 16), clip_tokenizer()),
@@ -117,6 +118,6 @@ def test_single_encoders_equal_the_library(tmp_path, kind):
 
 
 def test_what_is_no_encoder_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="config.model.text.pretrained=.*absent: no text encoders") as caught:
+    with pytest.raises(UserError, match="config.model.text.pretrained=.*absent: cannot load text encoders") as caught:
         PretrainedEncoder(TextConfig(encoder="encoded", pretrained=str(tmp_path / "absent")))
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The autoencoders compute what diffusers computes from the same file, in each published layout, and write it again."""
+"""Our autoencoders equal diffusers' with weights from the same file, in each layout, and are exported to it again."""
 
 import shutil
 
@@ -14,7 +14,7 @@ from tests.parity.common import assert_parity, channels_last, converted, randomi
 from trm_diffusion.jobs.convert_weights import convert
 from trm_diffusion.weights.store import load_vae
 
-KINDS = {  # the two kinds at tiny widths: three levels, of which one keeps its width
+KINDS = {  # the two kinds at tiny widths: three levels, one of which keeps its width
     "sd": dict(latent_channels=4, scaling_factor=0.18215),
     "sd3": dict(
         latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False
@@ -68,14 +68,14 @@ def test_names_of_older_releases(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_single_file_layout(kind, tmp_path):
-    """What we write in the single files' names, diffusers reads as the weights we started from; and so do we."""
+    """Diffusers reads a single file that we export as the original weights, and so do we."""
     theirs = autoencoder(kind)
     theirs.save_pretrained(tmp_path / "theirs")
     convert(str(tmp_path / "theirs"), str(tmp_path / "single"), to_layout="single-file-vae")
     state = safetensors.torch.load_file(tmp_path / "single/model.safetensors")
     assert all(name.startswith("first_stage_model.") for name in state)
     read = convert_ldm_vae_checkpoint(state, theirs.config)
-    # It turns the attention's 1x1 convolutions into linear maps by name.
+    # Diffusers turns the attention's 1x1 convolutions into linear maps, by name.
     for name, tensor in theirs.state_dict().items():
         torch.testing.assert_close(read.pop(name).reshape(tensor.shape), tensor, rtol=0, atol=0)
     assert not read

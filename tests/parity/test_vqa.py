@@ -9,7 +9,7 @@ from trm_diffusion.metrics.vqa import TransformersVqa
 
 
 def test_a_blip_model_answers(tmp_path):
-    """A random tiny one, saved and loaded as a user's would be, gives the same text each time."""
+    """A tiny random model, saved and loaded like a user's, gives the same text each time."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]", "yes", "no", "is", "it", "red"]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     tokenizer = transformers.BertTokenizer(str(tmp_path / "vocab.txt"))

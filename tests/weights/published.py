@@ -1,4 +1,4 @@
-"""Random weights of small models, as published files hold them."""
+"""Random weights of small models, in published layouts."""
 
 import numpy as np
 
@@ -7,9 +7,11 @@ from trm_diffusion.weights.safetensors import TensorSpec, write_safetensors
 
 
 def random_tensors(layout_name: str, model: dict, dtype=np.float32, scale: float = 1.0) -> dict[str, np.ndarray]:
-    """A model's tensors in a published layout; those that must be copies are."""
-    layout, rng = LAYOUTS[layout_name], np.random.default_rng(0)
-    shapes, tensors = layout.shapes(model), {}
+    """Random tensors of a model in a published layout. Those that must be equal are."""
+    layout = LAYOUTS[layout_name]
+    rng = np.random.default_rng(0)
+    shapes = layout.shapes(model)
+    tensors = {}
     for rule in layout.rules(model):
         value = (scale * rng.standard_normal(shapes[rule.ours])).astype(dtype)
         tensors |= zip(rule.theirs, rule.form.theirs(value), strict=True)

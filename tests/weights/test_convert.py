@@ -1,4 +1,4 @@
-"""Published weights in and out: exact both ways, in every dtype; and what is wrong with a file is told in one line."""
+"""Published weights are imported and exported exactly, in every dtype; a faulty file gives a one-line error."""
 
 import hashlib
 import json
@@ -60,7 +60,7 @@ def test_in_and_out_again_is_the_same_file(layout, tmp_path):
         assert again[name].dtype == dtype
         np.testing.assert_array_equal(again[name], tensor)
     manifest = json.loads((tmp_path / "ours/manifest.json").read_text())
-    told = MODELS[manifest["kind"]].items() if config else []  # without it, the heads are guessed by the size
+    told = MODELS[manifest["kind"]].items() if config else []  # without it, the heads are guessed from the size
     assert manifest["layout"] == layout and all(manifest["model"][name] == value for name, value in told)
     assert manifest["files"] == [
         {
@@ -97,7 +97,7 @@ def spoiled(tensors, fault):
     [
         ("missing", r"(proj|conv1).weight is missing$"),
         ("unexpected", "blocks.1.attn.extra.weight is unexpected$"),
-        ("misshapen", r"weight is \(\d+, .*\), not \(\d+, .*\)$"),
+        ("misshapen", r"weight has shape \(\d+, .*\), not \(\d+, .*\)$"),
         ("not finite", "weight holds values that are not finite$"),
         ("integers", "weight holds int32, which are not weights$"),
         ("truncated", "weights.safetensors is truncated: .* fetch it again$"),
@@ -144,17 +144,17 @@ def test_the_layout_is_told_by_the_names(tmp_path):
         source = open_source(write(tmp_path / "weights.safetensors", published(layout)))
         assert detect(source)[0].name == {"sit": "dit"}.get(layout, layout)
     path = write(tmp_path / "weights.safetensors", published("dit") | published("single-file-vae"))
-    with pytest.raises(UserError, match="more than one model; choose by --layout=dit or --layout=single-file-vae"):
+    with pytest.raises(UserError, match="more than one model; choose with --layout=dit or --layout=single-file-vae"):
         convert(path, str(tmp_path / "ours"))
     path = write(tmp_path / "weights.safetensors", {"weight": np.zeros(3, np.float32)})
-    with pytest.raises(UserError, match="is not in the layout dit, sit, .*; its 1 tensors begin weight"):
+    with pytest.raises(UserError, match="is not in the layout dit, sit, .*; its 1 tensors begin with weight"):
         convert(path, str(tmp_path / "ours"))
     with pytest.raises(UserError, match="--layout=nothing is none of dit, sit"):
         convert(path, str(tmp_path / "ours"), layout="nothing")
 
 
 def test_other_models_of_a_single_file_stay_out(tmp_path):
-    """Text encoders and the transformer lie beside the autoencoder under names of their own; a stray one is refused."""
+    """Text encoders and the transformer share the file, under their own prefixes; a stray tensor is refused."""
     beside = {"model.diffusion_model.pos": np.zeros(3, np.float32), "text_encoders.clip_l.x": np.zeros(3, np.float32)}
     path = write(tmp_path / "weights.safetensors", published("single-file-vae") | beside)
     assert to_ours(open_source(path)).kind == "vae"
@@ -164,7 +164,7 @@ def test_other_models_of_a_single_file_stay_out(tmp_path):
 
 
 def test_inception_by_file_and_by_directory_is_the_same_network(tmp_path):
-    """Counters of its batch norms are no weights: they are listed, and not needed."""
+    """Counters of batch norms are not weights: they are listed, and not needed."""
     state = random_state(0)
     counters = {f"{layer}.bn.num_batches_tracked": np.zeros((), np.int64) for layer in ("Conv2d_1a_3x3", "Mixed_5b.x")}
     path = write(tmp_path / "weights.safetensors", state | counters)
@@ -189,7 +189,7 @@ def test_shards_with_an_index(tmp_path):
     for (name, one), (_, other) in zip(weights.tensors(), whole.tensors(), strict=True):
         np.testing.assert_array_equal(one, other, err_msg=name)
     (tmp_path / "model-1.safetensors").unlink()
-    with pytest.raises(UserError, match="model-1.safetensors is missing, which"):
+    with pytest.raises(UserError, match="model-1.safetensors is missing, but model.safetensors.index.json lists it"):
         open_source(str(tmp_path))
 
 
@@ -224,12 +224,12 @@ def test_a_hub_id_is_fetched(tmp_path, monkeypatch):
     write(tmp_path / "vae/diffusion_pytorch_model.safetensors", published("diffusers-vae"))
     assert to_ours(open_source("owner/name/vae")).kind == "vae"
     assert asked[0][0] == "owner/name" and "vae/*.safetensors" in asked[0][1]
-    with pytest.raises(UserError, match=r"owner/closed: .* the hub did not give it \(401: log in first\)"):
+    with pytest.raises(UserError, match=r"owner/closed: .* the download from the hub failed \(401: log in first\)"):
         open_source("owner/closed")
 
 
 def test_a_converted_directory_starts_a_run_which_goes_out_again(tmp_path):
-    """bfloat16 weights in, a run's parameters equal to them, and out to the very tensors, in float32."""
+    """A run that starts from bfloat16 weights is exported to the same tensors, in float32."""
     tensors = published("dit", ml_dtypes.bfloat16)
     path = write(tmp_path / "weights.safetensors", tensors)
     finished(command("--mode=convert", f"--from={path}", f"--to={tmp_path / 'ours'}"))
@@ -248,13 +248,13 @@ def test_a_converted_directory_starts_a_run_which_goes_out_again(tmp_path):
     started(tiny_config(**fits, init__missing="*/recursion/*"), tmp_path / "tuned")
     with pytest.raises(UserError, match="recursion/.* has no place in the layout dit"):
         convert(str(tmp_path / "tuned"), str(tmp_path / "refused"), to_layout="dit")
-    with pytest.raises(UserError, match="holds a dit; the layout diffusers-vae is a vae's"):
+    with pytest.raises(UserError, match="holds a dit; the layout diffusers-vae is for a vae"):
         convert(str(tmp_path / "run"), str(tmp_path / "refused"), to_layout="diffusers-vae")
     assert not (tmp_path / "refused").exists()
 
 
 def started(config, workdir):
-    """A run as it is saved before its first update."""
+    """Saves a run as it is before its first update."""
     options = dict(seed=0, batch_size=8)
     iterator = make_iterator(make_source(config.data), config.data, **options)
     workdir, experiment = epath.Path(workdir), build(config)

@@ -1,4 +1,4 @@
-"""Pictures of samples: many images as one, with captions if need be, and one image as a PNG file."""
+"""Pictures of samples: grids of images, with or without captions, and PNG files."""
 
 import os
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ def image_grid(
     """Lays images out row by row.
 
     Args:
-      images: [N, H, W, C] in [-1, 1]; 1 channel is grey, 3 are RGB. Of 4 or more (latents) the first three
-        are shown, each stretched from its own 1 .. 99% range over all images, so colours compare within a
-        grid and not between grids. Values that are not finite are shown as -1, 0 (NaN) or 1.
-      columns: images in a row.
+      images: [N, H, W, C] in [-1, 1]; 1 channel is grey, 3 are RGB. With 4 or more (latents) the first three
+        are shown, each stretched from its own 1 .. 99% range over all images, so colours can be compared
+        within a grid but not between grids. Non-finite values are shown as -1, 0 (NaN) or 1.
+      columns: images per row.
       scale: each pixel becomes scale x scale pixels.
-      padding: pixels between the images and around them, not scaled.
+      padding: pixels between and around the images, not scaled.
       background: grey value 0 .. 255 of the padding and of empty places.
 
     Returns:
@@ -31,11 +31,12 @@ def image_grid(
 
 
 def captioned_grid(images: np.ndarray, captions: Sequence[str], columns: int, *, scale: int = 1) -> np.ndarray:
-    """`image_grid` with a caption [N] printed under each image, in as many lines as its width asks for."""
+    """`image_grid` with a caption [N] printed under each image, wrapped to the width of the image."""
     from PIL import Image, ImageDraw, ImageFont
 
     pixels = _pixels(images, scale)
-    font, width = ImageFont.load_default(), pixels.shape[2]
+    font = ImageFont.load_default()
+    width = pixels.shape[2]
     texts = [_wrapped(caption, lambda line: font.getlength(line) <= width) for caption in captions]
     line_height = sum(font.getmetrics()) + 1
     strip = line_height * max(map(len, texts)) + 2
@@ -49,7 +50,7 @@ def captioned_grid(images: np.ndarray, captions: Sequence[str], columns: int, *,
 
 
 def _wrapped(text: str, fits) -> list[str]:
-    """The words of a text in lines that fit, one word at least to each."""
+    """Breaks a text into lines that fit, with at least one word each."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -74,7 +75,7 @@ def _pixels(images: np.ndarray, scale: int) -> np.ndarray:
 
 
 def _lay_out(pixels: np.ndarray, columns: int, padding: int, background: int) -> np.ndarray:
-    """uint8 [N, H, W, 3] row by row on one picture."""
+    """Places uint8 [N, H, W, 3] row by row on one picture."""
     count, height, width, _ = pixels.shape
     rows = -(-count // columns)
     row_step, column_step = height + padding, width + padding
@@ -96,7 +97,7 @@ def _stretch(images: np.ndarray) -> np.ndarray:
 
 
 def save_png(path: str | os.PathLike, array: np.ndarray) -> None:
-    """Writes uint8 [H, W, 3] or [H, W] to `path`, whole or not at all; makes the directory if need be."""
+    """Writes uint8 [H, W, 3] or [H, W] to `path` atomically. Creates the directory if needed."""
     from PIL import Image
 
     array = np.asarray(array)

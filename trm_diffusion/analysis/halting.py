@@ -1,9 +1,9 @@
-"""What halting saves of the latent steps: as the tokens ask for them, and as they are computed.
+"""The share of the latent steps that halting saves: of what tokens ask for, and of what is computed.
 
 A row is one token's update by one expert, of each of q, k and v. A running token asks for k rows at each latent step.
 At inference the experts are computed for every token and masked (models/recursion/dispatch.py), so a latent step that
-runs computes M rows a token, whoever asks. Halting saves none of them, except those of latent steps that are left out
-whole because every token of the batch has stopped.
+runs computes M rows per token, however many tokens ask for them. Halting saves none of these, except in latent steps
+that are skipped because every token of the batch has stopped.
 """
 
 import numpy as np
@@ -33,7 +33,7 @@ def expert_rows(reports: RoutingReport, *, experts_per_token: int) -> dict[str, 
 
 
 def saving(rows: dict[str, float]) -> str:
-    """In words, what of the computation halting saved."""
+    """What part of the computation halting saved, in words."""
     if rows["computed_saved_share"] > 0:
         return "whole latent steps, those before which every token of the batch had stopped; nothing else"
     return "nothing: some token of the batch ran to the last latent step every time, and stopped ones are masked"

@@ -1,14 +1,14 @@
-"""What a compiled program costs one device, read from its text (HLO, after the compiler's passes), loops in full.
+"""The cost of a compiled program on one device, read from its optimised HLO text.
 
-The compiler's own `cost_analysis` counts the body of a loop once, however often it runs, and knows nothing of what the
-devices send each other. Here every computation is counted as often as it runs:
+The compiler's own `cost_analysis` counts the body of a loop once, however often it runs, and ignores what devices send
+each other. Here every computation is counted as often as it runs:
 
     FLOPs           2 for each multiply-add of matrix products and convolutions, and what custom kernels declare
-    bytes           operands and results of every operation outside of fusions; of a slice, the slice alone
-    cycles          the compiler's estimate, where the text carries one (TPU); none for collectives
+    bytes           operands and results of every operation outside fusions; for a slice, only the slice
+    cycles          the compiler's estimate, if the text has one (TPU); none for collectives
     collectives     bytes that one device sends, for the algorithms that send least (rings): with s bytes of operands on
                     each of n devices, all-gather s (n - 1), reduce-scatter and all-to-all s (n - 1) / n, all-reduce
-                    2 s (n - 1) / n, collective-permute s. A pair of start and done counts once.
+                    2 s (n - 1) / n, collective-permute s. A start/done pair counts once.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-ITEM_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "c64": 8, "c128": 16}  # others say their bits
-BETWEEN_SLICES = {  # as a TPU's compiler names them
+ITEM_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "c64": 8, "c128": 16}  # others have the bits in their names
+BETWEEN_SLICES = {  # the TPU compiler's names
     "ALL_GATHER": "all-gather",
     "ALL_REDUCE": "all-reduce",
     "REDUCE_SCATTER": "reduce-scatter",
@@ -32,14 +32,14 @@ COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "coll
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
-_FREE = {  # move nothing themselves
+_FREE = {  # operations that move no data themselves
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "partition-id"),
     *("replica-id", "after-all", "opt-barrier", "iota", "custom-call-done"),
 }
 
 
 class Array(NamedTuple):
-    """The type of a value, or of a part of a tuple."""
+    """The type of a value, or of an element of a tuple."""
 
     dtype: str
     dimensions: tuple[int, ...]
@@ -47,7 +47,7 @@ class Array(NamedTuple):
     @property
     def bytes(self) -> float:
         bits = re.search(r"\d+", self.dtype)
-        item = ITEM_BYTES.get(self.dtype) or (int(bits[0]) / 8 if bits else 0)  # a token has none
+        item = ITEM_BYTES.get(self.dtype) or (int(bits[0]) / 8 if bits else 0)  # a token has no size
         return item * math.prod(self.dimensions)
 
 
@@ -58,7 +58,7 @@ class Instruction:
     results: tuple[Array, ...]
     operands: tuple[str, ...]
     attributes: str  # the rest of the line
-    constant: str  # what stands in the parentheses of a constant or a parameter
+    constant: str  # the text in the parentheses of a constant or a parameter
 
     @property
     def bytes(self) -> float:
@@ -76,15 +76,15 @@ class Computation(NamedTuple):
 
 @dataclasses.dataclass
 class Cost:
-    """What one run of a program, or of a part, costs a device."""
+    """The cost on one device of running a program, or a part of it, once."""
 
     flops: float = 0.0
     bytes: float = 0.0
     cycles: float = 0.0
-    kernel_flops: float = 0.0  # the part of custom kernels, for which the compiler estimates no cycles
+    kernel_flops: float = 0.0  # the share of custom kernels, for which the compiler estimates no cycles
     kernel_bytes: float = 0.0
     collectives: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # kind -> count, bytes sent
-    unknown_loops: int = 0  # loops whose number of turns the text does not tell, counted once
+    unknown_loops: int = 0  # loops of unknown trip count, whose body is counted once
 
     def add(self, other: "Cost", times: float = 1) -> None:
         for name in ("flops", "bytes", "cycles", "kernel_flops", "kernel_bytes"):
@@ -97,16 +97,16 @@ class Cost:
 
 
 def program_cost(text: str, slices: int = 1) -> Cost:
-    """The cost of the program, for one device.
+    """The cost of the program on one device.
 
-    slices: parts of the devices that are linked to each other more loosely. A TPU's compiler makes of a collective over
-    them one within a slice and a `send` between, which is counted apart, as "KIND between slices".
+    slices: groups of devices with slower links between them. The TPU compiler splits a collective over several slices
+    into one within each slice and a `send` between slices, which is counted separately, as "KIND between slices".
     """
     return _Counter(*parse(text), slices).cost_of_entry()
 
 
 def largest_arrays(text: str, count: int) -> list[dict]:
-    """The largest arrays that a program makes outside of fusions, a type and size each."""
+    """The largest arrays that a program creates outside fusions, each type and shape once."""
     computations, _ = parse(text)
     fused = set(re.findall(r" fusion\(.*?calls=%?([\w.\-]+)", text))
     made = {
@@ -122,7 +122,7 @@ def largest_arrays(text: str, count: int) -> list[dict]:
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """The computations by name, and the name of the one that is run."""
+    """The computations by name, and the name of the entry computation."""
     computations, entry, name = {}, "", ""
     instructions: dict[str, Instruction] = {}
     root = None
@@ -140,7 +140,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def _instruction(name: str, text: str) -> Instruction:
-    """Of "TYPE OPCODE(OPERANDS), ATTRIBUTES"."""
+    """Parses "TYPE OPCODE(OPERANDS), ATTRIBUTES"."""
     text = re.sub(r"/\*.*?\*/", "", text)
     end = _closing(text, 0) if text.startswith("(") else text.index(" ")
     opening = text.index("(", end)
@@ -172,7 +172,7 @@ def _arrays(text: str) -> Iterator[Array]:
 
 
 class _Counter:
-    """Counts each computation once and remembers it."""
+    """Counts the cost of each computation once and caches it."""
 
     def __init__(self, computations: dict[str, Computation], entry: str, slices: int):
         self._computations, self._entry, self._slices = computations, entry, slices
@@ -198,7 +198,7 @@ class _Counter:
             cost.unknown_loops += turns is None
             for part in (one.attribute(r"body=%?([\w.\-]+)"), one.attribute(r"condition=%?([\w.\-]+)")):
                 cost.add(self._cost(part), 1 if turns is None else turns)
-        elif opcode == "conditional":  # the dearest branch
+        elif opcode == "conditional":  # the most expensive branch
             branches = re.findall(r"%([\w.\-]+)", one.attribute(r"branch_computations=\{(.*?)\}")) or called
             cost.add(max(map(self._cost, branches), key=lambda branch: (branch.flops, branch.bytes)))
         elif opcode in ("call", "async-start"):
@@ -226,7 +226,7 @@ class _Counter:
         return cost
 
     def _turns(self, where: Computation, loop: Instruction) -> int | None:
-        """How often a loop runs: as the compiler says, or from `counter < constant` and where the counter starts."""
+        """A loop's trip count: the compiler's, or from `counter < constant` and its start; None if unknown."""
         known = loop.attribute(r'known_trip_count":\{"n":"(\d+)"')
         if known:
             return int(known)
@@ -240,7 +240,7 @@ class _Counter:
         return None if limit is None or first is None else max(0, limit - first)
 
     def _constant(self, value: Instruction, start: Instruction | None, where: Computation) -> int | None:
-        """An integer that is known: a constant, or a part of the loop's state that starts as one."""
+        """A known integer: a constant, or an element of the loop's state that starts as one. None if unknown."""
         if value.opcode == "get-tuple-element" and start is not None and start.opcode == "tuple":
             value = where.instructions[start.operands[int(value.attribute(r"index=(\d+)"))]]
         while value.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start", "reshape"):
@@ -260,7 +260,7 @@ class _Counter:
     def _bytes(self, where: Computation, one: Instruction) -> float:
         if one.opcode in _FREE or 'custom_call_target="AllocateBuffer"' in one.attributes:
             return 0.0
-        if one.opcode == "copy-start":  # its result is source and destination
+        if one.opcode == "copy-start":  # its result includes both source and destination
             return one.bytes
         if one.opcode in ("dynamic-slice", "slice", "gather"):
             return 2 * one.bytes
@@ -269,7 +269,7 @@ class _Counter:
         return one.bytes + sum(where.instructions[name].bytes for name in one.operands if name in where.instructions)
 
     def _fusion_bytes(self, where: Computation, one: Instruction, fused: Computation) -> float:
-        """Operands and results of a fusion; one that is only sliced, or updated in place, counts what is touched."""
+        """Operands and results of a fusion. If one is only sliced or updated in place, only the bytes touched count."""
         total = self._written(fused, fused.root)
         for position, name in enumerate(one.operands):
             if name in where.instructions:
@@ -277,7 +277,7 @@ class _Counter:
         return total
 
     def _read(self, fused: Computation, position: int, full: float) -> float:
-        """Bytes that a fusion reads of an operand that has `full` of them."""
+        """Bytes that a fusion reads of an operand of `full` bytes."""
         at = (one for one in fused.instructions.values() if one.opcode == "parameter" and one.constant == str(position))
         names, read = [next(at).name], 0.0
         while names:
@@ -306,7 +306,7 @@ class _Counter:
         return one.bytes
 
     def _collect(self, cost: Cost, kind: str, where: Computation, one: Instruction, n: int, over: str = "") -> None:
-        """Adds what a device sends to n - 1 others."""
+        """Adds the bytes that a device sends in a collective over n devices."""
         size = sum(where.instructions[name].bytes for name in one.operands)
         sent = {
             "all-gather": size * (n - 1),
@@ -318,7 +318,7 @@ class _Counter:
         cost.add(Cost(collectives={kind + over: {"count": 1, "bytes": sent}}))
 
     def _fused_collectives(self, name: str) -> dict:
-        """Those inside a fusion: an all-reduce of which each device keeps its part is a reduce-scatter."""
+        """The collectives in a fusion. An all-reduce of which each device keeps only its part is a reduce-scatter."""
         fused, cost = self._computations[name], Cost()
         for inner in fused.instructions.values():
             opcode = inner.opcode.removesuffix("-start")
@@ -331,7 +331,7 @@ class _Counter:
 
 
 def _convolution_flops(lhs: tuple, rhs: tuple, one: Instruction) -> float:
-    """Products of a convolution, without those with padding; a batched matrix product is written as one, too."""
+    """FLOPs of a convolution, without products with padding. HLO may write a batched matrix product as one, too."""
     lhs_labels, rhs_labels, _ = re.split(r"_|->", one.attribute(r"dim_labels=([\w?]+->[\w?]+)").replace("->", "_"))
     window = one.attribute(r"window=\{(.*?)\}")
 
@@ -355,7 +355,7 @@ def _convolution_flops(lhs: tuple, rhs: tuple, one: Instruction) -> float:
 
 
 def first_group(attributes: str) -> list[int]:
-    """The devices of the first group of a collective, in any of the ways in which HLO writes groups."""
+    """The devices of the first group of a collective, in any of HLO's notations for groups."""
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
         ends = [tuple(map(int, pair)) for pair in re.findall(r"\{(\d+),(\d+)", pairs[0])]
         return list(next((pair for pair in ends if pair[0] != pair[1]), ends[0]))
@@ -371,7 +371,7 @@ def first_group(attributes: str) -> list[int]:
         listed = _integers(mesh[2])
         return [listed[place] for place in places] if listed else places
     if unknown := re.search(r"replica_groups=(?!\{\}).{,60}", attributes):
-        raise ValueError(f"groups of devices in a form that is not known: {unknown[0]}")
+        raise ValueError(f"device groups in an unknown notation: {unknown[0]}")
     return [0]
 
 
@@ -380,14 +380,14 @@ def _integers(text: str | None) -> list[int]:
 
 
 def _counted(dimensions: str, order: str | None) -> np.ndarray:
-    """Devices 0, 1, 2 ... in an array of these dimensions, with its axes in another order if one is given."""
+    """Devices 0, 1, 2 ... in an array of these dimensions, transposed to `order` if one is given."""
     sizes = _integers(dimensions)
     devices = np.arange(math.prod(sizes)).reshape(sizes)
     return devices.transpose(_integers(order) or range(len(sizes)))
 
 
 def _group_of_mesh(axes: str, named: str) -> list[int]:
-    """Groups over axes of a mesh, "'a'=4,'b'=2" and "'b'" or, of a part of an axis, "'a':(2)2"."""
+    """The first group over named axes of a mesh, e.g. "'a'=4,'b'=2" and "'b'", or for part of an axis "'a':(2)2"."""
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
     strides, stride = {}, 1
     for name in reversed(sizes):

@@ -1,4 +1,4 @@
-"""The data configuration, and the contract that every source of training records keeps."""
+"""The data configuration, and the contract of every source of training records."""
 
 import abc
 import dataclasses
@@ -20,37 +20,37 @@ Element = dict[str, np.ndarray]
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Settings):
     source: str = setting("digits", choices=SOURCES)  # where the records come from; data/registry.py
-    text: str = ""  # encoded text of the data's captions, or of prompts: a directory that --mode=encode has written
-    path: str = ""  # folders, tars, latents: the directory; tfds, tfds_captions: the data_dir ("" = TFDS's own default)
-    tfds_name: str = "imagenet2012"  # tfds, tfds_captions: the dataset's name, with config and version if need be
+    text: str = ""  # directory written by --mode=encode, with encoded text of the data's captions or of prompts
+    path: str = ""  # folders, tars, latents: the directory; tfds, tfds_captions: the data_dir ("" = TFDS's default)
+    tfds_name: str = "imagenet2012"  # tfds, tfds_captions: the dataset's name, with config and version if needed
     split: str = "train"  # digits: train or test; scenes: train, seen, held_out or all; tfds: any split expression
-    image_size: int = setting(8, least=1)  # pixels or latent cells a side
-    vae: str = ""  # converted autoencoder, for --mode=prepare and to decode samples of latents; "" shows latents
-    channels: int = setting(1, least=1)  # 1 = grey, 3 = RGB, latents: the VAE's
-    num_classes: int = setting(10, least=0)  # labels are 0 .. num_classes - 1; 0 where captions take their place
-    flip: bool = False  # random horizontal flip, anew in each epoch
+    image_size: int = setting(8, least=1)  # height and width in pixels or latent cells
+    vae: str = ""  # converted autoencoder for --mode=prepare and to decode sampled latents; "" shows the latents
+    channels: int = setting(1, least=1)  # 1 = grey, 3 = RGB; for latents: the VAE's channels
+    num_classes: int = setting(10, least=0)  # labels are 0 .. num_classes - 1; 0 for captioned data
+    flip: bool = False  # random horizontal flips, drawn anew in each epoch
     synthetic_records: int = setting(4096, least=1)  # synthetic: records in one epoch
-    workers: int = setting(0, least=0)  # loader worker processes (0 = in this process, with grain's read threads)
+    workers: int = setting(0, least=0)  # loader worker processes (0 = read in this process, with grain's threads)
 
 
 class Source(abc.ABC):
-    """Random access to records, as grain asks for it; picklable, so that worker processes can have a copy.
+    """Random access to records, for grain. Picklable, so that worker processes can have a copy.
 
     An element is {"image": float32 [H, W, C], in [-1, 1] or scaled latents, "label": int32 scalar,
-    "index": int32 scalar, the record's id}; a captioned source has "caption", a string scalar, for "label".
-    Reading must be safe from several threads at once.
+    "index": int32 scalar, the record's id}; a captioned source has "caption", a string scalar, instead of "label".
+    Reads must be thread-safe.
 
     Attributes:
       sample_shape: (H, W, C) of every image.
       num_classes: labels are 0 .. num_classes - 1; 0 if captioned.
-      captioned: whether elements have captions in place of labels.
-      vocabulary: every word of the captions, if they keep to a closed set; a word's place must not change.
-      spec: what the latents are, where records are latents of images.
-      encodings: the encoded texts that records are given, where there are any.
-      mirrored: names of the entries of an element that are images, [H, W, ...], which a flip mirrors.
-      stochastic: whether `sample` uses its generator, so that a record differs from epoch to epoch.
-      in_memory: whether reading is so cheap that more than one read thread would only cost time.
-      reads_image_files: whether records are image files, cropped to the config's size as they are read.
+      captioned: whether elements have captions instead of labels.
+      vocabulary: every word of the captions, if they form a closed set; the index of a word must not change.
+      spec: what the latents are, if records are latents of images.
+      encodings: the encoded texts of the records, if any.
+      mirrored: names of the entries of an element that are images, [H, W, ...]; a flip mirrors these.
+      stochastic: whether `sample` uses its generator, so that a record differs between epochs.
+      in_memory: whether reads are so cheap that more than one read thread would only cost time.
+      reads_image_files: whether records are image files, cropped to the config's size when read.
     """
 
     sample_shape: tuple[int, int, int]
@@ -65,7 +65,7 @@ class Source(abc.ABC):
     reads_image_files: bool = False
 
     def name(self, index: int) -> str:
-        """What a person finds record `index` by."""
+        """A name by which a person can find record `index`."""
         return f"record {index}"
 
     @abc.abstractmethod
@@ -74,20 +74,20 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def __getitem__(self, index: int) -> Element:
-        """Record `index`, the same whenever it is read."""
+        """Record `index`; the same on every read."""
 
     def captions(self, index: int) -> list[str]:
-        """Every caption of record `index`, of a captioned source."""
+        """Every caption of record `index`. Only for captioned sources."""
         return [str(self[index]["caption"])]
 
     def sample(self, index: int, rng: np.random.Generator) -> Element:
-        """Record `index` as training sees it, with the source's own randomness if it is stochastic."""
+        """Record `index` as training sees it, with randomness from `rng` if the source is stochastic."""
         del rng
         return self[index]
 
 
 def make_element(image: np.ndarray, label: int, index: int) -> Element:
-    """Bundles one record with the dtypes of the contract."""
+    """Builds the element of a record, with the dtypes of the contract."""
     return {
         "image": np.asarray(image, np.float32),
         "label": np.asarray(label, np.int32),
@@ -96,7 +96,7 @@ def make_element(image: np.ndarray, label: int, index: int) -> Element:
 
 
 def make_captioned_element(image: np.ndarray, caption: str, index: int) -> Element:
-    """Bundles one record of a captioned source with the dtypes of the contract."""
+    """Builds the element of a captioned record, with the dtypes of the contract."""
     return {
         "image": np.asarray(image, np.float32),
         "caption": np.asarray(caption, np.str_),
@@ -105,7 +105,7 @@ def make_captioned_element(image: np.ndarray, caption: str, index: int) -> Eleme
 
 
 def check_matches_config(source: Source, config: DataConfig) -> None:
-    """Raises a UserError if the data are not what the configuration says they are."""
+    """Raises UserError if the data do not match the config."""
     wanted_shape = (config.image_size, config.image_size, config.channels)
     if source.sample_shape != wanted_shape:
         height, width, channels = source.sample_shape

@@ -1,6 +1,6 @@
-"""Images with captions for real training: a folder, or TensorFlow Datasets without TensorFlow.
+"""Captioned images for real training, from a folder or from TensorFlow Datasets (TFDS) without TensorFlow.
 
-The captions are open text: they want a pretrained text encoder, or a vocabulary of the user's own.
+The captions are open text: they need a pretrained text encoder, or the user's own vocabulary.
 """
 
 import json
@@ -16,7 +16,7 @@ CAPTIONS_FILE = "captions.jsonl"
 
 
 class _CaptionedSource(Source):
-    """Records with one or more captions: training draws one anew each time, plain reading takes the first."""
+    """Records with one or more captions. Training draws one anew on each read; a plain read returns the first."""
 
     captioned = True
     stochastic = True
@@ -38,10 +38,10 @@ class _CaptionedSource(Source):
 
 
 class CaptionFolderSource(_CaptionedSource):
-    """A folder of images, in the order of `captions.jsonl` or else of their paths.
+    """A folder of captioned images, in the order of `captions.jsonl` or else of their paths.
 
-    With `captions.jsonl`, each line is {"file": path below the folder, "caption": text}, or "captions" with several.
-    Without it, beside each `name.png` (or another image) lies `name.txt`, one caption a line.
+    Each line of `captions.jsonl` is {"file": path relative to the folder, "caption": text}, or has a list "captions".
+    Without that file, `name.txt` next to each `name.png` (or another image format) holds one caption per line.
     """
 
     reads_image_files = True
@@ -51,7 +51,7 @@ class CaptionFolderSource(_CaptionedSource):
         if not directory or not self._root.is_dir():
             raise UserError(
                 f"config.data.path={directory!r} is not a directory: config.data.source=caption_folder needs one "
-                f"with images, and {CAPTIONS_FILE} or a .txt beside each"
+                f"with images, and with {CAPTIONS_FILE} or a .txt file next to each image"
             )
         listed = (self._root / CAPTIONS_FILE).exists()
         self._records = self._listed() if listed else self._beside()
@@ -73,7 +73,8 @@ class CaptionFolderSource(_CaptionedSource):
         return self._records[index][1]
 
     def _listed(self) -> list[tuple[str, list[str]]]:
-        path, records = self._root / CAPTIONS_FILE, []
+        path = self._root / CAPTIONS_FILE
+        records = []
         for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
             if not line.strip():
                 continue
@@ -81,7 +82,7 @@ class CaptionFolderSource(_CaptionedSource):
                 record = json.loads(line)
                 file, captions = record["file"], record["captions"] if "captions" in record else [record["caption"]]
             except (json.JSONDecodeError, KeyError, TypeError):
-                raise UserError(f'{path}, line {number}: not {{"file": ..., "caption": ...}} in JSON') from None
+                raise UserError(f'{path}, line {number}: not a JSON object {{"file": ..., "caption": ...}}') from None
             records.append(_checked(self._root, file, captions, f"{path}, line {number}"))
         return records
 
@@ -102,7 +103,7 @@ class CaptionFolderSource(_CaptionedSource):
 
 
 def _checked(root: pathlib.Path, file: str, captions: list[str], where: str) -> tuple[str, list[str]]:
-    """The record, if its image exists and it has a caption."""
+    """The record. Raises UserError if its image does not exist or it has no caption."""
     if not (root / file).is_file():
         raise UserError(f"{where}: the image {root / file} does not exist")
     captions = [caption.strip() for caption in captions if caption.strip()]
@@ -112,13 +113,13 @@ def _checked(root: pathlib.Path, file: str, captions: list[str], where: str) -> 
 
 
 class TfdsCaptionSource(_CaptionedSource, TfdsSource):
-    """A prepared TFDS dataset with the features `image` and `captions`, each with a `text`, as `coco_captions` has."""
+    """A prepared TFDS dataset with the features `image` and `captions` (with a `text` each), as in `coco_captions`."""
 
     def _check_features(self, features: dict) -> None:
         if "image" not in features or "text" not in getattr(features.get("captions"), "feature", {}):
             raise UserError(
-                f"the TFDS dataset {self._name!r} has the features {', '.join(sorted(features)) or 'none'}: choose one "
-                "in config.data.tfds_name that has an image, and captions with text, as coco_captions"
+                f"the TFDS dataset {self._name!r} has the features {', '.join(sorted(features)) or 'none'}: set "
+                "config.data.tfds_name to one that has an image, and captions with text, such as coco_captions"
             )
 
     def _read(self, index: int) -> tuple[np.ndarray, list[str]]:

@@ -16,7 +16,7 @@ _SPLIT_SEED = 0
 
 @functools.cache
 def load_digits_split() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Loads the digits in one fixed, stratified split of about 80% and 20%.
+    """Loads the digits in a fixed, stratified split of about 80% and 20%.
 
     Returns:
       train_images [N, 8, 8, 1] float32 in [-1, 1], train_labels [N] int32, test_images, test_labels; all
@@ -30,7 +30,7 @@ def load_digits_split() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
     is_test = np.zeros(len(labels), bool)
     for class_id in range(NUM_CLASSES):
         members = np.flatnonzero(labels == class_id)
-        # Raw generator words are stable over NumPy versions, which the shuffles of Generator are not.
+        # Raw generator words are the same in every NumPy version; the shuffles of Generator are not.
         words = np.random.Philox(key=[_SPLIT_SEED, class_id]).random_raw(len(members))
         order = np.argsort(words, kind="stable")
         is_test[members[order[: round(TEST_FRACTION * len(members))]]] = True
@@ -41,7 +41,7 @@ def load_digits_split() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 class DigitsSource(Source):
-    """One side of `load_digits_split`, in memory; `index` counts from 0 within the side."""
+    """The train or test part of `load_digits_split`, in memory; `index` counts from 0 within the part."""
 
     in_memory = True
 

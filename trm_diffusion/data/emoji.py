@@ -1,7 +1,7 @@
-"""OpenMoji's drawings with their names: about 1,900 real pictures with short captions, from packages alone.
+"""OpenMoji's drawings with their names: about 1,900 real pictures with short captions, from Python packages only.
 
-All emojis designed by OpenMoji, the open-source emoji and icon project (https://openmoji.org), licence CC BY-SA 4.0,
-which whoever shows pictures made of them has to say as well. The names are Unicode's, in English. The packages are
+All emojis designed by OpenMoji, the open-source emoji and icon project (https://openmoji.org). Licence: CC BY-SA 4.0.
+Anyone who shows pictures made from them must say so too. The names are Unicode's, in English. The packages are listed
 in requirements-emoji.txt.
 """
 
@@ -17,12 +17,12 @@ from trm_diffusion.errors import UserError
 
 BACKGROUND = "#ffffff"
 
-_VARIATION = "\ufe0f"  # asks for a coloured glyph; file names and keys differ in whether they keep it
-_REGIONAL = range(0x1F1E6, 0x1F200)  # letters; two of them are a country's flag
+_VARIATION = "\ufe0f"  # selects a coloured glyph; file names and keys differ in whether they keep it
+_REGIONAL = range(0x1F1E6, 0x1F200)  # letters; a pair of them is a country's flag
 
 
 class EmojiSource(Source):
-    """Every named glyph once, skin tones left out, on white; `index` counts in the order of code points."""
+    """Every named glyph once, without skin tones, on white; `index` follows the order of code points."""
 
     captioned = True
     in_memory = True

@@ -1,9 +1,9 @@
-"""Encoded text: what pretrained encoders say of each caption, computed once and read many times.
+"""Encoded text: the outputs of pretrained text encoders for each caption, computed once and read many times.
 
-A directory holds shards (data/shards.py) and `manifest.json`, written last. Its items are first the empty text, which
-stands for none in classifier-free guidance, then the images of a source with their captions, or prompts. One record is
-one caption: token states (float16 [L, C]), mask (uint8 [L]) and pooled (float32 [P]), little-endian. The captions
-themselves are in the files about the shards.
+A directory holds shards (data/shards.py) and `manifest.json`, which is written last. The first item is the empty text,
+the null condition of classifier-free guidance. The other items are prompts, or the images of a source with their
+captions. One record is one caption: token states (float16 [L, C]), mask (uint8 [L]) and pooled (float32 [P]),
+little-endian. The captions themselves are in the JSON files of the shards.
 """
 
 import functools
@@ -22,11 +22,11 @@ FORMAT_VERSION = 1
 SHARD_FIELDS = {*LISTED_FIELDS, "items", "encoding", "preparation"}
 SIZES = ("length", "features", "pooled_features")  # L, C, P
 
-_REMEDY = "encode the texts again by --mode=encode"
+_REMEDY = "encode the texts again with --mode=encode"
 
 
 class Item(NamedTuple):
-    """An image, or a prompt: what it is found by, and its captions."""
+    """An image or a prompt: its name and its captions."""
 
     name: str
     captions: list[str]
@@ -39,10 +39,11 @@ class EncodingWriter(ShardFile):
     """Writes one shard of encoded text.
 
     Args:
-      directory: where to write; it exists.
-      index: of the shard.
-      items: of the shard; one record is written for each of their captions, in order.
-      encoding, preparation: what decides an encoding, and of which texts these are; JSON, the same for all shards.
+      directory: an existing directory.
+      index: number of the shard.
+      items: items of the shard; one record is written for each of their captions, in order.
+      encoding, preparation: what determines the encoded values, and which texts these are; JSON, the same for all
+        shards.
     """
 
     def __init__(self, directory: pathlib.Path, index: int, items: Sequence[Item], encoding: dict, preparation: dict):
@@ -50,12 +51,12 @@ class EncodingWriter(ShardFile):
         self._items, self._encoding, self._preparation = items, encoding, preparation
 
     def write(self, states_lc: np.ndarray, mask_l: np.ndarray, pooled_p: np.ndarray) -> None:
-        """Appends one record. Raises UserError for values that float16 cannot hold."""
+        """Appends one record. Raises UserError if a value does not fit in float16."""
         with np.errstate(over="ignore"):
             half = states_lc.astype("<f2")
         if not (np.isfinite(half).all() and np.isfinite(pooled_p).all()):
             raise UserError(
-                f"{self.path}, record {self.records}: not finite in float16; "
+                f"{self.path}, record {self.records}: values are not finite in float16; "
                 "try config.model.text.pretrained_dtype=float32"
             )
         self.append(half.tobytes() + mask_l.astype("u1").tobytes() + pooled_p.astype("<f4").tobytes())
@@ -69,12 +70,12 @@ def shard_name(index: int) -> str:
 
 
 def read_shard_record(directory: pathlib.Path, index: int) -> dict | None:
-    """What `EncodingWriter` says of a shard, or None where that shard or the file about it is not whole."""
+    """The JSON record that `EncodingWriter` wrote for a shard, or None if it is incomplete or the shard is missing."""
     return read_about(directory / shard_name(index), SHARD_FIELDS)
 
 
 def assemble_manifest(shards: list[dict]) -> dict:
-    """The manifest of a directory, from the files about all its shards in order."""
+    """The manifest of a directory, from the JSON records of all its shards in order."""
     return {
         "format_version": FORMAT_VERSION,
         "records": sum(shard["records"] for shard in shards),
@@ -86,7 +87,7 @@ def assemble_manifest(shards: list[dict]) -> dict:
 
 
 def read_manifest(directory: str) -> dict:
-    """The checked manifest. Raises UserError where there is none that this code reads."""
+    """The validated manifest. Raises UserError if it is missing, damaged or of another format version."""
     path = pathlib.Path(directory) / MANIFEST_NAME
     if not path.is_file():
         raise UserError(f"config.data.text={directory!r} has no {MANIFEST_NAME}: {_REMEDY}")
@@ -105,10 +106,10 @@ def read_manifest(directory: str) -> dict:
 
 
 def decode_record(data: bytes, length: int, features: int, pooled_features: int) -> Text:
-    """One caption: states float32 [L, C], mask bool [L], pooled float32 [P]. Raises ValueError for another length."""
+    """One caption: states float32 [L, C], mask bool [L], pooled float32 [P]. ValueError if the length is wrong."""
     states, mask = 2 * length * features, length
     if len(data) != states + mask + 4 * pooled_features:
-        raise ValueError(f"is {len(data)} bytes long, not as the manifest says")
+        raise ValueError(f"is {len(data)} bytes long, which does not match the manifest")
     return Text(
         np.frombuffer(data[:states], "<f2").reshape(length, features).astype(np.float32),
         np.frombuffer(data[states : states + mask], "u1").astype(bool),
@@ -117,19 +118,20 @@ def decode_record(data: bytes, length: int, features: int, pooled_features: int)
 
 
 class Encodings:
-    """Reads a directory of encoded texts. Picklable, and safe from several threads.
+    """Reads a directory of encoded texts. Picklable and thread-safe.
 
     Attributes:
-      encoding: what decides the encodings; see `PretrainedEncoder`.
+      encoding: what determines the encoded values; see `PretrainedEncoder`.
       preparation: which texts these are, and where the encoders came from.
-      names: of the items, without the first, which is the empty text.
+      names: names of the items, without the first, which is the empty text.
 
     Raises:
-      UserError: no directory, no manifest, another format version, a missing or damaged shard.
+      UserError: the directory, the manifest or a shard is missing or damaged, or the format version differs.
     """
 
     def __init__(self, directory: str):
-        manifest, path = read_manifest(directory), pathlib.Path(directory) / MANIFEST_NAME
+        manifest = read_manifest(directory)
+        path = pathlib.Path(directory) / MANIFEST_NAME
         shards, self.encoding, self.preparation = (manifest[name] for name in ("shards", "encoding", "preparation"))
         self._records = ShardReader(directory, shards, _REMEDY)
         items = [Item(*item) for index in range(len(shards)) for item in _items(path.parent, index)]
@@ -137,21 +139,21 @@ class Encodings:
         self._captions = [caption for item in items for caption in item.captions]  # of each record
         self._firsts = np.cumsum([0, *(len(item.captions) for item in items)])  # record of each item's first caption
         if len(self._captions) != len(self._records) or self._captions[0] != "":
-            raise UserError(f"{path} counts {len(self._records)} records of {len(self._captions)} captions: {_REMEDY}")
+            raise UserError(f"{path} has {len(self._records)} records, {len(self._captions)} captions: {_REMEDY}")
 
     def __len__(self) -> int:
-        """The number of items but the first."""
+        """The number of items, without the empty text."""
         return len(self.names)
 
     def records_of(self, index: int) -> range:
-        """The records of the captions of item `index`; the empty text is not counted."""
+        """The records of the captions of item `index`, where the items are counted without the empty text."""
         return range(self._firsts[index + 1], self._firsts[index + 2])
 
     def caption(self, record: int) -> str:
         return self._captions[record]
 
     def find(self, text: str) -> int | None:
-        """A record of this text."""
+        """A record of this text, or None."""
         return self._by_caption.get(text)
 
     @functools.cached_property
@@ -160,11 +162,11 @@ class Encodings:
 
     @functools.cached_property
     def null(self) -> Text:
-        """The empty text."""
+        """The encoded empty text."""
         return self[0]
 
     def __getitem__(self, record: int) -> Text:
-        """Of one caption: states float32 [L, C], mask bool [L], pooled float32 [P]."""
+        """One caption: states float32 [L, C], mask bool [L], pooled float32 [P]."""
         try:
             return decode_record(self._records[record], *(self.encoding[name] for name in SIZES))
         except ValueError as error:
@@ -177,12 +179,12 @@ class Encodings:
 def _items(directory: pathlib.Path, index: int) -> list:
     about = read_shard_record(directory, index)
     if about is None:
-        raise UserError(f"{directory / shard_name(index)}, or the file about it, is missing or damaged: {_REMEDY}")
+        raise UserError(f"{directory / shard_name(index)} or its JSON file is missing or damaged: {_REMEDY}")
     return about["items"]
 
 
 def open_encodings(directory: str, config: TextConfig) -> Encodings:
-    """The encodings in a directory. Raises UserError where they are not those of the config."""
+    """Opens the encodings in a directory. Raises UserError if they do not match the config."""
     encodings = Encodings(directory)
     found = encodings.encoding | encodings.preparation
     asked = {name: getattr(config, name) for name in ("recipe", *SIZES)}

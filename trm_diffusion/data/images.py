@@ -1,4 +1,4 @@
-"""Images from a folder of class folders, or from TensorFlow Datasets without TensorFlow."""
+"""Images from a folder of class folders, or from TensorFlow Datasets (TFDS) without TensorFlow."""
 
 import contextlib
 import pathlib
@@ -44,7 +44,7 @@ def to_training_image(image, size: int, channels: int) -> np.ndarray:
 
 
 def read_training_image(file, size: int, channels: int, name: str = "") -> np.ndarray:
-    """`to_training_image` of a path or an open file, `name` in errors. Raises UnreadableImage."""
+    """`to_training_image` of a path or an open file, which errors call `name`. Raises UnreadableImage."""
     from PIL import Image
 
     with naming_damage(name or file):
@@ -54,19 +54,19 @@ def read_training_image(file, size: int, channels: int, name: str = "") -> np.nd
 
 @contextlib.contextmanager
 def naming_damage(name: str):
-    """Turns what decoders raise into an UnreadableImage that names the image."""
+    """Turns errors of decoders into an UnreadableImage that names the image."""
     from PIL import Image
 
     try:
         yield
     # PIL's plugins report damage through all of these.
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        reason = re.sub(r" <\S+ object at 0x[0-9a-f]+>", "", " ".join(str(error).split()))  # the same in every run
+        reason = re.sub(r" <\S+ object at 0x[0-9a-f]+>", "", " ".join(str(error).split()))  # no addresses
         raise UnreadableImage(f"cannot read the image {name} ({reason}): repair or remove it") from error
 
 
 def pixel_format(config: DataConfig) -> dict[str, int]:
-    """`image_size` and `channels` for a source of image files. Raises UserError for channels that images lack."""
+    """`image_size` and `channels` for a source of image files. Raises UserError unless channels is 1 or 3."""
     if config.channels not in (1, 3):
         raise UserError(f"config.data.channels={config.channels}: images have 1 (grey) or 3 (RGB) channels")
     return {"image_size": config.image_size, "channels": config.channels}
@@ -95,7 +95,7 @@ class ImageFolderSource(Source):
             labels += [label] * len(names)
         if not self._files:
             raise UserError(
-                f"config.data.path={directory!r} holds no images: put them into one subfolder a class, as "
+                f"config.data.path={directory!r} holds no images: put them into one subfolder per class, as "
                 f"{', '.join(IMAGE_SUFFIXES)}"
             )
         self._labels = np.array(labels, np.int32)
@@ -135,8 +135,8 @@ class TfdsSource(Source):
     def _check_features(self, features: dict) -> None:
         if "image" not in features or not hasattr(features.get("label"), "num_classes"):
             raise UserError(
-                f"the TFDS dataset {self._name!r} has the features {', '.join(sorted(features)) or 'none'}: choose one "
-                "in config.data.tfds_name that has an image and a class label, named image and label"
+                f"the TFDS dataset {self._name!r} has the features {', '.join(sorted(features)) or 'none'}: set "
+                "config.data.tfds_name to one that has an image and a class label, named image and label"
             )
         self.num_classes = features["label"].num_classes
 
@@ -170,7 +170,7 @@ class TfdsSource(Source):
         return to_training_image(image, size, channels)
 
     def __getstate__(self) -> dict:
-        # Open files and locks stay behind; a worker process opens the dataset again when it first reads.
+        # Open files and locks are not pickled; a worker process reopens the dataset on its first read.
         return self.__dict__ | {"_records": None, "_lock": None}
 
     def __setstate__(self, state: dict) -> None:
@@ -197,7 +197,7 @@ class TfdsSource(Source):
             ) from error
 
     def _prepared_builder(self, tfds, cause: ImportError):
-        """A data set whose own code needs TensorFlow to be imported: once prepared, it is read without that code."""
+        """Opens a prepared dataset without its own code, which cannot be imported without TensorFlow."""
         data_dir = self._data_dir or None
         try:
             return tfds.core.read_only_builder.builder_from_files(

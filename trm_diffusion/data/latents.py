@@ -1,12 +1,12 @@
-"""Prepared latents: what a VAE's encoder says of each image, computed once and read many times.
+"""Prepared latents: the posterior of a VAE's encoder for each image, computed once and read many times.
 
-A directory holds shards (data/shards.py) and `manifest.json`, which is made of the files about them and written last: a
-directory that has one is whole. One record is a label (int32; 0 for images with captions), the posterior mean and the
-posterior standard deviation (both float16 [H, W, C]), little-endian. Reading draws
+A directory holds shards (data/shards.py) and `manifest.json`, which is assembled from their JSON files and written
+last, so a directory that has one is complete. One record is a label (int32; 0 for images with captions), the posterior
+mean and the posterior standard deviation (both float16 [H, W, C]), little-endian. A read draws
 
     z = (mean + std * eps - shift) * scale,    eps ~ N(0, 1),
 
-anew in each epoch, so that the model never sees only one sample of a posterior.
+anew in each epoch, so that the model sees more than one sample of each posterior.
 """
 
 import collections
@@ -27,8 +27,8 @@ SHARD_FIELDS = {
 }  # fmt: skip
 
 _HOW_TO_PREPARE = (
-    "make latents by --mode=prepare and set config.data.path to their directory, "
-    "or run without data by --config.data.source=synthetic"
+    "make latents with --mode=prepare and set config.data.path to their directory, "
+    "or run without data with --config.data.source=synthetic"
 )
 
 
@@ -36,11 +36,11 @@ class ShardWriter(ShardFile):
     """Writes one shard of latents.
 
     Args:
-      directory: where to write; it exists.
-      index: of the shard.
-      spec: what the records are.
-      num_classes: labels are 0 .. num_classes - 1; 0 of images with captions, whose labels are 0.
-      preparation: how the records were made, the same for all shards; JSON.
+      directory: an existing directory.
+      index: number of the shard.
+      spec: what the latents are.
+      num_classes: labels are 0 .. num_classes - 1; 0 for images with captions, whose labels are all 0.
+      preparation: how the records were made; JSON, the same for all shards.
     """
 
     def __init__(
@@ -55,14 +55,14 @@ class ShardWriter(ShardFile):
         """Appends one record: posterior mean and standard deviation [size, size, channels], unscaled.
 
         Raises:
-          UserError: another shape than the spec's, a label out of range, or values that float16 cannot hold.
+          UserError: the shape is not the spec's, the label is out of range, or a value does not fit in float16.
         """
         self.append(self._encode(mean, std, label))
         if self._num_classes:
             self._class_counts[int(label)] += 1
 
     def note_bad_image(self, name: str, reason: str) -> None:
-        """Notes an image that has no record because it cannot be read."""
+        """Lists an image that has no record because it cannot be read."""
         self.bad_images.append({"name": name, "reason": reason})
 
     def _encode(self, mean: np.ndarray, std: np.ndarray, label: int) -> bytes:
@@ -96,12 +96,12 @@ def shard_name(index: int) -> str:
 
 
 def read_shard_record(directory: pathlib.Path, index: int) -> dict | None:
-    """What `ShardWriter` says of a shard, or None where that shard or the file about it is not whole."""
+    """The JSON record that `ShardWriter` wrote for a shard, or None if it is incomplete or the shard is missing."""
     return read_about(directory / shard_name(index), SHARD_FIELDS)
 
 
 def assemble_manifest(shards: list[dict]) -> dict:
-    """The manifest of a directory, from the records of all its shards in order."""
+    """The manifest of a directory, from the JSON records of all its shards in order."""
     counts = collections.Counter()
     for shard in shards:
         counts.update(shard["class_counts"])
@@ -119,15 +119,16 @@ def assemble_manifest(shards: list[dict]) -> dict:
 
 
 class LatentSource(Source):
-    """Reads a directory of latents: `source[i]` is the scaled mean, `sample` draws from the posterior.
+    """Reads a directory of latents: `source[i]` is the scaled mean; `sample` draws from the posterior.
 
     Attributes:
       spec: the LatentSpec of the directory, for the checkpoint and the decoder.
-      preparation: how --mode=prepare made it, None where something else wrote it.
+      preparation: how --mode=prepare made the latents; None if something else did.
       bad_images: names of the images that have no record.
 
     Raises:
-      UserError: an empty or missing path, no manifest, another format version, a missing or damaged shard.
+      UserError: the path is empty, the directory, the manifest or a shard is missing or damaged, or the format version
+        differs.
     """
 
     stochastic = True
@@ -146,7 +147,7 @@ class LatentSource(Source):
         if config.flip:
             raise UserError(
                 "config.data.flip=true with config.data.source=latents: a flipped latent is not the latent "
-                "of the flipped image; set flip=false, and flip=true when --mode=prepare makes the latents"
+                "of the flipped image; set flip=false here, and flip=true for --mode=prepare"
             )
         return cls(config.path)
 
@@ -171,18 +172,18 @@ class LatentSource(Source):
 
 
 def decode_record(record: bytes, spec: LatentSpec) -> tuple[np.ndarray, np.ndarray, int]:
-    """Mean and deviation, float32 [size, size, channels], unscaled, and label. ValueError for another length."""
+    """Unscaled mean and deviation, float32 [size, size, channels], and label. ValueError if the length is wrong."""
     shape = (spec.size, spec.size, spec.channels)
     length = 4 + 2 * 2 * int(np.prod(shape))
     if len(record) != length:
-        raise ValueError(f"is {len(record)} bytes long, the manifest asks for {length}")
+        raise ValueError(f"is {len(record)} bytes long, the manifest says {length}")
     label = int(np.frombuffer(record, "<i4", count=1)[0])
     mean, std = np.frombuffer(record, "<f2", offset=4).reshape(2, *shape).astype(np.float32)
     return mean, std, label
 
 
 def read_manifest(directory: str) -> dict:
-    """The checked manifest, with "latent" as a LatentSpec."""
+    """The validated manifest, with "latent" as a LatentSpec."""
     if not directory:
         raise UserError(f"config.data.source=latents needs config.data.path: {_HOW_TO_PREPARE}")
     path = pathlib.Path(directory) / MANIFEST_NAME
@@ -207,5 +208,7 @@ def read_manifest(directory: str) -> dict:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error!r}): prepare the latents again") from error
     if not consistent:
-        raise UserError(f"{path} counts {manifest['records']} records, its shards {records}: prepare the latents again")
+        raise UserError(
+            f"{path} counts {manifest['records']} records, its shards have {records}: prepare the latents again"
+        )
     return manifest

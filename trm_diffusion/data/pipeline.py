@@ -1,14 +1,14 @@
-"""From a source of records to an endless stream of batches that is a pure function of (seed, position).
+"""Turns a source of records into an endless stream of batches that is a pure function of (seed, position).
 
-Every record has a global position: 0, 1, 2, ... over all epochs and all processes. Position p is read in
+Every record read has a global position: 0, 1, 2, ... over all epochs and all processes. Position p is read in
 epoch p // N, at place p % N of that epoch's order. Global batch b is the positions b * B ... (b + 1) * B - 1,
-and a process reads those of its rows that its devices hold. It follows that the rows of the global batch do not
-depend on the number of processes or workers, that every epoch reads every record exactly once, and that one
-number, the next position, is all there is to save.
+and a process reads those of its rows that its devices hold. So the rows of the global batch do not depend on
+the number of processes or workers, every epoch reads every record exactly once, and the only state to save is
+one number, the next position.
 
-Grain does the reading ahead, in threads or in worker processes. Its elements are whole batches here, because
-passing single records through its shuffle, repeat and batch stages costs 5 to 7 ms for 128 digits, which is
-more than a small model's training step; this way it is about 1 ms.
+Grain prefetches, in threads or in worker processes. Its elements are whole batches here, because passing single
+records through its shuffle, repeat and batch stages takes 5 to 7 ms for 128 digits, which is more than a small
+model's training step; this way it takes about 1 ms.
 """
 
 import functools
@@ -26,25 +26,25 @@ from etils import epath
 from trm_diffusion.data.base import DataConfig, Source
 from trm_diffusion.errors import UserError
 
-# Independent streams of one seed.
+# Independent random streams of one seed.
 _ORDER_STREAM = 0
 _FLIP_STREAM = 1
 _RECORD_STREAM = 2
 
-_ENDLESS = 2**40  # batches; grain asks for a length
+_ENDLESS = 2**40  # batches; grain needs a length
 _MAX_READ_THREADS = 8
 
 Batch = dict[str, np.ndarray]
 
 
 def _words(seed: int, stream: int, counter: int) -> np.random.Philox:
-    """The generator of one purpose. Philox is keyed, so a stream can be entered without those before it."""
+    """The generator of one stream. Philox can start at any `counter` without computing those before it."""
     key = np.array([seed, stream], np.uint64)
     return np.random.Philox(key=key, counter=np.array([0, 0, 0, counter], np.uint64))
 
 
-# NumPy promises that raw words are the same in every version, and promises no such thing of the methods of
-# `Generator`: the order and the flips of a run that is resumed years later rest on the words.
+# NumPy guarantees the same raw words in every version, but not the same results of `Generator`'s methods. Order and
+# flips use the raw words, so that a run can be resumed years later.
 @functools.lru_cache(maxsize=4)
 def epoch_order(num_records: int, seed: int, epoch: int) -> np.ndarray:
     """The order of one epoch: a read-only permutation of 0 .. num_records - 1, int64 [num_records]."""
@@ -56,7 +56,7 @@ def epoch_order(num_records: int, seed: int, epoch: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4)
 def epoch_flips(num_records: int, seed: int, epoch: int) -> np.ndarray:
-    """Which places of one epoch are mirrored: read-only, bool [num_records], each with probability 1/2."""
+    """Which places of one epoch are flipped: read-only, bool [num_records], each True with probability 1/2."""
     flips = _words(seed, _FLIP_STREAM, epoch).random_raw(num_records) >> np.uint64(63) == 1
     flips.setflags(write=False)
     return flips
@@ -103,10 +103,10 @@ class _LocalBatches:
 
 
 class BatchIterator(grain.DatasetIterator):
-    """A grain iterator whose state fits any batch size, process count and worker count.
+    """A grain iterator whose state is valid for any batch size, process count and worker count.
 
     `get_state` is {"position": records read by all processes together, "records": N, "seed": seed}, plain
-    integers for JSON and the same in every process. `set_state` goes on exactly there: the next batch is the
+    integers for JSON and the same in every process. `set_state` resumes exactly there: the next batch is the
     one that an uninterrupted run would have read. Call `close` at the end to stop threads and worker processes.
     """
 
@@ -124,18 +124,18 @@ class BatchIterator(grain.DatasetIterator):
         self.start_prefetch()
         batch = next(self._stream)
         self._state["position"] += self._batch_size
-        # Workers send arrays in shared memory, which the operating system counts as leaked when one outlives
-        # the loader: hand out plain arrays.
+        # Workers send arrays in shared memory, which the operating system counts as leaked if it outlives the
+        # loader: return plain arrays.
         return {key: value if type(value) is np.ndarray else np.array(value) for key, value in batch.items()}
 
     def start_prefetch(self) -> None:
-        """Starts to read ahead; the first `next` does so too."""
+        """Starts to prefetch; the first `next` does so too."""
         if self._ended:
             raise ValueError("the iterator is closed")
         if self._stream is None:
             self._batches.start = self._state["position"]
             self._stream = self._open_stream(self._batches)
-            # Worker processes must be gone before the interpreter takes itself apart, closed by hand or not.
+            # Worker processes must end before the interpreter shuts down, even if nobody calls `close`.
             self._stop_stream = weakref.finalize(self, self._stream.close)
             self._stream.start_prefetch()
 
@@ -146,7 +146,7 @@ class BatchIterator(grain.DatasetIterator):
         """Moves to a saved position.
 
         Raises:
-          UserError: the state belongs to another number of records or another seed, where it means nothing.
+          UserError: the state was saved with another number of records or another seed.
         """
         for name in ("records", "seed"):
             if int(state[name]) != self._state[name]:
@@ -159,7 +159,7 @@ class BatchIterator(grain.DatasetIterator):
         self._state["position"] = int(state["position"])
 
     async def load(self, directory: epath.Path):
-        """Moves to the position in a checkpoint; any process's file tells it, whatever number of them wrote one."""
+        """Moves to the position in a checkpoint. Every process wrote the same one, so any of their files will do."""
 
         async def move() -> None:
             self.set_state(json.loads(min(directory.glob("process_*.json")).read_text()))
@@ -174,7 +174,7 @@ class BatchIterator(grain.DatasetIterator):
 
 
 def _nothing() -> None:
-    """Stops a stream that has not begun."""
+    """Stops a stream that has not started."""
 
 
 def make_iterator(
@@ -188,12 +188,12 @@ def make_iterator(
     """Builds the endless, shuffled, resumable stream of one process's batches.
 
     Args:
-      source: the records; `len(source)` of them make an epoch, in a new order each time.
-      config: `flip` and `workers` are used. With `workers` > 0 the calling script needs a
-        `if __name__ == "__main__":` guard, for the workers are spawned.
-      seed: 0 or more; it sets the order, the flips and the latent noise.
-      batch_size: records in the global batch; it may exceed the epoch.
-      rows: which rows of the global batch to read, int [R]; None is all of them.
+      source: the records; an epoch is all `len(source)` of them, in a new order each time.
+      config: `flip` and `workers` are used. With `workers` > 0 the calling script needs an
+        `if __name__ == "__main__":` guard, because the workers are spawned.
+      seed: 0 or more; it determines the order, the flips and the draws of a stochastic source.
+      batch_size: records in the global batch; may exceed an epoch.
+      rows: which rows of the global batch to read, int [R]; None means all.
 
     Returns:
       A grain iterator over NumPy batches {"image": float32 [R, H, W, C], "label": int32 [R], "index": int32 [R]}.
@@ -224,21 +224,21 @@ def make_iterator(
 
 
 def _open_stream(batches: _LocalBatches, *, workers: int, in_memory: bool) -> grain.DatasetIterator:
-    """Lets grain read batches ahead: in threads of this process, or in worker processes."""
-    # One thread is enough to build a batch while the last one is trained on; more only pay where they wait
-    # for storage or decode. A worker process is itself the parallelism.
+    """Prefetches batches with grain: in threads of this process, or in worker processes."""
+    # One thread is enough to build a batch while the previous one is trained on; more help only if they wait for
+    # storage or decode images. With worker processes, these are the parallelism.
     threads = 1 if in_memory or workers else min(_MAX_READ_THREADS, os.cpu_count() or 1)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, threads))
     dataset = grain.MapDataset.source(batches).to_iter_dataset(options)
     if workers:
-        if not flags.FLAGS.is_parsed():  # in a notebook or a test: grain reads flags of its own
+        if not flags.FLAGS.is_parsed():  # in a notebook or a test: grain reads its own flags
             flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _end_with_parent)
     return iter(dataset)
 
 
 def _end_with_parent(worker_index: int, worker_count: int) -> None:
-    """In a worker process: ends it when the job dies without a word (SIGKILL), where grain's would read on for ever."""
+    """Ends a worker process when its parent is killed (SIGKILL); otherwise grain's workers would read on for ever."""
     del worker_index, worker_count
 
     def wait():

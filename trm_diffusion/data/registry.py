@@ -1,7 +1,7 @@
 """Every source of training records, by its name in the config.
 
-A source is a class that keeps the contract of data/base.py and is built by `from_config(config: DataConfig)`. A new
-one takes a file with that class, and a line here.
+A source is a class that follows the contract of data/base.py and is built by `from_config(config: DataConfig)`. To add
+one, write a file with its class and add a line here.
 """
 
 SOURCES = {  # config.data.source: where its class is

@@ -1,8 +1,8 @@
 """The driver of the jobs that fill a directory with shards: images to latents, captions to encoded text.
 
-A shard depends on its own items alone. One process makes it, a shard that is complete is not made again, and whichever
-process finds all shards complete writes the manifest. So a job that was interrupted and started again, or that several
-processes shared, ends with the same bytes.
+A shard depends only on its own items and is written by one process. Complete shards are skipped, and any process that
+finds all shards complete writes the manifest. So a job that was interrupted and rerun, or shared by several processes,
+ends with the same bytes.
 """
 
 import abc
@@ -21,41 +21,41 @@ from trm_diffusion.runtime.signals import StopRequest
 
 
 class Share(NamedTuple):
-    """The shards of one process: every `process_count`-th from `process_index` on."""
+    """The shards of one process: every `process_count`-th, starting at `process_index`."""
 
     process_index: int
     process_count: int
 
     def of(self, count: int) -> range:
-        """This process's shards of `count`."""
+        """This process's shards, out of `count`."""
         return range(self.process_index, count, self.process_count)
 
 
 def process_share(process_index: int | None, process_count: int | None, per_shard: int) -> Share:
-    """The share of a process, where None stands for JAX's own numbers. Raises UserError for numbers out of range."""
+    """The share of a process; None means JAX's own index or count. Raises UserError if a number is out of range."""
     process_index = jax.process_index() if process_index is None else process_index
     process_count = jax.process_count() if process_count is None else process_count
     if per_shard < 1 or not 0 <= process_index < process_count:
         raise UserError(
-            f"--images_per_shard={per_shard} must be at least 1, and --process_index={process_index} from 0 to "
-            f"--process_count={process_count} less 1"
+            f"--images_per_shard={per_shard} must be at least 1, and --process_index={process_index} at least 0 "
+            f"and less than --process_count={process_count}"
         )
     return Share(process_index, process_count)
 
 
 def consecutive_ranges(count: int, size: int) -> list[range]:
-    """0 .. count - 1 in ranges of `size`, of which the last may be shorter."""
+    """Splits 0 .. count - 1 into ranges of `size`; the last may be shorter."""
     return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 class ShardedJob(abc.ABC):
-    """What is particular to one kind of shards.
+    """The part of a sharded job that depends on the kind of data.
 
     Attributes:
       directory: where the shards go.
-      contents, unit: what the shards hold, and what progress is counted in, for messages.
+      contents, unit: what the shards hold and the unit of progress, for messages.
       sizes: units of work in each shard.
-      made_with: everything that decides the bytes of a shard, by field; JSON.
+      made_with: everything that determines the bytes of a shard, by field; JSON.
     """
 
     contents: str
@@ -66,41 +66,42 @@ class ShardedJob(abc.ABC):
 
     @abc.abstractmethod
     def read_record(self, index: int) -> dict | None:
-        """The file about shard `index`; None where it or the shard is missing."""
+        """The JSON record of shard `index`; None if it or the shard is missing."""
 
     @abc.abstractmethod
     def made_with_of(self, record: dict) -> dict[str, Any]:
-        """The `made_with` of a shard on disk, from the file about it."""
+        """The `made_with` of a shard on disk, from its JSON record."""
 
     @abc.abstractmethod
     def write_shard(self, index: int, advance: Callable[[int], None]) -> str:
-        """Writes shard `index` and returns a few words about it.
+        """Writes shard `index` and returns a short summary for the log.
 
-        It calls `advance(units)` before each piece of its work; that raises Interrupted when the job is to stop.
+        It calls `advance(units)` before each piece of work, which raises Interrupted if the job was asked to stop.
         """
 
     @abc.abstractmethod
     def assemble_manifest(self, records: list[dict]) -> dict:
-        """The manifest, from the files about all shards in order."""
+        """The manifest, from the JSON records of all shards in order."""
 
     @abc.abstractmethod
     def written_by(self) -> dict[str, str]:
-        """Versions of the packages that decide the bytes of a shard."""
+        """Versions of the packages that affect the bytes of a shard."""
 
 
 def make_shards(job: ShardedJob, share: Share, stop: StopRequest) -> dict | None:
-    """Makes the shards of this process that are not there yet, and writes the manifest if that completes the directory.
+    """Makes the missing shards of this process, and writes the manifest if the directory is then complete.
 
     Returns:
-      The manifest, or None where shards of other processes are still missing.
+      The manifest, or None if shards of other processes are still missing.
 
     Raises:
-      UserError: the directory holds shards that were made otherwise.
-      Interrupted: asked to stop; shards that are complete stay.
+      UserError: the directory holds shards that were made with other settings.
+      Interrupted: the job was asked to stop; complete shards are kept.
     """
     job.directory.mkdir(parents=True, exist_ok=True)
     count = len(job.sizes)
-    mine, done = share.of(count), {index for index in range(count) if is_done(job, index)}
+    mine = share.of(count)
+    done = {index for index in range(count) if is_done(job, index)}
     total = sum(job.sizes[index] for index in mine)
     initial = sum(job.sizes[index] for index in mine if index in done)
     with tqdm.tqdm(total=total, initial=initial, unit=job.unit, mininterval=1, disable=None) as bar:
@@ -123,14 +124,14 @@ def make_shards(job: ShardedJob, share: Share, stop: StopRequest) -> dict | None
 
     missing = sum(not is_done(job, index) for index in range(count))
     if missing:
-        say(f"this process has made its shards; {missing} of {count} are still to come from others")
+        say(f"this process has made its shards; {missing} of {count} are still missing from other processes")
         return None
     manifest = job.assemble_manifest([job.read_record(index) for index in range(count)])
     return write_manifest(job.directory, manifest, {"version": trm_diffusion.__version__} | job.written_by())
 
 
 def is_done(job: ShardedJob, index: int) -> bool:
-    """Is this shard complete? Raises UserError where it was made otherwise."""
+    """Whether this shard is complete. Raises UserError if it was made with other settings."""
     record = job.read_record(index)
     if record is None or not holds_all_records(job.directory, record):
         return False

@@ -1,7 +1,7 @@
-"""Records on disk, computed once and read many times: array_record files, each with a small JSON file about it.
+"""Shards of records, computed once and read many times: array_record files, each with a small JSON record next to it.
 
-The JSON file comes last, so a shard that has one is complete. What a directory of shards means is said by its manifest,
-in `latents.py` and `encodings.py`.
+The JSON file is written last, so a shard that has one is complete. What the records of a directory mean is in its
+manifest; see `latents.py` and `encodings.py`.
 """
 
 import abc
@@ -16,12 +16,12 @@ from trm_diffusion.errors import UserError
 from trm_diffusion.files import clear_partial, partial_path, remove, sha256_of_file, write_json
 
 MANIFEST_NAME = "manifest.json"
-LISTED_FIELDS = ("file", "records", "sha256")  # fields of a shard's record that the manifest repeats
-INDENT = 1  # of JSON files in a directory of shards
+LISTED_FIELDS = ("file", "records", "sha256")  # fields of a shard's JSON record that the manifest repeats
+INDENT = 1  # spaces, in the JSON files of a directory of shards
 
 
 class ShardFile(abc.ABC):
-    """One shard while it is written; a context manager. After an error nothing of it is left.
+    """Writes one shard; a context manager. After an error nothing of the shard is left.
 
     Only one process may write a shard at a time.
     """
@@ -29,10 +29,11 @@ class ShardFile(abc.ABC):
     def __init__(self, path: pathlib.Path):
         from array_record.python.array_record_module import ArrayRecordWriter
 
-        self.path, self.records = path, 0
+        self.path = path
+        self.records = 0
         clear_partial(path.parent, path.name)
         self._partial = partial_path(path)
-        # Groups of one record: a random read then touches nothing but its own bytes.
+        # Groups of one record, so that a random read touches only its own bytes.
         self._file = ArrayRecordWriter(str(self._partial), "group_size:1")
 
     def append(self, record: bytes) -> None:
@@ -41,7 +42,7 @@ class ShardFile(abc.ABC):
 
     @abc.abstractmethod
     def about(self) -> dict:
-        """What the file about the shard says besides its name, number of records and checksum."""
+        """The JSON record, except the shard's file name, number of records and checksum."""
 
     def __enter__(self):
         return self
@@ -57,7 +58,7 @@ class ShardFile(abc.ABC):
 
 
 def read_about(path: pathlib.Path, fields: set[str]) -> dict | None:
-    """The file about the shard `path`, or None where it lacks a field, is damaged, or one of the two is missing."""
+    """The JSON record of the shard `path`, or None if it lacks a field, is damaged, or either file is missing."""
     try:
         about = json.loads(path.with_suffix(".json").read_text())
     except (OSError, ValueError):
@@ -66,28 +67,28 @@ def read_about(path: pathlib.Path, fields: set[str]) -> dict | None:
 
 
 def holds_all_records(directory: pathlib.Path, record: dict) -> bool:
-    """Does a shard still hold as many records as were written? One that was cut short has lost the list of them."""
+    """Whether a shard still holds as many records as were written. A truncated one has lost its list of records."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     return ArrayRecordReader(str(directory / record["file"])).num_records() == record["records"]
 
 
 def write_manifest(directory: pathlib.Path, manifest: dict, written_by: dict | None = None) -> dict:
-    """Writes the manifest of a directory whose shards are all there, and returns it."""
+    """Writes the manifest of a directory whose shards are complete, and returns it."""
     manifest = manifest | {"written_by": written_by}
     write_json(directory / MANIFEST_NAME, manifest, INDENT)
     return manifest
 
 
 class ShardReader:
-    """Bytes of record `index`, counted over all shards of a directory. Picklable, and safe from several threads.
+    """Reads the bytes of record `index`, counted over all shards of a directory. Picklable and thread-safe.
 
     Args:
-      shards: {"file", "records"} of each, in order.
-      remedy: how the user makes them again, for errors.
+      shards: {"file", "records"} of each shard, in order.
+      remedy: how the user can make the shards again, for errors.
 
     Raises:
-      UserError: a shard that is missing, damaged, or of another length.
+      UserError: a shard is missing, is damaged, or has another number of records.
     """
 
     def __init__(self, directory: str | os.PathLike, shards: list[dict], remedy: str):
@@ -111,7 +112,7 @@ class ShardReader:
             raise UserError(f"{self._paths[shard]} is damaged at record {position}: {self._remedy}") from error
 
     def where(self, index: int) -> str:
-        """The file of record `index` and its place there, for errors."""
+        """The file of record `index` and its position there, for errors."""
         shard, position = self._place(index)
         return f"{self._paths[shard]}: record {position}"
 
@@ -122,7 +123,7 @@ class ShardReader:
         return shard, int(index - self._ends[shard] + self._counts[shard])
 
     def __getstate__(self) -> dict:
-        # File readers do not travel; a worker process opens its own when it first needs them.
+        # File readers are not pickled; a worker process opens its own on first use.
         return self.__dict__ | {"_readers": None, "_lock": None}
 
     def __setstate__(self, state: dict) -> None:
@@ -139,7 +140,7 @@ class ShardReader:
                 from array_record.python.array_record_module import ArrayRecordReader
 
                 path = str(self._paths[shard])
-                # Reading ahead only costs time when the next record is somewhere else.
+                # Reads are random, so reading ahead would only cost time.
                 reader = ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0")
                 if reader.num_records() != self._counts[shard]:
                     raise UserError(

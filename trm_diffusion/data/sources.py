@@ -1,4 +1,4 @@
-"""One name in the config, one source of records."""
+"""Builds the source of records that the config names."""
 
 import pkgutil
 
@@ -7,7 +7,7 @@ from trm_diffusion.data.registry import SOURCES
 
 
 def source_class(name: str) -> type[Source]:
-    """The class behind a name of the registry; its attributes say what such records are."""
+    """The class registered under `name`; its attributes describe the records."""
     return pkgutil.resolve_name(SOURCES[name])
 
 
@@ -19,8 +19,7 @@ def make_source(config: DataConfig) -> Source:
     """Builds the source that `config.source` names and checks it against the rest of the config.
 
     Raises:
-      UserError: data that are missing or unreadable, or of another image size, channel count or class count than the
-        config's.
+      UserError: the data are missing or unreadable, or their image size, channels or classes differ from the config's.
     """
     source = source_class(config.source).from_config(config)
     check_matches_config(source, config)

@@ -1,4 +1,4 @@
-"""Noise in place of images, to measure and test without data."""
+"""Noise instead of images, for benchmarks and tests without data."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ _SEED = 20_231
 
 
 class SyntheticSource(Source):
-    """Standard normal noise that depends on the record's index alone; every class, if there are any, equally often.
+    """Standard normal noise that depends only on the record's index. Classes, if any, occur equally often.
 
     It isolates the loader and the model from storage. Its values are not bounded by [-1, 1].
     """

@@ -1,7 +1,7 @@
-"""Images in tar files, read in place: a tar for each class, as ImageNet is published, or shards with labels beside.
+"""Images in tar files, read in place: one tar per class, as ImageNet is published, or shards that include labels.
 
-Of the first kind the classes are the tars, numbered in the order of their names. Of the second, as webdataset writes
-them, KEY.jpg (or another picture) has its class number as text in KEY.cls of the same tar.
+With one tar per class, the classes are numbered in the order of the tars' names. In shards, as webdataset writes them,
+the class number of KEY.jpg (or another image format) is the text of KEY.cls in the same tar.
 """
 
 import io
@@ -29,13 +29,13 @@ class ImageTarSource(Source):
         if not self._tars:
             raise UserError(
                 f"config.data.path={directory!r} holds no .tar files: config.data.source=image_tars needs a tar of "
-                "images for each class, or tars with KEY.cls beside KEY.jpg"
+                "images for each class, or tars with a KEY.cls for each KEY.jpg"
             )
         names, places, labels = [], [], []
         for number, tar in enumerate(self._tars):
             images, classes = _index(tar)
             if classes and classes.keys() != {_key(name) for name, *_ in images}:
-                raise UserError(f"{tar}: not every image has a {LABEL_SUFFIX} and every {LABEL_SUFFIX} an image")
+                raise UserError(f"{tar}: some image has no {LABEL_SUFFIX} file, or some {LABEL_SUFFIX} file no image")
             names += [name for name, *_ in images]
             places += [(number, offset, size) for _, offset, size in images]
             labels += [classes.get(_key(name), -1) for name, *_ in images]
@@ -43,7 +43,9 @@ class ImageTarSource(Source):
         self._labels = np.array(labels, np.int32)
         without = self._labels < 0
         if without.any() and not without.all():
-            raise UserError(f"config.data.path={directory!r} mixes tars with and without {LABEL_SUFFIX} files: choose")
+            raise UserError(
+                f"config.data.path={directory!r} mixes tars with and without {LABEL_SUFFIX} files: use one kind"
+            )
         if without.all():  # the tars are the classes
             self._labels, num_classes = self._places[:, 0].astype(np.int32), len(self._tars)
         elif self._labels.max() >= num_classes:
@@ -74,7 +76,7 @@ class ImageTarSource(Source):
 
 
 def _index(path: pathlib.Path) -> tuple[list[tuple[str, int, int]], dict[str, int]]:
-    """Name, offset and size of each image of a tar in its order, and the class numbers by key."""
+    """Name, offset and size of each image in a tar, in order, and the class numbers by key."""
     images, classes = [], {}
     try:
         with tarfile.open(path, "r:") as tar:
@@ -90,6 +92,6 @@ def _index(path: pathlib.Path) -> tuple[list[tuple[str, int, int]], dict[str, in
 
 
 def _key(name: str) -> str:
-    """A member's name up to the first dot of its last part, which its image and its label share."""
+    """A member's name up to the first dot of its last part; an image and its label share it."""
     folder, slash, last = name.rpartition("/")
     return folder + slash + last.partition(".")[0]

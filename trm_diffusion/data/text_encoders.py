@@ -1,12 +1,12 @@
 """Pretrained text encoders of the `transformers` library, as an optional extra (requirements-text.txt).
 
-Two recipes make of their outputs one `Text`:
+Two recipes combine their outputs into one `Text`:
 
-single  one encoder (CLIP's text model, T5's encoder, BERT and its like): its last states; pooled is CLIP's projected
-        text, else the encoder's own pooled output, else the mean state of the tokens that are no padding.
-sd3     Stable Diffusion 3's three (arXiv 2403.03206), in the folders of its published pipeline. Both CLIPs' last states
-        but one, side by side and filled up with zeros to T5's width, then T5's states after them; pooled is both
-        CLIPs' projected texts, side by side. Padding is attended to, so the mask is all True.
+single  one encoder (CLIP's text model, T5's encoder, BERT and similar): its last states; pooled is CLIP's projected
+        text, else the encoder's own pooled output, else the mean state of the tokens that are not padding.
+sd3     Stable Diffusion 3's three (arXiv 2403.03206), in the folders of its published pipeline. The penultimate states
+        of both CLIPs are concatenated by features and zero-padded to T5's width; T5's states follow as further tokens.
+        pooled is the concatenation of both CLIPs' projected texts. Padding is attended to, so the mask is all True.
 """
 
 import importlib.metadata
@@ -30,21 +30,21 @@ SD3_PARTS = (  # class, folder of the encoder, folder of its tokenizer
 class PretrainedEncoder:
     """Texts -> `Text` of NumPy arrays: states float32 [B, L, C], mask bool [B, L], pooled float32 [B, P].
 
-    On the GPU that torch sees, else on the CPU. A text that is too long is cut.
+    Runs on torch's GPU if there is one, else on the CPU. Texts that are too long are truncated.
 
     Attributes:
-      encoding: what decides the encodings, for JSON: recipe, sizes, dtype, and checksums of weights and tokenizers.
+      encoding: what determines the encoded values, for JSON: recipe, sizes, dtype, and weight and tokenizer checksums.
       origin: where the encoders came from, for JSON.
 
     Raises:
-      UserError: packages or encoders that are missing, or encoders of other sizes than the config's.
+      UserError: packages or encoders are missing, or the encoders' sizes differ from the config's.
     """
 
     def __init__(self, config: TextConfig):
         if not config.pretrained:
             raise UserError(
-                "config.model.text.pretrained names no text encoders; give a local path, or a hub id of the "
-                "transformers library"
+                "config.model.text.pretrained is empty: set it to text encoders for the transformers library, as a "
+                "local path or a hub id"
             )
         try:
             import torch
@@ -61,8 +61,11 @@ class PretrainedEncoder:
             self._parts = self._load()
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"config.model.text.pretrained={config.pretrained}: no text encoders ({reason})") from None
-        tokenizers = [_tokenizer_sha256(tokenizer) for _, tokenizer in self._parts]  # before use, which changes them
+            raise UserError(
+                f"config.model.text.pretrained={config.pretrained}: cannot load text encoders ({reason})"
+            ) from None
+        # Before the tokenizers are used, because that changes them.
+        tokenizers = [_tokenizer_sha256(tokenizer) for _, tokenizer in self._parts]
         self._check_sizes()
         self.encoding = {
             "recipe": config.recipe,
@@ -114,7 +117,7 @@ class PretrainedEncoder:
         return transformers.AutoModelForTextEncoding
 
     def _check_sizes(self) -> None:
-        """Encodes the empty text, which shows the sizes that the encoders have."""
+        """Encodes the empty text to find the encoders' sizes. Raises UserError if they differ from the config's."""
         text = self([""])
         found = dict(zip(("features", "pooled_features"), (text.states.shape[2], text.pooled.shape[1]), strict=True))
         for name, size in found.items():
@@ -141,7 +144,8 @@ class PretrainedEncoder:
         return states, mask.bool(), pooled.float()
 
     def _encode_sd3(self, texts: list[str]) -> tuple:
-        torch, states, pooled = self._torch, [], []
+        torch = self._torch
+        states, pooled = [], []
         *clips, (t5, t5_tokenizer) = self._parts
         for model, tokenizer in clips:
             output = model(input_ids=self._tokens(tokenizer, texts, CLIP_LENGTH)[0], output_hidden_states=True)
@@ -151,13 +155,13 @@ class PretrainedEncoder:
         last = last.last_hidden_state.float()
         both = torch.cat(states, dim=2)
         if both.shape[2] > last.shape[2]:
-            raise UserError(f"the CLIP encoders' {both.shape[2]} features do not fit T5's {last.shape[2]}")
+            raise UserError(f"the CLIP encoders' {both.shape[2]} features are more than T5's {last.shape[2]}")
         both = torch.nn.functional.pad(both, (0, last.shape[2] - both.shape[2]))
         joined = torch.cat([both, last], dim=1)
         return joined, torch.ones(joined.shape[:2], dtype=torch.bool), torch.cat(pooled, dim=1)
 
     def written_by(self) -> dict:
-        """Versions, for a manifest."""
+        """Package versions, for a manifest."""
         return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers")}
 
 
@@ -168,7 +172,7 @@ def _tokenizer_sha256(tokenizer) -> str:
 
 
 def _weights_sha256(torch, model) -> str:
-    """Of every parameter and buffer by name, as it was loaded."""
+    """The hash of all parameters and buffers as loaded, in the order of their names."""
 
     def data(tensor) -> np.ndarray:
         return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

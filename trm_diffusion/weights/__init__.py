@@ -1,1 +1,1 @@
-"""Weights that others trained, read into our layouts."""
+"""Conversion of published weights into our parameters, and back."""

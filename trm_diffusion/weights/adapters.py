@@ -1,9 +1,9 @@
-"""Gates and experts as an artefact of their own, apart from the base model that they were trained on; and their merge.
+"""Gates and experts as an adapter, stored without the base model that they were trained on; and merging them into it.
 
-Experts go into the base weights only where their update is a linear map of what the base projection sees, the same for
-every token: W x~ + B A x~ = (W + B A) x~. That is so in one case: one latent step, one expert, and h = x~, which is
-`normalization` and `modulation` off, a plain LoRA. The paper's mechanism has h = Mod(LN(x~)), and attention between
-latent steps, so it cannot be merged. Experts whose B is still zero can be dropped.
+Experts can be merged into the base weights only if their update is a linear map of the base projection's input, the
+same for every token: W x~ + B A x~ = (W + B A) x~. That holds in one case: one latent step, one expert, and h = x~
+(`normalization` and `modulation` off), which is a plain LoRA. The paper's mechanism has h = Mod(LN(x~)), and attention
+between latent steps, so it cannot be merged. Experts whose B is still zero can be dropped.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from trm_diffusion.errors import UserError
 from trm_diffusion.files import sha256_of_arrays
 from trm_diffusion.weights.convert import Weights
 
-# What the gates and experts compute with at inference; the others are of training, or of how it is computed.
+# Fields that determine what gates and experts compute at inference. The others affect training, or only how they do it.
 FUNCTION = (
     "blocks", "latent_steps", "experts", "experts_per_token", "rank", "temperature", "gate_inputs", "forward_weight",
     "base_input", "normalization", "modulation", "residual", "pool", "routing_scope", "base_every_step", "halting",
@@ -27,12 +27,12 @@ MERGEABLE = {
 
 
 def is_adapter(name: str) -> bool:
-    """Does this parameter belong to a gate or to experts?"""
+    """Whether this parameter belongs to a gate or to experts."""
     return "/recursion/" in name
 
 
 def adapter_of(weights: Weights, where: str) -> Weights:
-    """Gates and experts alone, with a hash of the base they belong to. Raises UserError where there are none."""
+    """Only the gates and experts, with a hash of the base model. Raises UserError if there are none."""
     specs = {name: spec for name, spec in weights.specs.items() if is_adapter(name)}
     if not specs:
         raise UserError(f"{where} has no gates and experts to export (config.model.recursion.blocks none)")
@@ -41,7 +41,7 @@ def adapter_of(weights: Weights, where: str) -> Weights:
 
 
 def check_adapter(adapter: Weights, model: dict, where: str) -> None:
-    """Raises UserError where an adapter was trained with another recursion than the `model` has."""
+    """Raises UserError if an adapter was trained with a recursion that differs from that of `model`."""
     if adapter.kind != "adapter":
         raise UserError(f"config.init.adapter {where} holds a {adapter.kind}, not gates and experts")
     theirs, ours = adapter.model["recursion"], model.get("recursion", {"blocks": "none"})
@@ -52,13 +52,13 @@ def check_adapter(adapter: Weights, model: dict, where: str) -> None:
 
 
 def base_sha256(layers: Mapping[str, np.ndarray]) -> str:
-    """A hash of every parameter but gates and experts: names, dtypes, shapes and bytes."""
+    """A hash of every parameter except gates and experts: names, dtypes, shapes and bytes."""
     base = ((name, np.ascontiguousarray(layers[name])) for name in sorted(layers) if not is_adapter(name))
     return sha256_of_arrays((f"{name} {value.dtype} {value.shape}", value) for name, value in base)
 
 
 def merged(weights: Weights, where: str) -> Weights:
-    """The base model alone that computes the same, to rounding. Raises UserError where there is none."""
+    """A base model that computes the same without adapter, up to rounding. Raises UserError if there is none."""
     recursion = weights.model.get("recursion")
     if recursion is None:
         raise UserError(f"{where} has no gates and experts to merge")
@@ -68,7 +68,7 @@ def merged(weights: Weights, where: str) -> Weights:
     if unlike and not untrained:
         raise UserError(
             f"{where} cannot be merged exactly with {', '.join(unlike)}: only a plain LoRA can "
-            f"({', '.join(f'{name} {value!r}' for name, value in MERGEABLE.items())}); export it by --to-layout=adapter"
+            f"({', '.join(f'{name} {value!r}' for name, value in MERGEABLE.items())}); use --to-layout=adapter"
         )
     updates = {}
     for name in () if untrained else ups:
@@ -80,7 +80,7 @@ def merged(weights: Weights, where: str) -> Weights:
         kernel = weights.read(name)
         if name not in updates:
             return kernel
-        # Leading axes of one are a pool for the only latent step, and the only expert.
+        # Leading axes of size one are the pool of the only latent step, and the only expert.
         down, up = (weights.read(part).astype(np.float64) for part in updates[name])
         down, up = (part.reshape(3, -1, part.shape[-1]) for part in (down, up))  # [3, r, D]
         update = np.einsum("prd,pre->dpe", down, up).reshape(kernel.shape)

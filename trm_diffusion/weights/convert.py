@@ -1,6 +1,6 @@
-"""Published tensors into our parameters and back, by the layouts' rules: whole and exact, or refused.
+"""Converts published tensors to our parameters and back by the layouts' rules: completely and exactly, or not at all.
 
-Nothing is read before it is needed, and one parameter is held at a time, so that any size converts in little memory.
+Tensors are read only when needed and one parameter is held at a time, so that any size converts in little memory.
 """
 
 import dataclasses
@@ -19,23 +19,23 @@ from trm_diffusion.weights.safetensors import TensorSpec
 from trm_diffusion.weights.source import PublishedWeights
 from trm_diffusion.weights.vae import DIFFUSERS_VAE, SINGLE_FILE_VAE
 
-SIT = dataclasses.replace(DIT, name="sit")  # the same tensors, trained on another objective
+SIT = dataclasses.replace(DIT, name="sit")  # the same tensors, trained with another objective
 LAYOUTS = {
     layout.name: layout
     for layout in (DIT, SIT, DIFFUSERS_DIT, DIFFUSERS_SD3, SINGLE_FILE_SD3, DIFFUSERS_VAE, SINGLE_FILE_VAE, INCEPTION)
 }
-CONSTANT_TOLERANCE = {2: 4e-3, 4: 1e-5, 8: 1e-5}  # by bytes of the dtype; constants are at most 1
+CONSTANT_TOLERANCE = {2: 4e-3, 4: 1e-5, 8: 1e-5}  # by item size of the dtype; constants are at most 1
 PROBLEMS_SHOWN = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """A model's parameters by path, each block on its own, to be read one after another."""
+    """A model's parameters by path, with blocks unstacked, read one at a time."""
 
     kind: str  # dit, mmdit, vae or inception
     model: Model
     specs: dict[str, TensorSpec]
-    read: Callable[[str], np.ndarray]  # path -> values; UserError where they are not usable
+    read: Callable[[str], np.ndarray]  # path -> values; UserError if they are not usable
     record: dict  # where they came from, for the manifest
 
     @property
@@ -47,24 +47,28 @@ class Weights:
 
 
 def detect(source: PublishedWeights, asked: str = "") -> tuple[Layout, str]:
-    """The layout of a source, and the prefix of its names there. Raises UserError where none or several fit."""
+    """The layout of a source, and the prefix of its names. Raises UserError if none or several fit."""
     candidates = [LAYOUTS[asked]] if asked else [layout for layout in LAYOUTS.values() if layout is not SIT]
     found = {layout.name: layout.prefix_in(source.tensors) for layout in candidates}
     fitting = [name for name, prefix in found.items() if prefix is not None]
     if not fitting:
         first = ", ".join(sorted(source.tensors)[:2]) or "none"
         wanted = f"{asked}, which has {', '.join(LAYOUTS[asked].signature)}" if asked else ", ".join(LAYOUTS)
-        raise UserError(f"{source.name} is not in the layout {wanted}; its {len(source.tensors)} tensors begin {first}")
+        raise UserError(
+            f"{source.name} is not in the layout {wanted}; its {len(source.tensors)} tensors begin with {first}"
+        )
     if len(fitting) > 1:
-        raise UserError(f"{source.name} holds more than one model; choose by --layout={' or --layout='.join(fitting)}")
+        raise UserError(
+            f"{source.name} holds more than one model; choose with --layout={' or --layout='.join(fitting)}"
+        )
     return LAYOUTS[fitting[0]], found[fitting[0]]
 
 
 def to_ours(source: PublishedWeights, layout: str = "") -> Weights:
-    """The source's tensors as our parameters, of the dtypes they have there.
+    """The source's tensors as our parameters, in the source's dtypes.
 
-    Raises UserError that lists what is missing, unexpected or misshapen; a tensor that is not finite is refused when it
-    is read.
+    Raises UserError that lists missing, unexpected and misshapen tensors. A tensor with non-finite values is refused
+    when it is read.
     """
     form, prefix = detect(source, layout)
     tensors, problems = _named(source, form, prefix)
@@ -83,7 +87,7 @@ def to_ours(source: PublishedWeights, layout: str = "") -> Weights:
             if name not in tensors:
                 problems.append(f"{name} is missing")
             elif tensors[name].shape != shape:
-                problems.append(f"{name} is {tensors[name].shape}, not {shape}")
+                problems.append(f"{name} has shape {tensors[name].shape}, not {shape}")
     problems += [f"{name} is unexpected" for name in tensors if name not in known]
     for name, constant in form.constants(model).items():
         if name in tensors and not problems:
@@ -105,7 +109,7 @@ def to_ours(source: PublishedWeights, layout: str = "") -> Weights:
 
 
 def _named(source: PublishedWeights, layout: Layout, prefix: str) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The layout's tensors by their present names, without prefix; and what is wrong with the others."""
+    """The layout's tensors by their current names, without prefix; and the problems with other tensors."""
     tensors, problems = {}, []
     for name, tensor in source.tensors.items():
         if not name.startswith(prefix):
@@ -127,7 +131,7 @@ def _named(source: PublishedWeights, layout: Layout, prefix: str) -> tuple[dict[
 
 def _wrong_constant(name: str, tensor: np.ndarray, constant: np.ndarray) -> list[str]:
     if tensor.shape != constant.shape:
-        return [f"{name} is {tensor.shape}, not {constant.shape}"]
+        return [f"{name} has shape {tensor.shape}, not {constant.shape}"]
     difference = np.max(np.abs(tensor.astype(np.float32) - constant))
     if difference <= CONSTANT_TOLERANCE[tensor.dtype.itemsize]:
         return []
@@ -146,7 +150,7 @@ def _ours(rule: Rule, tensors: dict[str, np.ndarray], dtype: np.dtype, where: st
 
 
 def in_dtype(weights: Weights, dtype: str, where: str) -> Weights:
-    """The same weights in another dtype. A value that it cannot hold is a UserError when it is read."""
+    """The same weights in another dtype. Reading a value that does not fit in it raises UserError."""
 
     def read(name: str) -> np.ndarray:
         with np.errstate(over="ignore"):
@@ -164,12 +168,13 @@ def to_theirs(
 ) -> tuple[dict[str, TensorSpec], Iterator[tuple[str, np.ndarray]]]:
     """Our parameters as a published layout's tensors: their specs, and the tensors in that order.
 
-    Raises UserError where the layout is another model's, or has no place for a parameter.
+    Raises UserError if the layout belongs to another kind of model, or has no place for a parameter.
     """
     layout = LAYOUTS[name]
     if weights.kind != layout.kind:
-        raise UserError(f"{where} holds a {weights.kind}; the layout {name} is a {layout.kind}'s")
-    rules, prefix = layout.rules(weights.model), layout.prefixes[0]
+        raise UserError(f"{where} holds a {weights.kind}; the layout {name} is for a {layout.kind}")
+    rules = layout.rules(weights.model)
+    prefix = layout.prefixes[0]
     placed = {rule.ours for rule in rules}
     problems = [f"{name} is missing" for name in placed - weights.specs.keys()]
     problems += [
@@ -195,7 +200,7 @@ def to_theirs(
 
 
 def refuse(where: str, problems: list[str]) -> None:
-    """Raises UserError in one line where there is any problem."""
+    """Raises UserError with one line if there are problems."""
     if problems:
         more = f"; and {len(problems) - PROBLEMS_SHOWN} more" if len(problems) > PROBLEMS_SHOWN else ""
         raise UserError(f"{where}: {'; '.join(problems[:PROBLEMS_SHOWN])}{more}")

@@ -1,6 +1,6 @@
 """DiT's published layouts: the authors' own, which SiT shares, and diffusers' DiTTransformer2DModel.
 
-diffusers keeps a timestep and a label embedder in every block; they are copies of one another, or the file is refused.
+diffusers keeps a timestep and a label embedder in every block. They must be equal, or the file is refused.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Rules between published tensors and ours, each of which reads both ways, so that in and out cannot disagree."""
+"""Rules between published tensors and our parameters. Each works both ways, so import and export cannot disagree."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -7,19 +7,19 @@ import numpy as np
 
 
 class Form(NamedTuple):
-    """How one parameter here is made of tensors there, and the exact inverse."""
+    """How published tensors become one of our parameters, and the exact inverse."""
 
-    ours: Callable[..., np.ndarray]  # tensors -> parameter; ValueError where they contradict one another
+    ours: Callable[..., np.ndarray]  # tensors -> parameter; ValueError if they are inconsistent
     theirs: Callable[[np.ndarray], tuple[np.ndarray, ...]]  # parameter -> tensors
 
 
 class Rule(NamedTuple):
-    ours: str  # the path of a parameter, with each block on its own (models.stack.per_layer)
-    theirs: tuple[str, ...]  # the tensors it is made of
+    ours: str  # the path of our parameter, with blocks unstacked (models.stack.per_layer)
+    theirs: tuple[str, ...]  # the published tensors it is made of
     form: Form
 
     def shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """Shapes of the tensors, for a parameter of `shape`."""
+        """Shapes of the published tensors, for a parameter of `shape`."""
         return [tensor.shape for tensor in self.form.theirs(np.broadcast_to(np.int8(0), shape))]
 
 
@@ -42,7 +42,7 @@ def patches(patch: int) -> Form:
 
 
 def fused(form: Form, parts: int = 3) -> Form:
-    """Several tensors, such as q, k and v, side by side along the last axis here."""
+    """Several published tensors, such as q, k and v, concatenated along the last axis of ours."""
 
     def theirs(x):
         return tuple(form.theirs(part)[0] for part in np.split(x, parts, axis=-1))
@@ -51,7 +51,7 @@ def fused(form: Form, parts: int = 3) -> Form:
 
 
 def copies(form: Form, count: int) -> Form:
-    """`count` equal tensors there, one here."""
+    """`count` equal published tensors, one parameter of ours."""
 
     def ours(first, *others):
         if any(not np.array_equal(first, other) for other in others):
@@ -62,7 +62,7 @@ def copies(form: Form, count: int) -> Form:
 
 
 def swapped(form: Form) -> Form:
-    """The two halves of the last axis here, such as shift and scale, are in the other order there."""
+    """The published tensor has the two halves of our last axis, such as shift and scale, in the other order."""
 
     def swap(x):
         return np.concatenate(np.split(x, 2, axis=-1)[::-1], axis=-1)
@@ -73,7 +73,7 @@ def swapped(form: Form) -> Form:
 def affine(
     ours: str, *theirs: str, kernel: Form = LINEAR, change: Callable[[Form], Form] | None = None
 ) -> Iterator[Rule]:
-    """The rules of a kernel and a bias; several names there are fused, unless `change` says otherwise."""
+    """The rules of a kernel and a bias. Several published names are fused, unless `change` says otherwise."""
     change = change or (fused if len(theirs) > 1 else lambda form: form)
     yield Rule(f"{ours}/kernel", tuple(f"{name}.weight" for name in theirs), change(kernel))
     yield Rule(f"{ours}/bias", tuple(f"{name}.bias" for name in theirs), change(SAME))

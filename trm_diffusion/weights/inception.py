@@ -17,13 +17,14 @@ PUBLISHED = "pt_inception-2015-12-05-6726825d"
 def load_inception(path: str) -> tuple[Weights, str]:
     """Weights for `inception_features` from a .safetensors or .pth file or a converted directory, and their sha256.
 
-    The sha256 is that of the published file, before and after its conversion.
+    The sha256 is that of the published file, also for a converted directory.
 
     Raises:
-      UserError: no such file, another format, or tensors that are missing or of another shape.
+      UserError: the file does not exist or has another format, or tensors are missing or have other shapes.
     """
     source = open_source(path)
-    state, digest = source.tensors, sha256_of_file(source.files[0])
+    state = source.tensors
+    digest = sha256_of_file(source.files[0])
     manifest = source.files[0].parent / "manifest.json"
     if rules()[0].ours in state and manifest.exists():
         state = {
@@ -40,13 +41,13 @@ def load_inception(path: str) -> tuple[Weights, str]:
         found = f"has {state[name].shape}" if name in state else "is missing"
         raise UserError(
             f"--inception={path} is not the FID Inception network: {name} {found}, expected {expected[name]} "
-            f"({len(wrong)} tensors differ); use {PUBLISHED}.pth of pytorch-fid, or the same as .safetensors"
+            f"({len(wrong)} tensors differ); use {PUBLISHED}.pth of pytorch-fid, or the same weights as .safetensors"
         )
     return fold_batch_norms(state), digest
 
 
 def rules() -> list[Rule]:
-    """Batch norms stay apart from their convolutions, so that the published tensors come out again."""
+    """Batch norms are not folded into their convolutions, so that the published tensors can be exported again."""
     found = [*affine("fc", "fc")]
     for layer in layer_shapes():
         path = layer.replace(".", "/")
@@ -57,7 +58,7 @@ def rules() -> list[Rule]:
 
 
 def _our_shapes(model: dict) -> dict[str, tuple[int, ...]]:
-    del model  # there is one
+    del model  # there is only one
     shapes = state_shapes()
     return {rule.ours: rule.form.ours(np.broadcast_to(np.int8(0), shapes[rule.theirs[0]])).shape for rule in rules()}
 

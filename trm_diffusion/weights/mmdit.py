@@ -1,7 +1,7 @@
 """Stable Diffusion 3's published layouts: diffusers' SD3Transformer2DModel, and that of the single files.
 
-diffusers has scale before shift where a modulation has no gate: the final layer's, and the text's in the last block.
-Everything else is in the order of the single files, which is ours.
+diffusers has scale before shift in modulations without a gate: the final layer's, and the text's in the last block.
+Everything else is in the order of the single files, which is also ours.
 """
 
 import functools
@@ -16,11 +16,11 @@ from trm_diffusion.weights.forms import SAME, Form, Rule, affine, patches, swapp
 from trm_diffusion.weights.layout import Layout, Model, Shapes, depth_of, shapes_of
 
 HEAD_FEATURES = 64  # of every published SD3
-IMAGE_SIZE = 128  # latent cells a side that positions were made for, where no config.json says
+IMAGE_SIZE = 128  # side in latent cells that positions were made for, if there is no config.json
 
 
 class Names(NamedTuple):
-    """What the two layouts call the parts of a model; a block's names come after its own."""
+    """Names of a model's parts in one layout. A block's names follow `block` and its index."""
 
     block: str
     patch_embed: str
@@ -31,7 +31,7 @@ class Names(NamedTuple):
     visual: "StreamNames"
     text: "StreamNames"
     dual: "StreamNames"
-    ungated: Callable[[Form], Form]  # how a modulation of shift and scale alone is turned
+    ungated: Callable[[Form], Form]  # how a modulation of only shift and scale is converted
 
 
 class StreamNames(NamedTuple):
@@ -88,11 +88,12 @@ SINGLE_FILE = Names(
 
 def infer(names: Names, shapes: Shapes, config: dict) -> Model:
     width, in_channels, patch, _ = shapes[f"{names.patch_embed}.weight"]
-    depth, first = depth_of(shapes, names.block), f"{names.block}0."
+    depth = depth_of(shapes, names.block)
+    first = f"{names.block}0."
     query_norm = shapes.get(f"{first}{names.visual.norms[0]}.weight")
     dual = [i for i in range(depth) if f"{names.block}{i}.{names.dual.out}.weight" in shapes]
     if dual != list(range(len(dual))):
-        raise ValueError(f"blocks {dual} have a second attention, and only the first blocks may")
+        raise ValueError(f"blocks {dual} have a second attention; only the first blocks may")
     image_size = config.get("sample_size", IMAGE_SIZE)
     return dict(
         depth=depth,

@@ -1,7 +1,7 @@
 """The safetensors format, read as memory maps and written tensor by tensor, so that no file needs to fit in memory.
 
-A file is the length of its header (uint64, little-endian), the header, which is JSON from name to dtype, shape and byte
-range, and the tensors' bytes, little-endian, in rows, without gaps.
+A file holds the length of its header (uint64, little-endian); the header, which is JSON from name to dtype, shape and
+byte range; and the tensors' bytes, little-endian, row-major, without gaps.
 """
 
 import json
@@ -25,14 +25,14 @@ LENGTH_BYTES = 8
 
 
 class TensorSpec(NamedTuple):
-    """A tensor without its values."""
+    """Shape and dtype of a tensor."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
 
 
 def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Tensors by name, mapped from the file and read when used. Raises UserError for a file that is not whole."""
+    """Tensors by name, memory-mapped and read when used. Raises UserError if the file is truncated or damaged."""
     path = Path(path)
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -63,7 +63,7 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def write_safetensors(path: str | os.PathLike, specs: dict[str, TensorSpec], tensors: Iterable) -> None:
-    """Writes the tensors, pairs of a name and an array that come in the order of `specs` and fit it."""
+    """Writes pairs of a name and an array, which must come in the order of `specs` and match it."""
     header, end = {}, 0
     for name, spec in specs.items():
         start, end = end, end + _bytes(spec)
@@ -74,7 +74,7 @@ def write_safetensors(path: str | os.PathLike, specs: dict[str, TensorSpec], ten
         file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
         for (expected, spec), (name, tensor) in zip(specs.items(), tensors, strict=True):
             if (expected, *spec) != (name, tensor.shape, tensor.dtype):
-                raise ValueError(f"{name} {tensor.shape} {tensor.dtype} comes where {expected} {spec} was announced")
+                raise ValueError(f"got {name} {tensor.shape} {tensor.dtype}, expected {expected} {spec}")
             file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
 
 

@@ -1,4 +1,4 @@
-"""Where published weights come from: a file, a directory, or a model hub; all of them tensors by name."""
+"""Opens published weights as tensors by name, from a file, a directory or a model hub."""
 
 import contextlib
 import dataclasses
@@ -15,27 +15,27 @@ from trm_diffusion.weights.safetensors import read_safetensors
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 SINGLE_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
-NESTED = ("ema", "state_dict", "model")  # where training checkpoints keep the weights, the best first
+NESTED = ("ema", "state_dict", "model")  # keys of the weights in training checkpoints, the preferred first
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)*")
 
 
 @dataclasses.dataclass(frozen=True)
 class PublishedWeights:
-    name: str  # as it was asked for
+    name: str  # as the user gave it
     files: tuple[Path, ...]
     tensors: dict[str, np.ndarray]  # memory-mapped where the format allows it
     config: dict  # the config.json beside the weights, as diffusers writes it, or {}
 
     def record(self) -> dict:
-        """What a manifest says of where weights came from; reads every file once."""
+        """Where the weights came from, for a manifest. Reads every file once, to hash it."""
         files = [{"file": path.name, "sha256": sha256_of_file(path)} for path in self.files]
         return {"source": self.name, "files": files}
 
 
 def open_source(name: str) -> PublishedWeights:
-    """Opens a .safetensors or PyTorch file, a directory of one (or of shards with an index), or a hub id.
+    """Opens a .safetensors or PyTorch file, a directory with one (or with shards and an index), or a hub id.
 
-    A hub id is OWNER/NAME, with a folder or a file of it after another slash. Raises UserError in one line.
+    A hub id is OWNER/NAME, optionally followed by a slash and a folder or file in it. Raises UserError in one line.
     """
     path = Path(name).expanduser()
     if not path.exists():
@@ -58,7 +58,7 @@ def _files(path: Path) -> list[Path]:
         shards = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
         for shard in shards:
             if not (path / shard).exists():
-                raise UserError(f"{path / shard} is missing, which {indices[0].name} names; fetch it again")
+                raise UserError(f"{path / shard} is missing, but {indices[0].name} lists it; fetch it again")
         return [path / shard for shard in shards]
     single = [path / name for name in SINGLE_FILES if (path / name).exists()] or sorted(path.glob("*.safetensors"))
     if len(single) != 1:
@@ -68,7 +68,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def read_torch(path: Path) -> dict[str, np.ndarray]:
-    """Tensors of a PyTorch file by name, by its loader that executes nothing. Raises UserError in one line."""
+    """Tensors of a PyTorch file by name, with the loader that executes no code. Raises UserError in one line."""
     try:
         import torch
     except ImportError:
@@ -77,9 +77,9 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
         ) from None
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # noqa: BLE001  zip, pickle and runtime errors alike mean that the file cannot be used
+    except Exception as error:  # noqa: BLE001  zip, pickle and runtime errors all mean that the file cannot be used
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path} is truncated, or is not a file of weights alone ({reason})") from None
+        raise UserError(f"{path} is truncated, or holds more than weights ({reason})") from None
     for name in NESTED:
         loaded = loaded[name] if isinstance(loaded.get(name), dict) else loaded
     return {name: _to_numpy(torch, value) for name, value in loaded.items() if isinstance(value, torch.Tensor)}
@@ -87,7 +87,7 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
 
 def _to_numpy(torch, tensor) -> np.ndarray:
     tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:  # NumPy has none of its own
+    if tensor.dtype == torch.bfloat16:  # NumPy has no bfloat16 of its own
         return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
 
@@ -107,4 +107,4 @@ def _download(name: str) -> Path:
             return Path(snapshot_download(f"{owner}/{repository}", allow_patterns=patterns)) / inside
     except Exception as error:  # noqa: BLE001  whatever went wrong, the line says what and where
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name}: no such file or directory, and the hub did not give it ({reason})") from None
+        raise UserError(f"{name}: no such file or directory, and the download from the hub failed ({reason})") from None

@@ -1,7 +1,7 @@
-"""Weights on disk in our own form: a directory of `model.safetensors`, by our parameters' paths, and `manifest.json`.
+"""Weights on disk in our own format: a `model.safetensors`, keyed by parameter path, and a `manifest.json`.
 
 The manifest says what the weights are (kind, model, parameter count) and where they came from (source, layout, sha256).
-A directory appears under its name only when it is complete.
+A directory gets its name only when it is complete.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ MANIFEST, TENSORS = "manifest.json", "model.safetensors"
 
 
 def save_weights(directory: str | os.PathLike, weights: Weights) -> None:
-    """Writes the directory whole or not at all. Raises UserError where there is one, or the weights are not usable."""
+    """Writes the directory atomically. Raises UserError if it exists or the weights are not usable."""
     with new_directory(directory) as partial:
         write_safetensors(partial / TENSORS, weights.specs, weights.tensors())
         record = {
@@ -43,12 +43,12 @@ def save_weights(directory: str | os.PathLike, weights: Weights) -> None:
 
 
 def holds_weights(directory) -> bool:
-    """Is this a directory that `save_weights` wrote?"""
+    """Whether `save_weights` wrote this directory."""
     return (directory / MANIFEST).exists() and (directory / TENSORS).exists()
 
 
 def load_weights(directory: str | os.PathLike) -> Weights:
-    """What `save_weights` wrote, memory-mapped. Raises UserError where it is not whole or of a newer format."""
+    """Opens what `save_weights` wrote, memory-mapped. Raises UserError if it is damaged or of a newer format."""
     directory = Path(directory)
     record = json.loads((directory / MANIFEST).read_text())
     if record["format"] > FORMAT:
@@ -62,9 +62,9 @@ def load_weights(directory: str | os.PathLike) -> Weights:
 
 
 def load_vae(directory: str | os.PathLike, latent_size: int) -> tuple[VAE, LatentSpec]:
-    """The autoencoder of a converted directory, and what its latents of so many cells a side are.
+    """The autoencoder of a converted directory, and the spec of its latents with `latent_size` cells a side.
 
-    Its id is the hash of the converted weights. Raises UserError where there is none.
+    Its id is the hash of the converted weights. Raises UserError if there is no autoencoder.
     """
     directory = Path(directory)
     if not holds_weights(directory):
@@ -82,7 +82,7 @@ def load_vae(directory: str | os.PathLike, latent_size: int) -> tuple[VAE, Laten
 
 @contextlib.contextmanager
 def new_directory(directory: str | os.PathLike) -> Iterator[Path]:
-    """A directory to fill, which gets its name at the end; nothing is left of it after an error."""
+    """Yields a directory to fill, which gets its name at the end. After an error nothing of it is left."""
     directory = Path(directory)
     if directory.exists():
         raise UserError(f"{directory} exists already; choose another --to, or remove it")

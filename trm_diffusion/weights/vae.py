@@ -10,7 +10,7 @@ from trm_diffusion.weights.layout import Layout, Model, Shapes, depth_of, shapes
 
 
 def _model(shapes: Shapes, config: dict, level: str, block: str) -> Model:
-    """`level` and `block` name a level of the encoder and a residual block in it, as far as their numbers."""
+    """`level` and `block` name a level of the encoder and a residual block in it, up to their numbers."""
     count = depth_of(shapes, level)
     channels = [shapes[f"{level}{index}.{block}0.conv2.weight"][0] for index in range(count)]
     latent_channels = shapes["decoder.conv_in.weight"][1]
@@ -62,12 +62,13 @@ def _rules(
     norm_out: str,
     shortcut: str,
 ) -> list[Rule]:
-    """All rules, in terms of what the layouts do differently.
+    """All rules, in terms of what differs between the layouts.
 
-    middle: our path and theirs -> rules of the middle. level: "encoder" or "decoder", the level's index and how many
-    there are -> what its residual blocks' names begin with, and the name of its resampling convolution.
+    middle: our path and theirs -> rules of the middle. level: "encoder" or "decoder", the level's index and the number
+    of levels -> the prefix of its residual blocks' names, and the name of its resampling convolution.
     """
-    widths, found = list(model["channels"]), []
+    widths = list(model["channels"])
+    found = []
     for side, blocks, order in (("encoder", model["blocks"], widths), ("decoder", model["blocks"] + 1, widths[::-1])):
         found += [
             *affine(f"{side}/conv_in", f"{side}.conv_in", kernel=CONV),

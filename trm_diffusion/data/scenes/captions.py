@@ -1,4 +1,4 @@
-"""The words of scenes: one request, many captions, one closed vocabulary."""
+"""Captions of scenes: many wordings of each request, in one closed vocabulary."""
 
 import functools
 
@@ -33,11 +33,11 @@ OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"
 
 
 def make_caption(request, draws) -> str:
-    """Words a request: lower case, no punctuation, at most MAX_CAPTION_WORDS words of `vocabulary()`.
+    """Writes a caption for a request: lower case, no punctuation, at most MAX_CAPTION_WORDS words of `vocabulary()`.
 
     Args:
-      request: a `scenes.Request`; its canonical order of objects and relation leave no trace in the words.
-      draws: a `scenes.Draws`, which chooses template, synonyms and order.
+      request: a `scenes.source.Request`; the caption does not reveal its canonical order of objects and relation.
+      draws: a `scenes.source.Draws`, which chooses template, synonyms and order.
     """
     nouns = [_noun(shape, draws) for shape in request.shapes]
     colors = request.colors or ("",) * len(nouns)
@@ -77,7 +77,7 @@ def _open(words: str, draws) -> str:
 
 @functools.cache
 def vocabulary() -> tuple[str, ...]:
-    """Every word that a caption can hold, sorted; the same for all image sizes."""
+    """Every word that a caption can contain, sorted; the same for all image sizes."""
     related = [template for templates in _RELATED.values() for template in templates]
     texts = [*_OPENERS, *_COLORED, *_COUNTED, *_TOGETHER, *related, *_NUMBERS.values(), *COLORS]
     texts += [form for shape in SHAPES for noun in _NOUNS[shape] for form in noun]

@@ -1,4 +1,4 @@
-"""Eight flat shapes in ten colours on grey: what a rendered scene is made of, pixel by pixel."""
+"""Rendering of scenes: eight flat shapes in ten colours on a grey background."""
 
 from collections.abc import Callable
 
@@ -61,7 +61,7 @@ def _bar(x, y, r):
 
 
 # Distance in pixels from (x, y), relative to the shape's centre, y downwards, to the outline of a shape of
-# radius r; negative inside. Outside, near corners, it is too small, which rounds no corner off.
+# radius r; negative inside. Outside, near corners, it is too small, which keeps corners sharp.
 _DISTANCES: dict[str, Callable] = {
     "circle": _circle,
     "square": _square,
@@ -90,7 +90,7 @@ def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray | floa
 
 
 def render(objects, image_size: int) -> np.ndarray:
-    """Draws objects (shape, color, x, y, radius) over the grey: float32 [image_size, image_size, 3] in [-1, 1]."""
+    """Draws objects (shape, color, x, y, radius) on grey: float32 [image_size, image_size, 3] in [-1, 1]."""
     centres = np.arange(image_size, dtype=np.float32) + 0.5
     image = np.full((image_size, image_size, 3), BACKGROUND, np.float32)
     for item in objects:

@@ -1,8 +1,9 @@
-"""Compositional scenes with captions, in GenEval's six tasks, whose truth is exactly known.
+"""Compositional scenes with captions, in GenEval's six tasks, with exactly known ground truth.
 
 A *request* is what a caption asks for; a *scene* is what is drawn for it, with everything that the caption leaves
 open drawn at random. Both are reduced to *compositions* in one canonical form ("a circle right of a square" is "a
-square left of a circle"). Some compositions are held out: no training scene contains one, said or unsaid.
+square left of a circle"). Some compositions are held out: no training scene contains one, whether its caption mentions
+it or not.
 
 Record i is a pure function of (seed, split, i); there is nothing to store and nothing to download.
 """
@@ -24,21 +25,21 @@ __all__ = ["MAX_CAPTION_WORDS", "TASKS", "Object", "Request", "Scene", "SceneSou
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")  # GenEval's tags
 COUNTS = (2, 3, 4)
-RELATIONS = ("left", "above")  # canonical; "right" and "below" are these with the objects exchanged
+RELATIONS = ("left", "above")  # canonical; "right" and "below" are these with the objects swapped
 SHAPES_BY_SIZE = {32: SHAPES[:4], 64: SHAPES}
-SPLITS = ("train", "seen", "held_out", "all")  # at the end of a stream's key: append only
+SPLITS = ("train", "seen", "held_out", "all")  # a stream's key ends in the index of its split: append only
 
 # In pixels of a 32x32 image; twice that at 64x64. At 32x32 centres are multiples of four pixels, so that a small model
-# with patches of four meets each object in few forms; at 64x64 they lie on any pixel.
-RADIUS_RANGE = (5.0, 6.5)  # of all sizes
+# with 4x4 patches sees each object in few forms; at 64x64 they lie on any pixel.
+RADIUS_RANGE = (5.0, 6.5)  # over all sizes
 RADII_BY_SIZE = {32: (5.0, 6.0), 64: (5.0, 5.25, 5.5, 5.75, 6.0, 6.25, 6.5)}
-LATTICE_BY_SIZE = {32: 4.0, 64: 0.5}  # between neighbouring places of a centre
-GAP = 3.0  # the least space between the bounding squares of two objects
-MARGIN = 1.0  # and between them and the edge of the image
-MAX_SLANT = 0.3  # in a position scene, the off-axis offset over the on-axis offset
+LATTICE_BY_SIZE = {32: 4.0, 64: 0.5}  # spacing of the possible centres
+GAP = 3.0  # least space between the bounding squares of two objects
+MARGIN = 1.0  # least space between a bounding square and the edge of the image
+MAX_SLANT = 0.3  # in a position scene, largest ratio of off-axis to on-axis offset
 # A relation holds when its component of the unit vector between two centres is above this, as in GenEval.
 RELATION_THRESHOLD = 0.5
-_EXTRA_COLOR_CHANCE = 0.3  # of naming the colour in training captions of tasks that do not ask for it
+_EXTRA_COLOR_CHANCE = 0.3  # probability that a training caption names colours which its task does not need
 
 Composition = tuple  # ("color", shape, color), ("pair", a, b), ("count", shape, n), (relation, a, b)
 
@@ -60,10 +61,10 @@ class Request:
 
     Attributes:
       task: one of TASKS.
-      shapes: one shape, or two different ones in the order of SHAPES or, with a relation, in the relation's.
-      count: of the first shape, when there is no second.
-      colors: of the shapes, in the same order; () = any.
-      relation: "" or the one of RELATIONS in which the first shape is to the second.
+      shapes: one shape, or two different ones, in the order of the relation if there is one, else of SHAPES.
+      count: number of objects of the first shape, if there is no second.
+      colors: colours of the shapes, in the same order; () means any.
+      relation: "", or the one of RELATIONS that the first shape has to the second.
     """
 
     task: str
@@ -73,7 +74,7 @@ class Request:
     relation: str = ""
 
     def compositions(self) -> set[Composition]:
-        """What this request fixes; a subset of the compositions of any scene that is right for it."""
+        """What this request fixes: a subset of the compositions of every scene that satisfies it."""
         found = {("color", shape, color) for shape, color in zip(self.shapes, self.colors, strict=bool(self.colors))}
         if self.count > 1:
             found.add(("count", self.shapes[0], self.count))
@@ -90,7 +91,7 @@ class Scene:
     objects: tuple[Object, ...]
 
     def compositions(self) -> set[Composition]:
-        """Everything that is to be seen in the scene, asked for or not."""
+        """Every composition in the scene, requested or not."""
         shapes = [item.shape for item in self.objects]
         found = {("color", item.shape, item.color) for item in self.objects}
         found |= {("count", shape, shapes.count(shape)) for shape in set(shapes) if shapes.count(shape) > 1}
@@ -109,8 +110,8 @@ def holds(relation: str, a: Object, b: Object) -> bool:
 
 
 def held_out(shapes: Sequence[str]) -> frozenset[Composition]:
-    """The compositions that training never sees: of each kind, between one in six and one in fourteen. Every shape,
-    colour, count and relation occurs in others that it does see."""
+    """The compositions that training never sees: between 1/14 and 1/6 of each kind. Every shape, colour, count and
+    relation occurs in other compositions, which training does see."""
     number = len(shapes)
     colors = tuple(COLORS)
     colored = number * len(colors) // 8
@@ -138,20 +139,20 @@ class Draws:
         return options[int(self.uniform(0, len(options)))]
 
     def two(self, options: Sequence) -> tuple:
-        """Two different ones, in random order."""
+        """Two different options, in random order."""
         first = int(self.uniform(0, len(options)))
         second = int(self.uniform(0, len(options) - 1))
         return options[first], options[second + (second >= first)]
 
 
 class SceneSource(Source):
-    """An endless supply of scenes with captions, cut into epochs; every task equally often.
+    """An endless supply of captioned scenes, cut into epochs. Every task occurs equally often.
 
     Splits:
       train: scenes without any held-out composition. Captions may name colours that the task does not need.
-      seen: the same, with captions that say what GenEval's task says and no more; other scenes than in `train`.
-      held_out: the request contains a held-out composition; all tasks but single_object, where there is none.
-      all: every composition alike.
+      seen: the same, but other scenes than in `train`, and captions that say no more than GenEval's task does.
+      held_out: every request contains a held-out composition; all tasks except single_object, which has none.
+      all: all compositions, held out or not.
     """
 
     captioned = True
@@ -185,7 +186,7 @@ class SceneSource(Source):
         """Scene `index` and its caption, not rendered; the task is tasks[index % len(tasks)]."""
         draws = Draws(self.seed, SPLITS.index(self.split), index)
         task = self.tasks[index % len(self.tasks)]
-        while True:  # a few turns: about one scene in four is refused
+        while True:  # a few tries: about one scene in four is rejected
             request = self._draw_request(task, draws)
             asks_held_out = bool(request.compositions() & self.held_out)
             if self.split != "all" and asks_held_out != (self.split == "held_out"):
@@ -214,7 +215,7 @@ class SceneSource(Source):
         return Request(task, shapes, count, colors, relation)
 
     def _draw_objects(self, request: Request, draws: Draws) -> list[Object]:
-        """What the request leaves open is drawn at random; counted objects share a colour."""
+        """Objects for the request. What it leaves open is random; counted objects share a colour."""
         names = request.shapes * request.count
         colors = request.colors or tuple(draws.choice(tuple(COLORS)) for _ in request.shapes)
         scale, spacing = self.image_size / 32, LATTICE_BY_SIZE[self.image_size]
@@ -233,20 +234,20 @@ class SceneSource(Source):
 
 @functools.cache
 def _places(radius: float, spacing: float, high: float = 32.0 - MARGIN) -> tuple[float, ...]:
-    """Coordinates that a centre can have, between the margin and `high`."""
+    """Possible coordinates of a centre, between the margin and `high`."""
     first, last = math.ceil((MARGIN + radius) / spacing), math.floor((high - radius) / spacing)
     return tuple(spacing * i for i in range(first, last + 1))
 
 
 @functools.cache
 def _pairs(radii: tuple[float, float], spacing: float, least: float, most: float) -> tuple[tuple[float, float], ...]:
-    """Coordinates of two centres on one axis, of which the second is between `least` and `most` beyond the first."""
+    """Coordinates of two centres on one axis, with the second `least` to `most` beyond the first."""
     both = itertools.product(*(_places(radius, spacing) for radius in radii))
     return tuple((first, second) for first, second in both if least <= second - first <= most)
 
 
 def _place_two(radii: list[float], relation: str, spacing: float, draws: Draws) -> list[tuple[float, float]]:
-    """Two centres, apart on one axis: with a relation the first comes first on its axis, nearly level on the other."""
+    """Two centres, apart on one axis. A relation sets that axis and the order; the other axis is nearly level."""
     forward = bool(relation) or draws.choice((False, True))
     ordered = tuple(radii if forward else radii[::-1])
     along = draws.choice(_pairs(ordered, spacing, sum(radii) + GAP, 32.0))
@@ -258,7 +259,7 @@ def _place_two(radii: list[float], relation: str, spacing: float, draws: Draws) 
 
 
 def _place_in_quarters(radii: list[float], spacing: float, draws: Draws) -> list[tuple[float, float]]:
-    """Up to four centres, each in a quarter of its own."""
+    """Up to four centres, each in a different quarter of the image."""
     quarters = [(0, 0), (0, 16), (16, 0), (16, 16)]
     places = []
     for radius in radii:
