@@ -17,6 +17,7 @@ from trm_diffusion.models.mmdit import MMDiT, MMDiTConfig
 from trm_diffusion.models.settings import setting
 from trm_diffusion.models.stack import StackLayout
 from trm_diffusion.models.text import TextConfig, TextEncoder
+from trm_diffusion.models.transformer import layout_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,4 +54,4 @@ def make_network(
 
 def stack_layout(config: ModelConfig) -> StackLayout:
     """How the blocks lie in the parameters."""
-    return (dit if config.architecture == "dit" else mmdit).stack_layout(config)
+    return layout_of(config, (dit if config.architecture == "dit" else mmdit).block_kinds(config))

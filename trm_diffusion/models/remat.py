@@ -18,15 +18,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 _KEPT = "kept"
 
-# name -> (what it costs, the policy that says what may be saved)
-POLICIES = {
-    "none": ("keeps every intermediate, computes nothing again", None),
-    "selective": (
-        "keeps q, k, v and the MLP's output",
-        jax.checkpoint_policies.save_only_these_names(_KEPT),
-    ),
-    "dots": ("keeps the matmul outputs of weights", jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
-    "full": ("keeps the inputs alone, computes all of it again", jax.checkpoint_policies.nothing_saveable),
+POLICIES = {  # name -> what may be saved, as `jax.checkpoint` takes it; None is everything
+    "none": None,
+    "selective": jax.checkpoint_policies.save_only_these_names(_KEPT),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the outputs of products with weights
+    "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
@@ -43,4 +39,4 @@ def rematerialized(function: Callable, policy: str, *, in_loop: bool) -> Callabl
     """
     if policy == "none":
         return function
-    return jax.checkpoint(function, policy=POLICIES[policy][1], prevent_cse=not in_loop)
+    return jax.checkpoint(function, policy=POLICIES[policy], prevent_cse=not in_loop)

@@ -1,4 +1,4 @@
-"""Dispatch: who is taken under a bounded capacity, in what order, and that every way there is one function."""
+"""Dispatch: who is dispatched under a bounded capacity, in what order, and that every way there is one function."""
 
 import itertools
 import math
@@ -57,38 +57,38 @@ def test_capacity_bounds_every_expert_and_the_probable_and_early_come_first(seed
     assignment = jax.tree.map(np.asarray, assigned(routing, group, capacity))
     probabilities = np.asarray(grouped(routing.probabilities, group))
     assert assignment.selected.sum() == 4 * TOKENS * choices * k
-    assert assignment.taken.sum(axis=1).max() <= capacity
+    assert assignment.dispatched.sum(axis=1).max() <= capacity
     for g, p, m in itertools.product(range(4 // group), range(choices), range(experts)):
         selected = np.flatnonzero(assignment.selected[g, :, p, m])
         in_order = sorted(selected, key=lambda s: (-probabilities[g, s, p, m], s))
-        np.testing.assert_array_equal(np.flatnonzero(assignment.taken[g, :, p, m]), sorted(in_order[:capacity]))
-    np.testing.assert_array_equal(assignment.combine > 0, assignment.taken)
-    # Places are a numbering of the taken: each used once, expert by expert, in the order of the tokens.
+        np.testing.assert_array_equal(np.flatnonzero(assignment.dispatched[g, :, p, m]), sorted(in_order[:capacity]))
+    np.testing.assert_array_equal(assignment.combine > 0, assignment.dispatched)
+    # Slots are a numbering of the dispatched: each used once, expert by expert, in the order of the tokens.
     for g, p in itertools.product(range(4 // group), range(choices)):
-        place = assignment.place[g, :, p]
-        used = place[place < experts * capacity]
-        assert len(set(used)) == len(used) == assignment.taken[g, :, p].sum()
-        for s, j in zip(*np.nonzero(place < experts * capacity), strict=True):
-            m, turn = divmod(place[s, j], capacity)
-            assert assignment.taken[g, s, p, m] and turn == assignment.taken[g, :s, p, m].sum()
+        slot = assignment.slot[g, :, p]
+        used = slot[slot < experts * capacity]
+        assert len(set(used)) == len(used) == assignment.dispatched[g, :, p].sum()
+        for s, j in zip(*np.nonzero(slot < experts * capacity), strict=True):
+            m, position = divmod(slot[s, j], capacity)
+            assert assignment.dispatched[g, s, p, m] and position == assignment.dispatched[g, :s, p, m].sum()
 
 
 @settings(deadline=None, max_examples=20, derandomize=True)
 @given(**CASES)
-def test_without_a_bound_every_selection_is_taken(seed, shape, group, factor, ties):
+def test_without_a_bound_every_selection_is_dispatched(seed, shape, group, factor, ties):
     experts, k, choices = shape
     routing = random_routing(np.random.default_rng(seed), experts=experts, k=k, choices=choices, ties=ties)
     assignment = assigned(routing, group, None)
-    np.testing.assert_array_equal(assignment.taken, assignment.selected)
+    np.testing.assert_array_equal(assignment.dispatched, assignment.selected)
     np.testing.assert_allclose(assignment.combine.sum(-1), grouped(routing.weights, group).sum(-1), rtol=1e-6)
 
 
 def test_a_token_that_asks_for_nothing_takes_no_capacity():
-    """Two tokens of highest probability ask for no expert; the two places go to the next."""
+    """Two tokens of highest probability ask for no expert; the two slots go to the next."""
     probabilities = jnp.asarray([0.9, 0.8, 0.3, 0.2, 0.1, 0.4]).reshape(1, 6, 1, 1)
     experts = jnp.asarray([-1, -1, 0, 0, 0, 0], jnp.int32).reshape(1, 6, 1, 1)
     assignment = assign(Routing(experts, probabilities, probabilities, probabilities), 1, 2)
-    assert assignment.taken.ravel().tolist() == [False, False, True, False, False, True]
+    assert assignment.dispatched.ravel().tolist() == [False, False, True, False, False, True]
     assert assignment.selected.sum() == 4
 
 
@@ -126,7 +126,7 @@ class DispatchTest(chex.TestCase):
 
         operands = (h, down, up, routing.weights)
         assignment = assign(routing, group, capacity)
-        assert (assignment.selected & ~assignment.taken).any()  # some are dropped
+        assert (assignment.selected & ~assignment.dispatched).any()  # some are dropped
         found, backward = jax.vjp(self.variant(updates), *operands)
         np.testing.assert_allclose(found, plain_updates(grouped(h, group), down, up, assignment), rtol=1e-4, atol=1e-4)
         cotangent = jnp.asarray(rng.standard_normal(found.shape, np.float32))

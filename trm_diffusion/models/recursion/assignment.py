@@ -16,12 +16,12 @@ from trm_diffusion.models.recursion.gate import Routing
 
 
 class Assignment(NamedTuple):
-    """Which expert takes which token, with G routing groups of S tokens each and C places for tokens in each expert."""
+    """Which expert takes which token, with G routing groups of S tokens each and C slots for tokens in each expert."""
 
-    combine: jax.Array  # [G, S, P, M] float32 weights, zero where a token is not taken
+    combine: jax.Array  # [G, S, P, M] float32 weights, zero where a token is not dispatched
     selected: jax.Array  # [G, S, P, M] bool, what the gate asked for
-    taken: jax.Array  # [G, S, P, M] bool, what the experts' capacity allowed
-    place: jax.Array  # [G, S, P, k] int32, m * C + the token's turn in expert m; M * C where it is not taken
+    dispatched: jax.Array  # [G, S, P, M] bool, what the experts' capacity allowed
+    slot: jax.Array  # [G, S, P, k] int32, m * C + the token's position in expert m; M * C where it is not dispatched
 
 
 def expert_capacity(tokens: int, experts: int, experts_per_token: int, capacity_factor: float) -> int:
@@ -37,20 +37,20 @@ def assign(routing: Routing, group: int, capacity: int | None) -> Assignment:
     experts = routing.probabilities.shape[-1]
     one_hot = grouped(jax.nn.one_hot(routing.experts, experts, dtype=jnp.float32), group)  # [G, S, P, k, M]
     weights = jnp.einsum("gspk,gspkm->gspm", grouped(routing.weights, group), one_hot)
-    taken = selected = jnp.any(one_hot > 0, axis=-2)
-    places = selected.shape[1] if capacity is None else min(capacity, selected.shape[1])
-    if places < selected.shape[1]:
+    dispatched = selected = jnp.any(one_hot > 0, axis=-2)
+    slots = selected.shape[1] if capacity is None else min(capacity, selected.shape[1])  # of each expert
+    if slots < selected.shape[1]:
         probabilities = jax.lax.stop_gradient(grouped(routing.probabilities, group))
-        taken = selected & _within_capacity(jnp.where(selected, probabilities, -1.0), places)
-    first_place = places * jax.lax.broadcasted_iota(jnp.int32, taken.shape, 3)
-    place = jnp.where(taken, first_place + turn(taken), experts * places)
-    place = jnp.min(jnp.where(one_hot > 0, place[..., None, :], experts * places), axis=-1)
-    return Assignment(jnp.where(taken, weights, 0.0), selected, taken, place)
+        dispatched = selected & _within_capacity(jnp.where(selected, probabilities, -1.0), slots)
+    first_slot = slots * jax.lax.broadcasted_iota(jnp.int32, dispatched.shape, 3)
+    slot = jnp.where(dispatched, first_slot + position_in_expert(dispatched), experts * slots)
+    slot = jnp.min(jnp.where(one_hot > 0, slot[..., None, :], experts * slots), axis=-1)
+    return Assignment(jnp.where(dispatched, weights, 0.0), selected, dispatched, slot)
 
 
-def turn(taken_gspm: jax.Array) -> jax.Array:
-    """[G, S, P, M] int32: how many earlier tokens of the group the expert takes."""
-    return jnp.cumsum(taken_gspm, axis=1, dtype=jnp.int32) - taken_gspm
+def position_in_expert(dispatched_gspm: jax.Array) -> jax.Array:
+    """[G, S, P, M] int32: how many earlier tokens of the group are dispatched to the expert."""
+    return jnp.cumsum(dispatched_gspm, axis=1, dtype=jnp.int32) - dispatched_gspm
 
 
 def grouped(x: jax.Array, group: int) -> jax.Array:
@@ -62,7 +62,7 @@ def _within_capacity(priority_gspm: jax.Array, capacity: int) -> jax.Array:
     """[G, S, P, M] bool: is the token among the `capacity` of highest priority? Ties go to the earlier token."""
     by_expert = jnp.moveaxis(priority_gspm, 1, -1)  # [G, P, M, S]
     # Sorted, since `jax.lax.top_k` would gather the priorities of all devices on each.
-    lowest = jnp.sort(by_expert, axis=-1)[..., -capacity]  # [G, P, M], the priority of the last to be taken
+    lowest = jnp.sort(by_expert, axis=-1)[..., -capacity]  # [G, P, M], the priority of the last to be dispatched
     above = priority_gspm > lowest[:, None]
     tied = priority_gspm == lowest[:, None]
-    return above | (tied & (turn(tied) < capacity - jnp.sum(above, axis=1, keepdims=True)))
+    return above | (tied & (position_in_expert(tied) < capacity - jnp.sum(above, axis=1, keepdims=True)))

@@ -4,7 +4,7 @@ Three implementations of one function, equal to rounding, of which `auto` takes 
 
     dense     every expert for every token, as one wide matmul, masked in the r-wide middle: M times the useful products
     capacity  each expert gathers its C tokens, and each token gathers its updates back, so that products are wasted on
-              empty places alone; the backward pass gathers as well, rather than scatter
+              empty slots alone; the backward pass gathers as well, rather than scatter
     one_hot   the same with products by one-hot matrices in place of gathers, for hardware that gathers slowly
 
 On a TPU models/kernels/fused_latent_step.py takes the place of `dense` where it can.
@@ -29,7 +29,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from trm_diffusion.models.recursion.assignment import Assignment, turn
+from trm_diffusion.models.recursion.assignment import Assignment, position_in_expert
 from trm_diffusion.models.recursion.config import PROJECTIONS
 
 DENSE_FROM = 0.8  # `auto`: experts with room for this share of the tokens may as well compute them all
@@ -43,7 +43,7 @@ def expert_updates(h_bnd, down_pmrd, up_pmrd, assignment: Assignment, capacity: 
     capacity: C as given to `assign`; where it is None, no token is dropped, and the implementation is always dense.
     "auto" decides for the platform that the program is compiled for, which need not be the one it is compiled on.
     """
-    operands, tokens = (h_bnd, down_pmrd, up_pmrd, assignment), assignment.taken.shape[1]
+    operands, tokens = (h_bnd, down_pmrd, up_pmrd, assignment), assignment.dispatched.shape[1]
     if capacity is None:
         return dense_updates(*operands)
     capacity = min(capacity, tokens)
@@ -54,7 +54,7 @@ def expert_updates(h_bnd, down_pmrd, up_pmrd, assignment: Assignment, capacity: 
     if dispatch != "auto":
         return implementation(dispatch)(*operands)
     _, experts, rank, _ = down_pmrd.shape
-    choices = assignment.taken.shape[2]
+    choices = assignment.dispatched.shape[2]
     on_tpu, elsewhere = (cheapest_dispatch(on, tokens, experts, capacity, choices, rank) for on in ("tpu", "default"))
     if on_tpu == elsewhere:
         return implementation(elsewhere)(*operands)
@@ -65,13 +65,14 @@ def cheapest_dispatch(platform: str, tokens: int, experts: int, capacity: int, c
     """The rule of "auto" for a routing group of `tokens`; docs/results/benchmark_experts.json holds what it rests on.
 
     On a TPU, whose compiler puts a gather of rows well above both: dense or one_hot, by their products forward and
-    backward. Elsewhere: capacity, unless the experts have places for nearly all tokens.
+    backward. Elsewhere: capacity, unless the experts have slots for nearly all tokens.
     """
     if platform != "tpu":
         return "capacity" if capacity < DENSE_FROM * tokens else "dense"
-    places, moves = experts * capacity, choices + PROJECTIONS  # rows that each token is moved in, and out
+    slots = experts * capacity
+    moves = choices + PROJECTIONS  # rows that each token is moved in, and out
     pair = 3 * 2 * PROJECTIONS * rank  # products for one expert's update of one token and feature
-    one_hot = pair * places / tokens + moves * (2 * places + ROW_COST)  # one-hot matrices have no gradient
+    one_hot = pair * slots / tokens + moves * (2 * slots + ROW_COST)  # one-hot matrices have no gradient
     return "dense" if pair * experts <= one_hot else "one_hot"
 
 
@@ -103,31 +104,31 @@ def capacity_updates(h_bnd, down_pmrd, up_pmrd, assignment: Assignment, capacity
 
     updates = []
     for choice, projections in _choices(assignment):
-        place = assignment.place[:, :, choice]  # [G, S, k]
-        taker = _takers(place, experts * capacity)[..., None]  # [G, M * C, 1]
-        rows = by_expert(_fetch(h_gsd, taker, place))
-        weights = by_expert(_fetch(assignment.combine[:, :, choice], taker, place))  # [M, G * C, M]
+        slot = assignment.slot[:, :, choice]  # [G, S, k]
+        token = slot_to_token(slot, experts * capacity)[..., None]  # [G, M * C, 1]
+        rows = by_expert(_fetch(h_gsd, token, slot))
+        weights = by_expert(_fetch(assignment.combine[:, :, choice], token, slot))  # [M, G * C, M]
         weights = jnp.einsum("mcm->mc", weights)[..., None].astype(rows.dtype)
         down = down_pmrd[projections]  # [p, M, r, D]
         low = jnp.einsum("mcd,mrd->mcr", rows, down.swapaxes(0, 1).reshape(experts, -1, width)) * weights
         for low_mcr, up_mrd in zip(jnp.split(low, len(down), axis=-1), up_pmrd[projections], strict=True):
-            updates.append(_fetch(by_group(jnp.einsum("mcr,mrd->mcd", low_mcr, up_mrd)), place, taker))
+            updates.append(_fetch(by_group(jnp.einsum("mcr,mrd->mcd", low_mcr, up_mrd)), slot, token))
     return jnp.stack(updates, axis=2).reshape(*h_bnd.shape[:2], PROJECTIONS, width)
 
 
 def one_hot_updates(h_bnd, down_pmrd, up_pmrd, assignment: Assignment, capacity: int) -> jax.Array:
     """As `capacity_updates`, with one-hot products in place of gathers, as GShard and Switch transformers dispatch."""
     h_gsd = _in_groups(h_bnd, assignment)
-    turns = jnp.where(assignment.taken, turn(assignment.taken), capacity)
+    positions = jnp.where(assignment.dispatched, position_in_expert(assignment.dispatched), capacity)
     updates = []
     for choice, projections in _choices(assignment):
-        places = jax.nn.one_hot(turns[:, :, choice], capacity, dtype=h_gsd.dtype)  # [G, S, M, C]
-        weights = jnp.einsum("gsmc,gsm->gmc", places.astype(jnp.float32), assignment.combine[:, :, choice])
-        rows = jnp.einsum("gsmc,gsd->gmcd", places, h_gsd)
+        slots = jax.nn.one_hot(positions[:, :, choice], capacity, dtype=h_gsd.dtype)  # [G, S, M, C]
+        weights = jnp.einsum("gsmc,gsm->gmc", slots.astype(jnp.float32), assignment.combine[:, :, choice])
+        rows = jnp.einsum("gsmc,gsd->gmcd", slots, h_gsd)
         low = jnp.einsum("gmcd,pmrd->gmcpr", rows, down_pmrd[projections])
         low = low * weights[..., None, None].astype(low.dtype)
         high = jnp.einsum("gmcpr,pmrd->gmcpd", low, up_pmrd[projections])
-        updates.append(jnp.einsum("gsmc,gmcpd->gspd", places, high))
+        updates.append(jnp.einsum("gsmc,gmcpd->gspd", slots, high))
     return jnp.concatenate(updates, axis=2).reshape(*h_bnd.shape[:2], PROJECTIONS, h_bnd.shape[2])
 
 
@@ -136,22 +137,22 @@ IMPLEMENTATIONS = {"dense": dense_updates, "capacity": capacity_updates, "one_ho
 
 def _in_groups(h_bnd: jax.Array, assignment: Assignment) -> jax.Array:
     """[B, N, D] -> [G, S, D]."""
-    return h_bnd.reshape(*assignment.taken.shape[:2], -1)
+    return h_bnd.reshape(*assignment.dispatched.shape[:2], -1)
 
 
 def _choices(assignment: Assignment) -> list[tuple[int, slice]]:
     """(choice, the projections it routes): one choice of all three, or one for each."""
-    if assignment.taken.shape[2] == 1:
+    if assignment.dispatched.shape[2] == 1:
         return [(0, slice(0, PROJECTIONS))]
     return [(choice, slice(choice, choice + 1)) for choice in range(PROJECTIONS)]
 
 
-def _takers(place_gsk: jax.Array, places: int) -> jax.Array:
-    """The token in each place [G, places] int32, and S, which is none, in an empty one."""
-    tokens = place_gsk.shape[1]
-    token = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32)[:, None], place_gsk.shape[1:])
-    empty = jnp.full((places,), tokens, jnp.int32)
-    return jax.vmap(lambda place: empty.at[place].set(token, mode="drop"))(place_gsk)
+def slot_to_token(slot_gsk: jax.Array, slots: int) -> jax.Array:
+    """The token in each slot [G, slots] int32, and S, which is none, in an empty one."""
+    tokens = slot_gsk.shape[1]
+    token = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32)[:, None], slot_gsk.shape[1:])
+    empty = jnp.full((slots,), tokens, jnp.int32)
+    return jax.vmap(lambda slot: empty.at[slot].set(token, mode="drop"))(slot_gsk)
 
 
 @jax.custom_vjp

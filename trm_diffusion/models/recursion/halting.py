@@ -15,7 +15,7 @@ for every token. Two rules (both our reading; the paper names static T as a limi
 What is really saved: shapes are fixed when a program is compiled, and at inference the experts are one wide product
 over all tokens (dispatch.py), so a stopped token among running ones saves no row of it, and no attention. What
 inference saves is whole latent steps, from when every token of the batch has stopped (`jax.lax.while_loop`). Training
-runs them all; there a stopped token leaves its place under the experts' capacity to others. `--mode=analyze` measures.
+runs them all; there a stopped token leaves its slots to others. `--mode=analyze` measures.
 """
 
 from typing import NamedTuple

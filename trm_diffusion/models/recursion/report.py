@@ -25,13 +25,14 @@ class RoutingReport(NamedTuple):
 def report_of(routing: Routing, assignment: Assignment, running: jax.Array | None) -> RoutingReport:
     """The statistics of one latent step, without the leading axis."""
     selected = assignment.selected.astype(jnp.float32)  # [G, S, P, M]
-    wanted, kept = jnp.maximum(jnp.sum(selected), 1.0), jnp.sum(assignment.taken.astype(jnp.float32))
+    wanted = jnp.maximum(jnp.sum(selected), 1.0)
+    dispatched = jnp.sum(assignment.dispatched.astype(jnp.float32))
     choices = selected.shape[2]
     log_probabilities = jnp.log(jnp.maximum(routing.probabilities, 1e-30))
     return RoutingReport(
         load=jnp.sum(selected, axis=(0, 1)) * choices / wanted,
         importance=jnp.mean(routing.probabilities, axis=(0, 1)),
-        drop_fraction=(jnp.sum(selected) - kept) / wanted,
+        drop_fraction=(jnp.sum(selected) - dispatched) / wanted,
         entropy=-jnp.mean(jnp.sum(routing.probabilities * log_probabilities, axis=-1)),
         squared_logsumexp=jnp.mean(jnp.square(jax.nn.logsumexp(routing.logits, axis=-1))),
         ran=jnp.ones(()),
