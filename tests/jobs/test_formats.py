@@ -17,11 +17,11 @@ import pytest
 from etils import epath
 
 from trm_diffusion.config import Config
-from trm_diffusion.runs import load_run
+from trm_diffusion.jobs.sample import sample
+from trm_diffusion.jobs.train import train
+from trm_diffusion.run.restore import load_run
+from trm_diffusion.run.workdir import load_config
 from trm_diffusion.runtime.signals import StopRequest
-from trm_diffusion.runtime.workdir import load_config
-from trm_diffusion.sample import sample
-from trm_diffusion.train import train
 
 FORMAT_1 = Path(__file__).parents[1] / "fixtures" / "format_1"
 RUNS = ("digits", "words", "encoded")

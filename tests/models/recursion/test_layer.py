@@ -27,8 +27,7 @@ from tests.models.recursion.small import (
     run_reference,
     with_zero_up,
 )
-from trm_diffusion.models.recursion.config import recursive_blocks
-from trm_diffusion.models.recursion.gate import GATE_INPUTS
+from trm_diffusion.models.recursion.config import GATE_INPUTS, recursive_blocks
 
 
 def assert_equals_reference(config, *, joint, training, qk_norm=False, steps=None, traced=False):
