@@ -73,9 +73,8 @@ def test_timesteps_have_a_vector_each_in_the_dtype_of_the_computation(dtype):
     assert len(np.unique(np.asarray(vectors, np.float32), axis=0)) == 3
 
 
-def test_the_null_label_follows_the_last_class_and_is_nobody_elses():
+def test_the_null_label_is_one_more_row_of_the_table():
     embed = LabelEmbedder(10, 8, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    assert embed.null_label == 10
     vectors = embed(jnp.arange(11))
     chex.assert_shape(vectors, (11, 8))
     assert len(np.unique(np.asarray(vectors), axis=0)) == 11

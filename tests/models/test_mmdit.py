@@ -21,12 +21,12 @@ from trm_diffusion.models.mmdit import (
     MMDiTBlock,
     MMDiTConfig,
     block_kinds,
-    stack_layout,
 )
 from trm_diffusion.models.recursion.config import RecursionConfig
 from trm_diffusion.models.recursion.gate import Conditioning
-from trm_diffusion.models.stack import from_per_layer, per_layer
+from trm_diffusion.models.stack import StackLayout, from_per_layer, per_layer
 from trm_diffusion.models.text import Text
+from trm_diffusion.models.transformer import layout_of
 from trm_diffusion.runtime.parameters import PureModel, count
 
 WIDTH, HEADS, TOKENS, TEXT = 8, 2, 4, 5  # of a block
@@ -42,6 +42,10 @@ def config_of(recursion=RECURSION, **fields) -> MMDiTConfig:
     )
     sizes = dict(depth=3, width=WIDTH, heads=HEADS, patch=2, dtype="float32")
     return MMDiTConfig(**sizes | fields, recursion=recursion, mmdit=joint)
+
+
+def layout(config: MMDiTConfig) -> StackLayout:
+    return layout_of(config, block_kinds(config))
 
 
 def pure(config: MMDiTConfig, *, size=SIZE, channels=CHANNELS, features=FEATURES, pooled=POOLED) -> PureModel:
@@ -228,8 +232,8 @@ def test_recursion_starts_from_the_base_model():
     base_config = dataclasses.replace(config, recursion=RecursionConfig())
     model, base = pure(config), pure(base_config)
     parameters = randomized(model, keep_zero=["experts/up"])
-    layers = per_layer(parameters, stack_layout(config))
-    base_parameters = from_per_layer(layers, list(base.shapes), stack_layout(base_config))
+    layers = per_layer(parameters, layout(config))
+    base_parameters = from_per_layer(layers, list(base.shapes), layout(base_config))
     assert base_parameters.keys() == base.shapes.keys()
     expected, none = run(base, base_parameters)
     assert none is None and float(jnp.max(jnp.abs(expected))) > 0.1
@@ -251,12 +255,12 @@ def test_an_untrained_model_answers_exactly_zero():
 
 def test_kinds_are_cut_into_segments_and_unrolled_blocks_are_the_same_model():
     scanned = config_of(dataclasses.replace(RECURSION, blocks="1,2"), depth=5, dual_attention_blocks=1)
-    assert stack_layout(scanned).segments == ((0, 1), (1, 2), (3, 1), (4, 1))
+    assert layout(scanned).segments == ((0, 1), (1, 2), (3, 1), (4, 1))
     assert block_kinds(scanned)[4] == BlockKind(recursive=False, dual=False, last=True)
     unrolled = dataclasses.replace(scanned, scan_blocks=False)
     parameters = randomized(pure(scanned))
-    layers = per_layer(parameters, stack_layout(scanned))
-    others = from_per_layer(layers, list(pure(unrolled).shapes), stack_layout(unrolled))
+    layers = per_layer(parameters, layout(scanned))
+    others = from_per_layer(layers, list(pure(unrolled).shapes), layout(unrolled))
     chex.assert_trees_all_close(run(pure(unrolled), others), run(pure(scanned), parameters), rtol=1e-4, atol=1e-5)
 
 

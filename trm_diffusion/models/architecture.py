@@ -17,6 +17,7 @@ from trm_diffusion.models.mmdit import MMDiT, MMDiTConfig
 from trm_diffusion.models.stack import StackLayout
 from trm_diffusion.models.text import Text, TextConfig, TextEncoder
 from trm_diffusion.models.tokenizer import null_tokens
+from trm_diffusion.models.transformer import layout_of
 
 ARCHITECTURES = ("dit", "mmdit")
 
@@ -71,4 +72,4 @@ def null_condition(config: ModelConfig, num_classes: int):
 
 def stack_layout(config: ModelConfig) -> StackLayout:
     """How the blocks lie in the parameters."""
-    return (dit if config.architecture == "dit" else mmdit).stack_layout(config)
+    return layout_of(config, (dit if config.architecture == "dit" else mmdit).block_kinds(config))

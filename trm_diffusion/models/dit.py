@@ -6,12 +6,9 @@ from flax import nnx
 
 from trm_diffusion.models.embed import LabelEmbedder, TimestepEmbedder, patchify, sincos_positions, unpatchify
 from trm_diffusion.models.layers import linear, modulated_norm
-from trm_diffusion.models.recursion.config import recursive_blocks
-from trm_diffusion.models.recursion.gate import Conditioning
-from trm_diffusion.models.recursion.layer import Recursion
-from trm_diffusion.models.recursion.report import RoutingReport
-from trm_diffusion.models.stack import BlockStack, StackLayout, segment_lengths
-from trm_diffusion.models.transformer import FinalLayer, Stream, TransformerConfig, project
+from trm_diffusion.models.recursion import Conditioning, RoutingReport, recursive_blocks
+from trm_diffusion.models.stack import BlockStack
+from trm_diffusion.models.transformer import FinalLayer, Stream, TransformerConfig, recursion_of
 
 SIZES = {  # name: depth, width, heads (DiT, table 1)
     "S": (12, 384, 6),
@@ -35,12 +32,6 @@ def dit_size(name: str) -> dict[str, int]:
     return dict(depth=depth, width=width, heads=heads, patch=int(patch))
 
 
-def stack_layout(config: TransformerConfig) -> StackLayout:
-    """How the blocks lie in the parameters."""
-    recursive = recursive_blocks(config.recursion.blocks, config.depth)
-    return StackLayout(tuple(segment_lengths(block_kinds(config), config.scan_blocks)), recursive, config.scan_blocks)
-
-
 def block_kinds(config: TransformerConfig) -> list[bool]:
     """Of each block, whether it recurses."""
     recursive = recursive_blocks(config.recursion.blocks, config.depth)
@@ -52,25 +43,25 @@ class DiTBlock(Stream):
 
     def __init__(self, config: TransformerConfig, recursive: bool, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
-        dtype = jnp.dtype(config.dtype)
         # Built last, so that the base weights are the same with and without it.
-        self.recursion = (
-            Recursion(config.width, config.heads, config.recursion, dtype=dtype, rngs=rngs) if recursive else None
-        )
+        self.recursion = recursion_of(config, rngs=rngs) if recursive else None
 
     def __call__(self, x_bnd, *, conditioning: Conditioning, latent_steps=None, key=None):
         """[B, N, D] -> [B, N, D] and the block's `RoutingReport`, None without recursion."""
         shift, scale, *rest = self.modulations(conditioning.vector)
-        qkv, report = project(
-            self.attention,
-            self.recursion,
-            modulated_norm(x_bnd, shift, scale),
-            shift,
-            scale,
-            conditioning,
-            latent_steps=latent_steps,
-            key=key,
-        )
+        modulated = modulated_norm(x_bnd, shift, scale)
+        if self.recursion is None:
+            qkv, report = self.attention.project(modulated), None
+        else:
+            qkv, report = self.recursion(
+                modulated,
+                shift_bd=shift,
+                scale_bd=scale,
+                conditioning=conditioning,
+                attention=self.attention,
+                latent_steps=latent_steps,
+                key=key,
+            )
         return self.finish(x_bnd, self.attention.attend(qkv), *rest), report
 
 
@@ -106,11 +97,6 @@ class DiT(nnx.Module):
         )
         self.final = FinalLayer(config, out_channels, rngs=rngs)
         self._grid = grid
-
-    @property
-    def null_label(self) -> int:
-        """The label that stands for no condition in classifier-free guidance."""
-        return self.label_embed.null_label
 
     def __call__(
         self,

@@ -93,7 +93,6 @@ class LabelEmbedder(nnx.Module):
     """Class label [B] int -> [B, D]. Label `num_classes` is the null label of classifier-free guidance."""
 
     def __init__(self, num_classes: int, width: int, *, dtype, rngs: nnx.Rngs):
-        self.null_label = num_classes
         self.table = nnx.Embed(
             num_classes + 1,
             width,

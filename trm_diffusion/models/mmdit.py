@@ -22,13 +22,10 @@ from trm_diffusion.models.embed import (
     unpatchify,
 )
 from trm_diffusion.models.layers import linear, modulated_norm
-from trm_diffusion.models.recursion.config import recursive_blocks
-from trm_diffusion.models.recursion.gate import Conditioning
-from trm_diffusion.models.recursion.layer import Recursion
-from trm_diffusion.models.recursion.report import RoutingReport
-from trm_diffusion.models.stack import BlockStack, StackLayout, segment_lengths
+from trm_diffusion.models.recursion import Conditioning, RoutingReport, recursive_blocks
+from trm_diffusion.models.stack import BlockStack
 from trm_diffusion.models.text import Text
-from trm_diffusion.models.transformer import FinalLayer, Stream, TransformerConfig, attention_of, project
+from trm_diffusion.models.transformer import FinalLayer, Stream, TransformerConfig, attention_of, recursion_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +62,6 @@ def block_kinds(config: MMDiTConfig) -> list[BlockKind]:
     ]
 
 
-def stack_layout(config: MMDiTConfig) -> StackLayout:
-    """How the blocks lie in the parameters."""
-    recursive = recursive_blocks(config.recursion.blocks, config.depth)
-    return StackLayout(tuple(segment_lengths(block_kinds(config), config.scan_blocks)), recursive, config.scan_blocks)
-
-
 class MMDiTBlock(nnx.Module):
     """Two adaLN-Zero streams under one attention, with recursion in the visual q, k, v.
 
@@ -78,13 +69,12 @@ class MMDiTBlock(nnx.Module):
     """
 
     def __init__(self, config: MMDiTConfig, kind: BlockKind, *, rngs: nnx.Rngs):
-        dtype, width, heads = jnp.dtype(config.dtype), config.width, config.heads
         self.kind = kind
         self.visual = Stream(config, chunks=9 if kind.dual else 6, rngs=rngs)
         self.text = Stream(config, chunks=2 if kind.last else 6, rngs=rngs)
         self.dual = attention_of(config, rngs=rngs) if kind.dual else None
         # Built last, so that the base weights are the same with and without it.
-        self.recursion = Recursion(width, heads, config.recursion, dtype=dtype, rngs=rngs) if kind.recursive else None
+        self.recursion = recursion_of(config, rngs=rngs) if kind.recursive else None
 
     def __call__(self, tokens, *, conditioning: Conditioning, text_mask=None, latent_steps=None, key=None):
         """(visual [B, N, D], text [B, L, D]) -> the same, and the block's `RoutingReport`, None without recursion."""
@@ -95,18 +85,20 @@ class MMDiTBlock(nnx.Module):
         text_qkv = self.text.attention.project(modulated_norm(text_bld, text_shift, text_scale))
         text_queries, text_keys, text_values = self.text.attention.normalized_heads(text_qkv)
         context = Context(text_keys, text_values, text_mask)
-        attention = self.visual.attention
-        qkv, report = project(
-            attention,
-            self.recursion,
-            modulated_norm(x_bnd, shift, scale),
-            shift,
-            scale,
-            conditioning,
-            context=context,
-            latent_steps=latent_steps,
-            key=key,
-        )
+        attention, modulated = self.visual.attention, modulated_norm(x_bnd, shift, scale)
+        if self.recursion is None:
+            qkv, report = attention.project(modulated), None
+        else:
+            qkv, report = self.recursion(
+                modulated,
+                shift_bd=shift,
+                scale_bd=scale,
+                conditioning=conditioning,
+                attention=attention,
+                context=context,
+                latent_steps=latent_steps,
+                key=key,
+            )
         attended = attention.attend(qkv, context, queries=None if self.kind.last else text_queries)
         attended, text_attended = jnp.split(attended, [x_bnd.shape[1]], axis=1)
         if self.kind.dual:

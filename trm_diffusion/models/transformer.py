@@ -1,18 +1,17 @@
 """What the diffusion transformers share: their settings, one stream of tokens through a block, the final layer."""
 
 import dataclasses
+from collections.abc import Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from trm_diffusion.models.attention import Attention, Context
+from trm_diffusion.models.attention import Attention
 from trm_diffusion.models.layers import ZEROS, Mlp, linear, modulated_norm
-from trm_diffusion.models.recursion.config import RecursionConfig
-from trm_diffusion.models.recursion.gate import Conditioning
-from trm_diffusion.models.recursion.layer import Recursion
-from trm_diffusion.models.recursion.report import RoutingReport
+from trm_diffusion.models.recursion import Recursion, RecursionConfig, recursive_blocks
 from trm_diffusion.models.remat import kept
+from trm_diffusion.models.stack import StackLayout, segment_lengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +43,17 @@ def attention_of(config: TransformerConfig, *, output: bool = True, rngs: nnx.Rn
     )
 
 
+def recursion_of(config: TransformerConfig, *, rngs: nnx.Rngs) -> Recursion:
+    """The recursion of one block, as the config says."""
+    return Recursion(config.width, config.heads, config.recursion, dtype=jnp.dtype(config.dtype), rngs=rngs)
+
+
+def layout_of(config: TransformerConfig, kinds: Sequence[Hashable]) -> StackLayout:
+    """How blocks of these kinds lie in the parameters."""
+    segments = tuple(segment_lengths(kinds, config.scan_blocks))
+    return StackLayout(segments, recursive_blocks(config.recursion.blocks, config.depth), config.scan_blocks)
+
+
 class Stream(nnx.Module):
     """One stream's own weights in an adaLN-Zero block: modulation, the attention's projections, MLP.
 
@@ -67,37 +77,6 @@ class Stream(nnx.Module):
         """x + g1 W_o attended, then x + g2 MLP(Mod(LN(x))); the gates, shift and scale are [B, D]."""
         x_bnd = x_bnd + gate_1[:, None, :] * self.attention.out(attended_bnd)
         return x_bnd + gate_2[:, None, :] * kept(self.mlp(modulated_norm(x_bnd, shift_2, scale_2)))
-
-
-def project(
-    attention: Attention,
-    recursion: Recursion | None,
-    modulated_bnd: jax.Array,
-    shift_bd: jax.Array,
-    scale_bd: jax.Array,
-    conditioning: Conditioning,
-    *,
-    context: Context | None = None,
-    latent_steps: int | jax.Array | None,
-    key: jax.Array | None,
-) -> tuple[jax.Array, RoutingReport | None]:
-    """q, k, v of the visual tokens [B, N, 3, H, d], after the latent steps where the block recurses, and the report.
-
-    context: the text's keys and values, which every latent step attends to as they are.
-    """
-    if recursion is None:
-        return attention.project(modulated_bnd), None
-    update, base_input, report = recursion(
-        modulated_bnd,
-        shift_bd=shift_bd,
-        scale_bd=scale_bd,
-        conditioning=conditioning,
-        attend=lambda qkv: attention.attend(qkv, context),
-        project_base=attention.project,
-        latent_steps=latent_steps,
-        key=key,
-    )
-    return attention.project(base_input, update), report
 
 
 class FinalLayer(nnx.Module):

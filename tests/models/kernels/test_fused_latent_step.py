@@ -1,7 +1,6 @@
 """The kernels of a latent step, in Pallas's interpreter, against the plain operations that they stand for."""
 
 import dataclasses
-import functools
 import os
 import subprocess
 import sys
@@ -12,17 +11,25 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.models.recursion.small import SMALL
+from tests.models.recursion.small import INTERPRETED, SMALL, pretend_tpu
 from trm_diffusion.models.kernels import fused_latent_step
-from trm_diffusion.models.kernels.fused_latent_step import dense_updates, fits, token_logits
+from trm_diffusion.models.kernels.fused_latent_step import fits, fused_token_logits, fused_updates
 from trm_diffusion.models.layers import layer_norm, modulate
-from trm_diffusion.models.recursion import layer, pool
+from trm_diffusion.models.recursion import Conditioning, Recursion
 from trm_diffusion.models.recursion.assignment import Assignment
-from trm_diffusion.models.recursion.gate import Conditioning
-from trm_diffusion.models.recursion.layer import Recursion
+from trm_diffusion.models.recursion.pool import Pool
 
 WIDTH, RANK = 128, 128
-interpreted = functools.partial(token_logits, interpret=True), functools.partial(dense_updates, interpret=True)
+
+
+class UpdatesAlone:
+    """An attention without weights: the mean of q, k and v, and no base projection."""
+
+    def project(self, x_bnd, update=None):
+        return update
+
+    def attend(self, qkv, context=None):
+        return jnp.mean(qkv, axis=2).reshape(*qkv.shape[:2], -1)
 
 
 def normal(rng, *shape):
@@ -46,8 +53,8 @@ def plain(a, shift, scale, gate, weights, down, up):
 
 
 def fused(a, shift, scale, gate, weights, down, up):
-    logits, a = interpreted[0](a, shift, scale, gate)
-    return logits, jnp.stack(interpreted[1](a, shift, scale, weights, down, up))
+    logits, a = INTERPRETED["fused_token_logits"](a, shift, scale, gate)
+    return logits, jnp.stack(INTERPRETED["fused_updates"](a, shift, scale, weights, down, up))
 
 
 @pytest.mark.parametrize(
@@ -79,23 +86,18 @@ def test_a_recursion_is_the_same_with_them(monkeypatch, scope):
             shift_bd=shift,
             scale_bd=scale,
             conditioning=Conditioning(*y),
-            attend=lambda qkv: jnp.mean(qkv, axis=2).reshape(x.shape),
-            project_base=None,
+            attention=UpdatesAlone(),
             key=jax.random.key(0),
         )
-        return jnp.sum(out.update * cotangent), out.report
+        return jnp.sum(out.qkv * cotangent), out.report
 
     def run():
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))(state, x, shift, scale)
 
     expected = run()
-    calls = []
-    monkeypatch.setattr(layer, "platform", lambda: "tpu")
-    monkeypatch.setattr(layer, "fits", lambda *sizes: calls.append(sizes) or True)
-    for name, function in zip(("token_logits", "dense_updates"), interpreted, strict=True):
-        monkeypatch.setattr(pool, name, function)
+    calls = pretend_tpu(monkeypatch, tokens=128)
     found = run()
-    assert calls and expected[0][1].drop_fraction.max() > 0
+    assert set(calls) == set(INTERPRETED) and expected[0][1].drop_fraction.max() > 0
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(np.abs(b).max(), 1e-3))
 
@@ -113,8 +115,8 @@ def test_they_lower_for_a_tpu():
     experts = [wide(x, jnp.bfloat16) for x in experts]
 
     def loss(a, shift, scale, gate, weights, down, up):
-        logits, a = token_logits(a, shift, scale, gate)
-        return jnp.sum(logits) + sum(jnp.sum(x) for x in dense_updates(a, shift, scale, weights, down, up))
+        logits, a = fused_token_logits(a, shift, scale, gate)
+        return jnp.sum(logits) + sum(jnp.sum(x) for x in fused_updates(a, shift, scale, weights, down, up))
 
     program = jax.jit(jax.grad(loss, range(7))).trace(*block, gate, weights, *experts)
     text = program.lower(lowering_platforms=("tpu",)).as_text()
@@ -130,7 +132,7 @@ def test_which_sizes_fit():
 
 
 def test_only_a_tpu_takes_them(monkeypatch):
-    monkeypatch.setattr(layer, "fits", lambda *sizes: pytest.fail("a CPU asked for the kernels"))
+    monkeypatch.setattr(fused_latent_step, "fits", lambda *sizes: pytest.fail("a CPU asked for the kernels"))
     test_config = dataclasses.replace(SMALL, latent_steps=2)
     model = Recursion(8, 2, test_config, dtype=jnp.float32, rngs=nnx.Rngs(0))
     y = jnp.ones((4, 8))
@@ -139,19 +141,18 @@ def test_only_a_tpu_takes_them(monkeypatch):
         shift_bd=y,
         scale_bd=y,
         conditioning=Conditioning(y, y),
-        attend=lambda qkv: qkv[:, :, 0].reshape(4, 3, 8),
-        project_base=None,
+        attention=UpdatesAlone(),
         key=jax.random.key(0),
     )
 
 
 SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
-from tests.models.kernels.test_fused_latent_step import fused_by_pool, interpreted, operands, plain
-from trm_diffusion.models.recursion import layer, pool
+from tests.models.kernels.test_fused_latent_step import INTERPRETED, fused_by_pool, operands, plain
+from trm_diffusion.models.kernels import fused_latent_step
 from trm_diffusion.runtime.sharding import MESH_AXES, models_over
 
-pool.token_logits, pool.dense_updates = interpreted
+vars(fused_latent_step).update(INTERPRETED)
 arguments, cotangents = operands(4, 128, 1)
 mesh = jax.make_mesh((1, 2, 2, 1), MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4)
 
@@ -169,12 +170,12 @@ for a, b in zip((*found, *backward(cotangents)), (*expected, *pullback(cotangent
 def fused_by_pool(a, shift, scale, gate, weights, down, up):
     """As `fused`, through the methods that divide the work over devices."""
     config = dataclasses.replace(SMALL, rank=RANK)
-    both = nnx.eval_shape(lambda: pool.Pool(WIDTH, config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    both = nnx.eval_shape(lambda: Pool(WIDTH, config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     both.gate.token_kernel = nnx.Param(gate[:, None, :])
     both.experts.down, both.experts.up = nnx.Param(down), nnx.Param(up)
-    logits, a = both.fused_token_logits(a, shift, scale)
+    logits, *state = both._token_logits_by_kernel(a, shift, scale)
     nothing = jnp.zeros(weights.shape, bool)
-    updates = both.fused_updates(a, shift, scale, Assignment(weights, nothing, nothing, nothing))
+    updates = both._updates_by_kernel(*state, Assignment(weights, nothing, nothing, nothing))
     return logits[:, :, 0], jnp.moveaxis(updates, 2, 0)
 
 

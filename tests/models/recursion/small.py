@@ -1,5 +1,7 @@
 """A recursion and its block's attention, small enough for the plain reference, and both ways to run them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,8 @@ from flax import nnx
 
 from tests.models.recursion import reference
 from trm_diffusion.models.attention import Attention, Context
-from trm_diffusion.models.recursion.config import RecursionConfig
-from trm_diffusion.models.recursion.gate import Conditioning
-from trm_diffusion.models.recursion.layer import Recursion
+from trm_diffusion.models.kernels import fused_latent_step
+from trm_diffusion.models.recursion import Conditioning, Recursion, RecursionConfig, pool
 
 IMAGES, TOKENS, WIDTH, HEADS, TEXT = 4, 3, 8, 2, 5
 SMALL = RecursionConfig(blocks="all", rank=3, routing_group=2, capacity_factor=1.0, remat="none")
@@ -56,13 +57,12 @@ def run(graphdef, state, data, *, steps, joint=False, key=None):
         shift_bd=shift,
         scale_bd=scale,
         conditioning=conditioning,
-        attend=lambda qkv: attention.attend(qkv, Context(*context) if joint else None),
-        project_base=attention.project,
+        attention=attention,
+        context=Context(*context) if joint else None,
         latent_steps=steps,
         key=key,
     )
-    qkv = attention.project(out.base_input) + out.update
-    return qkv.reshape(*x.shape[:2], 3, WIDTH), out.report
+    return out.qkv.reshape(*x.shape[:2], 3, WIDTH), out.report
 
 
 def as_reference(graphdef, state, data, *, joint) -> dict:
@@ -101,3 +101,28 @@ def run_reference(arguments: dict, config: RecursionConfig, *, steps, key=None) 
         shape = (images, tokens, 3 if config.routing_scope == "per_projection" else 1, config.experts)
         gumbel = [np.asarray(jax.random.gumbel(jax.random.fold_in(key, t), shape), np.float64) for t in range(steps)]
     return reference.recursion(**arguments, heads=HEADS, config=config, steps=steps, gumbel=gumbel)
+
+
+INTERPRETED = {  # by the names that the pool calls them by
+    function.__name__: functools.partial(function, interpret=True)
+    for function in (fused_latent_step.fused_token_logits, fused_latent_step.fused_updates)
+}
+
+
+def pretend_tpu(monkeypatch, *, tokens: int, kernels=INTERPRETED) -> list[str]:
+    """From here on the pool believes in a TPU whose kernels fit every size; the kernels' names, as they are called.
+
+    tokens: of an image, that a program of a kernel takes.
+    """
+    calls = []
+
+    def noted(name, *operands):
+        calls.append(name)
+        return kernels[name](*operands)
+
+    monkeypatch.setattr(pool, "platform", lambda: "tpu")
+    monkeypatch.setattr(fused_latent_step, "fits", lambda *sizes: True)
+    monkeypatch.setattr(fused_latent_step, "TOKENS", (tokens,))
+    for name in kernels:
+        monkeypatch.setattr(fused_latent_step, name, functools.partial(noted, name))
+    return calls

@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 
 from tests.models.recursion.small import (
     IMAGES,
+    INTERPRETED,
     SMALL,
     TOKENS,
     WIDTH,
     as_reference,
     build,
     inputs,
+    pretend_tpu,
     run,
     run_reference,
     with_zero_up,
@@ -126,10 +128,26 @@ def test_every_switch_equals_reference(row):
     assert_equals_reference(dataclasses.replace(SWITCHED, **row), steps=3, **call)
 
 
-def test_pairwise_rows_cover_every_pair():
-    rows = pairwise_rows(FACTORS)
-    for a, b in itertools.combinations(FACTORS, 2):
-        assert {(row[a], row[b]) for row in rows} == set(itertools.product(FACTORS[a], FACTORS[b]))
+PLAIN_ALONE = ("normalization", "modulation", "residual", "dispatch")  # other values than the paper's leave the kernels
+FUSED_FACTORS = {name: values for name, values in FACTORS.items() if name not in PLAIN_ALONE} | {
+    "gate_inputs": tuple(subset for subset in SUBSETS if "tokens" in subset)
+}
+
+
+@pytest.mark.parametrize("row", pairwise_rows(FUSED_FACTORS), ids=lambda row: "-".join(str(v) for v in row.values()))
+def test_every_switch_that_the_kernels_honour_equals_reference_with_them(row, monkeypatch):
+    """In Pallas's interpreter, each image's tokens in several programs."""
+    row, calls = dict(row), pretend_tpu(monkeypatch, tokens=1)
+    call = {name: row.pop(name) for name in ("training", "joint", "qk_norm", "traced")}
+    assert_equals_reference(dataclasses.replace(SWITCHED, **row), steps=3, **call)
+    assert set(calls) == set(INTERPRETED)
+
+
+@pytest.mark.parametrize("factors", [FACTORS, FUSED_FACTORS], ids=["plain", "fused"])
+def test_pairwise_rows_cover_every_pair(factors):
+    rows = pairwise_rows(factors)
+    for a, b in itertools.combinations(factors, 2):
+        assert {(row[a], row[b]) for row in rows} == set(itertools.product(factors[a], factors[b]))
 
 
 @functools.cache

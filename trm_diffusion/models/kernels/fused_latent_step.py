@@ -2,9 +2,9 @@
 
 Both start from the state a and compute h = Mod(LN(a)) = LN(a) (1 + scale) + shift in the chip's vector memory:
 
-    token_logits    W_x LN(h), the tokens' part of the gate's logits, in float32
-    dense_updates   sum_m w_m B_m A_m h for q, k and v: every expert for every token, weighted in the r-wide middle, and
-                    so M / k times the products that are asked for
+    fused_token_logits  W_x LN(h), the tokens' part of the gate's logits, in float32
+    fused_updates       sum_m w_m B_m A_m h for q, k and v: every expert for every token, weighted in the r-wide middle,
+                        and so M / k times the products that are asked for
 
 As separate operations these are small products between passes over a, h and their gradients, and it is the passes that
 take the time. The backward kernels compute h again; that of the updates has A h from the forward kernel.
@@ -28,8 +28,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from trm_diffusion.models.kernels.fused_attention import LANES, SUBLANES, VMEM_BYTES
 from trm_diffusion.models.layers import EPSILON
-from trm_diffusion.models.recursion.config import PROJECTIONS
 
+PROJECTIONS = 3  # q, k and v
 TOKENS = (256, 128)  # of a program, the first that divides the image and fits
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -54,7 +54,7 @@ def _tokens_at_a_time(tokens: int, width: int, ranks: int, dtype) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def token_logits(a_bnd, shift_bd, scale_bd, kernel_dc, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
+def fused_token_logits(a_bnd, shift_bd, scale_bd, kernel_dc, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
     """LN(Mod(LN(a))) times the kernel [D, C] -> [B, N, C] float32, and a itself.
 
     Whoever uses that a hands its gradient to the backward kernel, which adds it up in the same pass. `interpret` runs
@@ -89,11 +89,11 @@ def _logits_gradients(interpret, saved, cotangents):
     return _gradients(da, dshift, dscale, shift_bd, scale_bd) + (dkernel,)
 
 
-token_logits.defvjp(_saving_logits, _logits_gradients)
+fused_token_logits.defvjp(_saving_logits, _logits_gradients)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def dense_updates(a_bnd, shift_bd, scale_bd, weights_bnpm, down_pmrd, up_pmrd, interpret: bool = False) -> tuple:
+def fused_updates(a_bnd, shift_bd, scale_bd, weights_bnpm, down_pmrd, up_pmrd, interpret: bool = False) -> tuple:
     """The updates of q, k and v by h = Mod(LN(a)), three of [B, N, D]: sum over m of weights * up_m^T (down_m h).
 
     weights [B, N, P, M] float32, zero for experts that do not take the token, P = 1 for one choice of all three; down
@@ -136,7 +136,7 @@ def _of_updates(a_bnd, shift_bd, scale_bd, weights_bnpm, down_pmrd, up_pmrd) -> 
     return *_of_block(a_bnd, shift_bd, scale_bd), ("token", weights), *flat
 
 
-dense_updates.defvjp(_saving_updates, _updates_gradients)
+fused_updates.defvjp(_saving_updates, _updates_gradients)
 
 
 def _tokens_last(x_bnd: jax.Array) -> jax.Array:

@@ -1,8 +1,20 @@
-"""Recursion over latent steps inside an attention layer, the mechanism of "The Thinking Pixel" (arXiv 2604.25299)."""
+"""Recursion over latent steps inside an attention layer, the mechanism of "The Thinking Pixel" (arXiv 2604.25299).
+
+In reading order: config, layer (the equations), depth (how the latent steps are run), pool, gate, assignment, experts,
+dispatch, report, halting, balance. docs/own_model.md puts it into a model of your own.
+"""
 
 from trm_diffusion.models.recursion.config import RecursionConfig, recursive_blocks
 from trm_diffusion.models.recursion.gate import Conditioning
-from trm_diffusion.models.recursion.layer import Recursion
+from trm_diffusion.models.recursion.layer import BlockAttention, Recursion, RecursionOutput
 from trm_diffusion.models.recursion.report import RoutingReport
 
-__all__ = ["Conditioning", "Recursion", "RecursionConfig", "RoutingReport", "recursive_blocks"]
+__all__ = [
+    "BlockAttention",
+    "Conditioning",
+    "Recursion",
+    "RecursionConfig",
+    "RecursionOutput",
+    "RoutingReport",
+    "recursive_blocks",
+]
