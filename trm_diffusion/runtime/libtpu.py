@@ -45,7 +45,7 @@ def find_libtpu(*, install: bool) -> Path:
     if directory.is_dir():
         return directory
     if not install:
-        raise UserError(f"no libtpu; install it with python -m trm_diffusion.main --mode=compile, or set {DIRECTORY}")
+        raise UserError(f"no libtpu; python -m trm_diffusion.main --mode=compile installs it, or set {DIRECTORY}")
     _install(pinned, directory)
     return directory
 
