@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from tests.jobs.tiny import tiny_config
+from trm_diffusion.conditions import make_condition
 from trm_diffusion.diffusion.objectives import make_objective
 from trm_diffusion.experiment import make_model
 from trm_diffusion.runtime.optimizer import OptimConfig, ema_decay, learning_rate, make_optimizer, update_ema
@@ -87,7 +88,7 @@ def test_a_learning_rate_of_zero_stays_zero():
 def test_matrices_alone_decay():
     """With zero gradients, AdamW changes a parameter only by its weight decay."""
     config = tiny_config(model__qk_norm=True)
-    shapes = make_model(config, make_objective(config.diffusion)).shapes
+    shapes = make_model(config, make_objective(config.diffusion), make_condition(config)).shapes
     parameters = {name: jnp.ones(shape.shape) for name, shape in shapes.items()}
     optimizer = make_optimizer(OptimConfig(lr=1.0, weight_decay=0.25), 10)
     zeros = jax.tree.map(jnp.zeros_like, parameters)

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from tests.jobs.tiny import tiny_config
+from trm_diffusion.conditions import make_condition
 from trm_diffusion.diffusion.objectives import make_objective
 from trm_diffusion.errors import UserError
 from trm_diffusion.experiment import build, make_model
@@ -100,7 +101,7 @@ def test_the_batch_is_divided_over_every_axis_but_tensor():
 def test_every_parameter_of_the_model_has_a_place(scan, pool):
     """The table has every axis, no two collide, and axes added by stacking layers or pools come first, unsharded."""
     config = tiny_config(model__depth=3, model__scan_blocks=scan, model__recursion__pool=pool, model__qk_norm=True)
-    model = make_model(config, make_objective(config.diffusion))
+    model = make_model(config, make_objective(config.diffusion), make_condition(config))
     divided = set()
     for name, axes in model.logical_axes.items():
         shape = model.shapes[name].shape
