@@ -17,6 +17,7 @@ import argparse
 
 from benchmarks.measure import progress, report, rounded
 from configs import imagenet256
+from trm_diffusion.conditions import make_condition
 from trm_diffusion.config import Config, resolve
 from trm_diffusion.diffusion.objectives import make_objective
 from trm_diffusion.experiment import make_model
@@ -62,7 +63,7 @@ def main() -> None:
     parser.add_argument("--save", default="", help="also write the result to this file")
     arguments = parser.parse_args()
     config = config_of(FSDP)
-    parameters = count(make_model(config, make_objective(config.diffusion)).shapes)
+    parameters = count(make_model(config, make_objective(config.diffusion), make_condition(config)).shapes)
     rows = {chips: row(chips) for chips in map(int, arguments.chips.split(","))}
     least = rows[min(rows)]
     for chips, entry in rows.items():

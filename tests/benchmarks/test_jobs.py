@@ -1,4 +1,4 @@
-"""The benchmarks of sampling, checkpoints, starts and data run at the smallest size, and judge what they found."""
+"""The benchmarks of sampling, checkpoints, startup and data run at the smallest size and check their targets."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The FLOPs that the benchmark of recursion takes as analytic are those that the compiler counts."""
+"""The analytic FLOPs of the recursion benchmark equal those that the compiler counts."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from benchmarks.recursion import base_flops, experiment, extra_flops, lowered_st
 
 
 def counted_flops(blocks: str, latent_steps: int, **recursion) -> tuple[float, object]:
-    """Of a training step with one block of one expert, which wastes nothing; unrolled, since loops are counted once."""
+    """FLOPs of a training step with one block and one expert, so none are wasted; unrolled, as loops count once."""
     built = experiment(
         "S/2", blocks, latent_steps, 8, depth=1, width=256, heads=2, scan_blocks=False, dtype="float32", remat="none",
         recursion={"experts": 1, "scan_latent_steps": False, **recursion},

@@ -1,4 +1,4 @@
-"""The benchmark of the training step: its yardstick computes what we compute, and its judgements follow the figures."""
+"""The training step benchmark: its reference step computes the same as ours, and its verdicts follow the figures."""
 
 import jax
 import numpy as np

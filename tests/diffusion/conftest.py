@@ -6,13 +6,13 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def no_silent_broadcast():
-    """A [B] meeting a [B, ..., C] by accident is an error here."""
+    """Broadcasting [B] with [B, ..., C] by accident is an error here."""
     with jax.numpy_rank_promotion("raise"):
         yield
 
 
 @pytest.fixture
 def float64():
-    """Arrays of this test are float64, so that truncation error is seen well above rounding."""
+    """Uses float64 arrays, so that truncation error is well above rounding error."""
     with jax.enable_x64(True):
         yield

@@ -84,7 +84,7 @@ def test_guide_evaluates_one_batch_with_null_second():
     assert shape == (2 * BATCH, 5, CHANNELS)
     chex.assert_trees_all_close(network_times, jnp.concatenate([1000 * times, 1000 * times]))
     chex.assert_trees_all_equal(condition["label"], jnp.array([1.0, 2, 3, 4, 0, 0, 0, 0]))
-    chex.assert_trees_all_equal(aux["label"], condition["label"])  # as the network gave it
+    chex.assert_trees_all_equal(aux["label"], condition["label"])  # as the network returned it
     expected = 3 * CONDITION["label"].reshape(-1, 1, 1) * noisy + 1000 * times.reshape(-1, 1, 1)
     chex.assert_trees_all_close(output, expected, rtol=1e-5, atol=1e-3)
 
@@ -101,7 +101,7 @@ def test_guide_at_scale_1_never_builds_the_null_half():
 
 
 def test_interval_is_on_normalized_time():
-    """DDPM's levels run to 1000: the interval is compared neither with those nor with the network's times."""
+    """DDPM's levels run to 1000: the interval is compared with neither those nor the network's times."""
 
     def network(noisy, network_times, condition):
         label = jnp.broadcast_to(condition["label"].reshape(-1, 1, 1), noisy.shape)
@@ -115,7 +115,7 @@ def test_interval_is_on_normalized_time():
 
 
 def test_guided_sampling_reaches_the_extrapolated_point():
-    """Data concentrated on the label: guidance w moves the sample to null + w (label - null)."""
+    """For data concentrated on the label, guidance w moves the sample to null + w (label - null)."""
 
     def network(noisy, network_times, condition):
         times = (network_times / 1000).reshape(-1, 1, 1)

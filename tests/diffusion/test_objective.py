@@ -25,14 +25,14 @@ def example(config, seed=0):
 
 
 def perfect_output(objective, clean, noise):
-    """What a perfect network says; the variance half, where there is one, at the posterior's (v = -1)."""
+    """The output of a perfect network; the variance half, if any, is the posterior variance (v = -1)."""
     output = noise - clean if objective.name == "rectified_flow" else noise
     missing = objective.output_channels(clean.shape[-1]) - clean.shape[-1]
     return jnp.concatenate([output, jnp.full((*clean.shape[:-1], missing), -1.0)], axis=-1)
 
 
 class ContractTest(chex.TestCase):
-    """What holds for every objective, jitted or not."""
+    """Properties of every objective, jitted or not."""
 
     @chex.variants(with_jit=True, without_jit=True)
     def test_predict_inverts_perturb(self):
@@ -68,7 +68,7 @@ class ContractTest(chex.TestCase):
 
     @chex.variants(with_jit=True, without_jit=True)
     def test_straight_in_its_own_coordinates(self):
-        """With data and noise fixed, z = x / scale moves along direction exactly as fast as the clock."""
+        """For fixed data and noise, z = x / scale moves along direction at exactly the rate of the clock."""
         for config in (FLOW, DDPM):
             objective, clean, noise, times, noisy = example(config)
             direction = objective.direction(objective.predict(perfect_output(objective, clean, noise), noisy, times))
@@ -180,7 +180,7 @@ def test_respacing():
 
 
 def test_respacing_accumulates_its_stride():
-    """Any count has distinct indices that end at the last: the running sum of the stride, rounded."""
+    """Any number of steps gives distinct indices up to the last: the running sum of the stride, rounded."""
     objective = make_objective(DDPM)
     for count in (2, 3, 21, 23, 31, 112, 251, 999):
         position, indices = 0.0, []
@@ -233,14 +233,14 @@ def test_hybrid_loss_against_numpy():
     bound = np.array([reference_bound(*(a[b] for a in rows), int(times[b])) for b in range(6)])
     error = np.mean((rows[2] - np.asarray(noise, np.float64)) ** 2, axis=(1, 2, 3))
     np.testing.assert_allclose(loss, error + bound, rtol=2e-3)
-    assert np.all(bound > 1e-6)  # so that the term is seen
+    assert np.all(bound > 1e-6)  # so that the term matters
 
 
 def test_bound_vanishes_at_the_truth_above_level_1():
     objective, clean, noise, times, noisy = example(HYBRID)
     loss = objective.loss(perfect_output(objective, clean, noise), clean, noise, noisy, times)
     chex.assert_trees_all_close(loss[:-1], jnp.zeros(5), atol=1e-5)
-    assert loss[-1] > 0.1  # at level 1 the data still have to be named bin by bin
+    assert loss[-1] > 0.1  # at level 1 the bound is the likelihood of each 8-bit bin
 
 
 def test_bound_trains_only_the_variance():

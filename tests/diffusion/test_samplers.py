@@ -1,6 +1,6 @@
-"""For data N(MEAN, diag(DEVIATION^2)) the best network is known, and so is where a sampler must arrive.
+"""Samplers on data N(MEAN, diag(DEVIATION^2)), for which the optimal network and the exact result are known.
 
-A sampler is then an affine map of the noises it is given, so moments are carried through it exactly.
+A sampler is then an affine map of its noises, so moments can be propagated through it exactly.
 """
 
 import functools
@@ -21,7 +21,7 @@ MEAN = np.array([[0.5, -1.0, 0.2]])  # [1, D]
 DEVIATION = np.array([[0.3, 1.5, 0.8]])  # [1, D]
 DIMENSIONS = MEAN.shape[-1]
 FLOW = make_objective(DiffusionConfig())
-# Level 1 lies at clock 1e-3, so the error of the move from it to clean, which no grid refines, is small.
+# Level 1 is at clock 1e-3, so the step from it to clean, which no grid refines, has a small error.
 FINE_DDPM = make_objective(DiffusionConfig(objective="ddpm", beta_start=1e-6))
 DDPM = make_objective(DiffusionConfig(objective="ddpm"))
 HYBRID = make_objective(DiffusionConfig(objective="ddpm", learned_sigma=True))
@@ -93,7 +93,7 @@ def test_moments_and_order_of_the_probability_flow(sampler, order, largest_error
 
 
 def propagated_moments(objective, name, diffusion_steps, eta=0.0):
-    """Mean and variance [1, D] after a sampler has walked the grid, from the exact marginal at pure noise.
+    """Mean and variance [1, D] after a sampler has run over the grid, from the exact marginal at pure noise.
 
     One diffusion step is x' = offset + gain x + spread noise; its three numbers are read off three inputs."""
     network, grid = exact_network(objective), jnp.asarray(objective.time_grid(diffusion_steps))
@@ -136,7 +136,7 @@ def test_ancestral_sampling_is_of_order_1_in_variance_and_exact_in_mean(objectiv
     ids=name_of,
 )
 def test_many_samples_have_the_propagated_moments(objective, sampler, eta):
-    """The whole sampler: its noise is of unit variance and fresh in each dimension and diffusion step."""
+    """The whole sampler: its noise has unit variance and is independent across dimensions and diffusion steps."""
     count, diffusion_steps = 20_000, 12
     keys = jax.random.split(jax.random.key(7), count)
     start = jnp.asarray(objective.time_grid(1)[:1], jnp.float32)
@@ -164,7 +164,7 @@ def test_many_samples_have_the_propagated_moments(objective, sampler, eta):
 
 @pytest.mark.parametrize("fraction, expected", [(0.0, "posterior"), (1.0, "beta"), (0.5, "between")])
 def test_learned_variance_spans_the_respaced_chain(fraction, expected):
-    """Levels 801 and 401: the range is that of the transition between them, not of one of the 1000."""
+    """From level 801 to 401 the range is that of this transition, not that of one of the 1000."""
     times, next_times = jnp.array([801.0]), jnp.array([401.0])
     alpha_bar = np.cumprod(1.0 - np.linspace(1e-4, 0.02, 1000))[[800, 400]]
     beta = 1.0 - alpha_bar[0] / alpha_bar[1]
@@ -189,7 +189,7 @@ def test_last_transition_lands_on_the_predicted_data(fraction):
 
 
 class IdentityTest(chex.TestCase):
-    """Samplers that are the same by algebra, jitted or not."""
+    """Samplers that are algebraically the same, jitted or not."""
 
     def run_sampler(self, objective, **options):
         noise = draw_initial_noise(KEYS, (DIMENSIONS,))
@@ -252,7 +252,7 @@ def test_every_diffusion_step_and_the_start_draw_different_noise():
             return draw_noise()
 
     drawn = []
-    for diffusion_steps in (1, 2, 3):  # the state after the last one is that step's noise
+    for diffusion_steps in (1, 2, 3):  # the state after the last step is the noise of that step
         grid = jnp.asarray(FLOW.time_grid(diffusion_steps), jnp.float32)
         noise = draw_initial_noise(KEYS, (DIMENSIONS,))
         last, _ = samplers.run(OnlyNoise(FLOW, grid), exact_network(FLOW), noise, KEYS)

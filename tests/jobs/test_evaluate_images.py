@@ -99,7 +99,10 @@ def test_a_report_names_everything(files, inception):
 
 def test_too_few_images_are_warned_about(tmp_path):
     np.savez(tmp_path / "a.npz", arr_0=images(0, 2047))
-    assert "2047 images cannot fill 2048 dimensions" in adm.warnings_about(open_images(str(tmp_path / "a.npz")))[0]
+    assert (
+        "2047 images are fewer than 2048 feature dimensions"
+        in adm.warnings_about(open_images(str(tmp_path / "a.npz")))[0]
+    )
     np.savez(tmp_path / "sorted.npz", arr_0=images(0, 6000), arr_1=np.arange(6000) // 600)
     assert "sorted by class" in adm.warnings_about(open_images(str(tmp_path / "sorted.npz")))[0]
 

@@ -172,11 +172,11 @@ def test_what_is_wrong_is_one_line(place, whole, tmp_path):
     for benchmark, line, says in (
         ("geneval", '{"tag": "counting", "prompt": "a"}', "line 1: no 'include'"),
         ("geneval", '{"tag": "colours", "include": [], "prompt": "a"}', "tag 'colours' is none of"),
-        ("geneval", '{"tag": "counting", "include": [], "prompt": ["a"]}', "is no text"),
+        ("geneval", '{"tag": "counting", "include": [], "prompt": ["a"]}', "is not text"),
         ("geneval", '{"tag": "counting", "include"', "line 1: not JSON"),
         ("dpg", '{"item_id": "../a", "prompt": "a"}', "cannot name a file"),
-        ("dpg", '{"item_id": "a", "prompt": ""}', "of item a is no text"),
-        ("dpg", '{"item_id": 1, "prompt": "a"}\n{"item_id": "1", "prompt": "b"}', "1 of its item ids are there twice"),
+        ("dpg", '{"item_id": "a", "prompt": ""}', "of item a is not text"),
+        ("dpg", '{"item_id": 1, "prompt": "a"}\n{"item_id": "1", "prompt": "b"}', "1 of its item ids appear twice"),
     ):
         (tmp_path / "prompts.jsonl").write_text(line)
         with pytest.raises(UserError, match=says):

@@ -157,4 +157,4 @@ def test_one_of_two_alone_ends_in_one_line_that_names_the_other(pair, index, abs
     process = command("--config=configs/digits.py", f"--coordinator={address}", *arguments)
     out, err = finished(process, code=75)
     (line,) = err.strip().splitlines()
-    assert line.startswith(f"process {absent} of 0 to 1 did not come to {address} within 2 s") and not out
+    assert line.startswith(f"process {absent} of 2 did not connect to {address} within 2 s") and not out

@@ -42,7 +42,7 @@ def test_a_zero_cascades_in_csv_order():
     assert dpg.score_crop(chain, ["yes", "no", "yes"]) == ([1, 0, 1], [1, 0, 0])
     assert dpg.score_crop(chain, ["Yes", "yes", "yes."]) == ([0, 1, 0], [0, 0, 0])  # exactly "yes"
     assert dpg.score_crop(questions((), (), (1, 2)), ["yes", "no", "yes"])[1] == [1, 0, 0]
-    # The child stands before the parent that is only zeroed later: it keeps its score.
+    # The child comes before its parent, which is zeroed only later: the child keeps its score.
     assert dpg.score_crop(questions((2,), (3,), ()), ["yes", "yes", "no"])[1] == [1, 0, 0]
 
 
@@ -55,7 +55,7 @@ def test_corrected_uses_all_rows_and_all_crops(csv_path):
 
 
 def test_official_keeps_the_slips_of_the_reference(csv_path):
-    """The first row is gone, and with it the parent of the car's second question: the car is left out."""
+    """The first row is ignored, and it is the parent of the car's second question: the car is left out."""
     result = dpg.aggregate(dpg.read_questions(csv_path), ANSWERS, "official")
     assert result["score"] == pytest.approx(37.5)
     assert result["l2"] == {"attribute - color": 100, "entity - whole": 0}  # the last crop, before zeroing
@@ -76,7 +76,7 @@ def test_an_absent_image_is_dropped_by_official_and_refused_by_corrected(csv_pat
     with pytest.raises(UserError, match="none of the items"):
         dpg.aggregate(questions, answers, "official")
     assert dpg.aggregate(questions, {"cat": ANSWERS["cat"]}, "official")["dropped"] == ["car"]
-    questions["car"] = questions["car"][:1]  # nothing is left of the car without the first row
+    questions["car"] = questions["car"][:1]  # without the first row the car has no question
     assert dpg.aggregate(questions, {"car": [["yes"]] * 4, "cat": ANSWERS["cat"]}, "official")["dropped"] == ["car"]
     with pytest.raises(UserError, match="item cat needs 4 crops of 2 answers"):
         dpg.aggregate(questions, {"cat": ANSWERS["car"]}, "official")

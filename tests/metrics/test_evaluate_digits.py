@@ -1,4 +1,4 @@
-"""The digit evaluation gives real digits full marks, and finds what is wrong with the others."""
+"""The digit evaluation scores real digits as perfect, and detects what is wrong with others."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The Frechet distance against closed forms (more of them in the self-check), and how images move it."""
+"""The Frechet distance against closed forms (more of them in the self-check), and the influence of each image."""
 
 import chex
 import numpy as np
@@ -32,7 +32,7 @@ def test_a_general_pair_agrees_with_the_eigenvalues_of_the_product():
 
 
 def test_rank_deficient_covariances():
-    """Two projections: onto the same line at other scales, onto orthogonal lines, and a point."""
+    """Two projections: onto the same line at different scales, onto orthogonal lines, and a point."""
     line, other = rotation(8, 0)[:, :2].T
     zero, flat = np.zeros(8), np.zeros((8, 8))
     a, b, c = 4 * np.outer(line, line), 9 * np.outer(line, line), 9 * np.outer(other, other)
@@ -71,11 +71,11 @@ def test_influence_is_the_derivative_in_an_images_weight():
     for image in (0, 100):
         weights = (1 - small) * even + small * (np.arange(400) == image)
         derivative = (weighted_distance(weights) - weighted_distance(even)) / small
-        np.testing.assert_allclose(influence[image], derivative, atol=0.01 * influence.std())  # equal but for 1 / N
+        np.testing.assert_allclose(influence[image], derivative, atol=0.01 * influence.std())  # equal up to 1 / N
 
 
 def test_fewer_rows_than_dimensions():
-    """The distance is that of the moments; and a row's influence is what it is in the space that the rows span."""
+    """The distance is that of the moments; a row's influence is the same as in the space that the rows span."""
     features = np.random.default_rng(0).standard_normal((20, 50))
     distance, influence = frechet_and_influence(features, np.zeros(50), np.eye(50))
     np.testing.assert_allclose(distance, frechet_distance(*moments(features), np.zeros(50), np.eye(50)), rtol=1e-9)

@@ -1,4 +1,4 @@
-"""GenEval: the official arithmetic, checked by hand, and exports that must be whole."""
+"""GenEval: the official summary, checked by hand, and exports that must be complete."""
 
 import json
 import pathlib
@@ -63,7 +63,7 @@ def test_a_part_of_the_benchmark_is_not_passed_off_as_the_whole():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda lines: lines.append(lines[0]), "there twice"),
+        (lambda lines: lines.append(lines[0]), "appears twice"),
         (lambda lines: lines[1].update(tag="colour"), "'colour' is none of"),
         (lambda lines: lines[2].update(correct="True"), "correct is 'True'"),
         (lambda lines: lines[3].pop("metadata"), "line 4: no 'metadata'"),

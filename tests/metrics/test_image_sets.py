@@ -1,4 +1,4 @@
-"""Images come back in order and whole from folders and npz files, and what cannot be read is named."""
+"""Folders and npz files give all images in order, and errors name what cannot be read."""
 
 import numpy as np
 import pytest
@@ -73,7 +73,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
         (tmp_path / "text.npz", "is not an npz file with images in arr_0"),
         (npz(tmp_path / "other.npz", images=IMAGES), "is not an npz file with images in arr_0"),
         (npz(tmp_path / "float.npz", arr_0=IMAGES / 255), "must be uint8 .N, H, W, 3., it is float64"),
-        (npz(tmp_path / "labels.npz", arr_0=IMAGES, arr_1=[1, 2]), "are not the labels of 7 images"),
+        (npz(tmp_path / "labels.npz", arr_0=IMAGES, arr_1=[1, 2]), "arr_1 has shape .2,., but arr_0 has 7 images"),
     ):
         with pytest.raises(UserError, match=message):
             open_images(str(path))

@@ -1,4 +1,4 @@
-"""The inception score against its definition, and how images move it."""
+"""The inception score against its definition, and the influence of each image."""
 
 import numpy as np
 from scipy.special import softmax
@@ -7,7 +7,7 @@ from trm_diffusion.metrics.inception_score import inception_score
 
 
 def score(p, weights=None):
-    """exp of the mean divergence of rows p from their mean."""
+    """exp of the mean KL divergence of rows p from their mean."""
     mean = np.average(p, axis=0, weights=weights)
     return np.exp(np.average((p * np.log(p / mean)).sum(axis=1), weights=weights))
 

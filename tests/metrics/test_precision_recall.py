@@ -22,7 +22,7 @@ def in_balls(points, centres, neighbours):
 def test_equals_the_definition_for_any_block_size(monkeypatch, dtype, block_rows):
     monkeypatch.setattr(module, "BLOCK_ROWS", block_rows)
     rng = np.random.default_rng(0)
-    # Halves of small integers: exact in float16 too, with many ties at the balls' borders.
+    # Halves of small integers are exact in float16 too, and give many ties at the borders of balls.
     samples, reference = (rng.integers(-4, 5, (count, 4)).astype(np.float32) / 2 for count in (50, 37))
     samples += np.float32([1, 0, 0, 0])
     is_real, is_covered = precision_recall(samples, reference, 3, dtype)
@@ -40,5 +40,5 @@ def test_float16_that_overflows_is_refused():
 
 def test_too_few_images():
     few, many = np.zeros((3, 2), np.float32), np.zeros((4, 2), np.float32)
-    with pytest.raises(ValueError, match="3 samples have no 3 neighbours"):
+    with pytest.raises(ValueError, match="3 samples are too few: each needs 3 neighbours"):
         precision_recall(few, many)

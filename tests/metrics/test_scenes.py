@@ -1,4 +1,4 @@
-"""The judge of scenes: proven on drawn truth, not fooled by noise, and right about what strict and lenient mean."""
+"""The scene judge: right on rendered ground truth, robust to noise, and true to the strict and lenient rules."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def test_the_proof_holds_on_fewer_scenes():
     for size in ("32x32", "64x64"):
         assert set(proof[size]["truth_strict"].values()) == {1.0}
         assert proof[size]["shuffled_disagreements"] == 0 and proof[size]["shuffled_pairs"] == 300 * 18
-        # The sweep has two ends: too low a threshold takes ellipses for circles.
+        # The sweep has two ends: too low a threshold accepts ellipses as circles.
         assert proof[size]["accepted"]["ellipse"]["0.8"] > 0.2
 
 
@@ -91,7 +91,7 @@ def test_chance_of_four_shapes_is_the_published_one():
 
 
 def _free_place(image: np.ndarray) -> np.ndarray:
-    """One pixel, as a mask [32, 32], far from everything drawn."""
+    """A mask [32, 32] of one pixel, far from everything drawn."""
     distance = scipy.ndimage.distance_transform_edt(np.pad(~image.any(axis=-1), 1))[1:-1, 1:-1]
     return np.arange(32 * 32).reshape(32, 32) == distance.argmax()
 
@@ -102,7 +102,7 @@ def test_evaluation_of_true_spoilt_and_empty_images():
     result = evaluate_scenes(images, source)
     assert set(result["strict"].values()) == set(result["lenient"].values()) == {1.0}
     assert set(result["strict"]) == {*source.tasks, "overall", "overall_without_single"}
-    # A speck in free space on every second round of the six tasks: half of the images are spoilt, strictly.
+    # A speck in empty space, in every second round of the six tasks: strictly, half of the images are wrong.
     for i in [i for i in range(60) if i // 6 % 2]:
         images[i][scipy.ndimage.binary_dilation(_free_place(images[i]), iterations=1)] = 1
     result = evaluate_scenes(images, source)

@@ -1,4 +1,4 @@
-"""Every check of the metrics holds, and one that does not is reported."""
+"""Every check of the metrics passes, and one that fails is reported."""
 
 import json
 

@@ -1,6 +1,6 @@
-"""Collectives of a product whose kernel is sharded, as JSON: python -m tests.runtime.gathered_product, with libtpu.
+"""Prints the collectives of a product with a sharded kernel as JSON: python -m tests.runtime.gathered_product.
 
-It is the first product of DiT-XL/2's MLP, for 8 images on each of 32 chips that share the parameters out.
+Needs libtpu. It is the first product of DiT-XL/2's MLP, for 8 images on each of 32 chips, with sharded parameters.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What is saved comes back, to the bit; what does not fit is refused by path; old checkpoints go when they should."""
+"""Checkpoints restore to the bit; a state that does not match is refused by path; old checkpoints are deleted."""
 
 import json
 
@@ -70,7 +70,7 @@ def test_the_state_may_be_read_without_the_iterator(directory):
     iterator = batches()
     with Checkpoints(directory) as checkpoints:
         checkpoints.save(1, jax.tree.map(jnp.zeros_like, SMALL), iterator, LOOP | {"updates": 9})
-        checkpoints.save(1, SMALL, iterator, LOOP)  # the same update again, as after a resume, replaces the first
+        checkpoints.save(1, SMALL, iterator, LOOP)  # saved again, as after a resume: replaces the first
     with Checkpoints(directory) as checkpoints:
         restored, loop = checkpoints.restore(1, abstract(SMALL))
     chex.assert_trees_all_equal(restored, SMALL)
@@ -140,7 +140,7 @@ def test_a_half_written_checkpoint_is_passed_over(directory):
     with Checkpoints(directory) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, SMALL, iterator, LOOP)
-    half = directory / "3.orbax-checkpoint-tmp"  # what a job killed while saving leaves behind
+    half = directory / "3.orbax-checkpoint-tmp"  # left behind by a job killed during a save
     (half / "state").mkdir(parents=True)
     (half / "state" / "manifest.ocdbt").write_bytes(b"torn")
     with Checkpoints(directory) as checkpoints:

@@ -1,4 +1,4 @@
-"""The compilation cache: where it lies, and that a second start compiles nothing. What a compiler is asked for."""
+"""The compilation cache: its directory, and a second start that compiles nothing. The compiler options."""
 
 import collections
 import os
@@ -36,7 +36,7 @@ def test_where_it_lies(tmp_path):
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "runs/.compilation_cache")
     devices.use_compilation_cache(str(tmp_path / "b"), workdir)
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "b")
-    devices.use_compilation_cache("", workdir)  # now as if the environment had said so
+    devices.use_compilation_cache("", workdir)  # as if the environment variable were set
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "b")
     assert jax.config.jax_enable_compilation_cache
     devices.use_compilation_cache("none", workdir)
@@ -44,7 +44,7 @@ def test_where_it_lies(tmp_path):
 
 
 def test_a_second_start_compiles_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(devices, "LEAST_COMPILE_SECONDS", 0.0)  # tiny programs are to be kept too
+    monkeypatch.setattr(devices, "LEAST_COMPILE_SECONDS", 0.0)  # cache tiny programs too
     events = collections.Counter()
     jax.monitoring.register_event_listener(lambda event, **_: events.update([event.rpartition("/")[2]]))
 
@@ -58,7 +58,7 @@ def test_a_second_start_compiles_nothing(tmp_path, monkeypatch):
         return events.copy()
 
     first, second = start("a"), start("b")
-    assert first["cache_misses"] >= 2  # the initial state, and the training step
+    assert first["cache_misses"] >= 2  # the initial state and the training step
     assert second["cache_misses"] == 0
     assert second["cache_hits"] == second["compile_requests_use_cache"] >= 2
 

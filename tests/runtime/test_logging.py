@@ -1,4 +1,4 @@
-"""The metrics file is cut back to the checkpoint, and every line reaches every place the config names."""
+"""The metrics file is cut back to the checkpoint, and every line reaches every destination in the config."""
 
 import json
 import sys
@@ -33,7 +33,7 @@ def test_lines_past_the_checkpoint_are_dropped(tmp_path, resume_step, kept):
     before = path.read_text().splitlines()
     resumed = MetricsFile(path, resume_step)
     assert steps_in(path) == kept
-    assert path.read_text().splitlines() == before[: len(kept)]  # what stays is not rewritten
+    assert path.read_text().splitlines() == before[: len(kept)]  # the remaining lines are unchanged
     resumed.write({"step": 100})
     assert steps_in(path) == [*kept, 100]
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]  # no temporary file is left

@@ -1,4 +1,4 @@
-"""The optimiser's numbers by hand: averages, schedules, which parameters decay, and clipping."""
+"""The optimiser against numbers computed by hand: EMA, schedules, weight decay, and clipping."""
 
 import chex
 import jax
@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from tests.jobs.tiny import tiny_config
+from trm_diffusion.conditions import make_condition
 from trm_diffusion.diffusion.objectives import make_objective
 from trm_diffusion.experiment import make_model
 from trm_diffusion.runtime.optimizer import OptimConfig, ema_decay, learning_rate, make_optimizer, update_ema
@@ -31,11 +32,11 @@ class AverageTest(chex.TestCase):
         weights = (1 - decay) * decay ** np.arange(updates - 1, -1, -1)
         expected = decay**updates * 1.0 + weights @ np.asarray(parameters, np.float64)
         np.testing.assert_allclose(ema, expected, rtol=1e-5)
-        assert np.all(np.abs(expected - 1.0) > 1e-3)  # a frozen average would not pass
+        assert np.all(np.abs(expected - 1.0) > 1e-3)  # an EMA that never changes would not pass
 
 
 def test_an_average_of_a_long_run_stays_near_the_exact_one():
-    """20,000 updates at 0.9999 of parameters that drift: float32 against float64. A sum of two products is 3e-4 off."""
+    """20,000 updates at decay 0.9999 of drifting parameters: float32 vs float64. A sum of two products is 3e-4 off."""
     updates, decay = 20_000, np.float32(0.9999)
     rng = np.random.default_rng(0)
     start = rng.normal(size=512).astype(np.float32)
@@ -85,9 +86,9 @@ def test_a_learning_rate_of_zero_stays_zero():
 
 
 def test_matrices_alone_decay():
-    """With a gradient of zero, AdamW moves a parameter by its decay and nothing else."""
+    """With zero gradients, AdamW changes a parameter only by its weight decay."""
     config = tiny_config(model__qk_norm=True)
-    shapes = make_model(config, make_objective(config.diffusion)).shapes
+    shapes = make_model(config, make_objective(config.diffusion), make_condition(config)).shapes
     parameters = {name: jnp.ones(shape.shape) for name, shape in shapes.items()}
     optimizer = make_optimizer(OptimConfig(lr=1.0, weight_decay=0.25), 10)
     zeros = jax.tree.map(jnp.zeros_like, parameters)
@@ -97,7 +98,7 @@ def test_matrices_alone_decay():
         expected = 0.0 if name.endswith(undecayed) else -0.25
         np.testing.assert_allclose(update, expected, err_msg=name)
     endings = {name.rsplit("/", 1)[-1] for name in parameters}
-    assert {"kernel", "up", "down", "token_kernel", "condition_kernel", *undecayed} <= endings  # all kinds were here
+    assert {"kernel", "up", "down", "token_kernel", "condition_kernel", *undecayed} <= endings  # all kinds are present
 
 
 @pytest.mark.parametrize(("clip", "shrunk"), [(0.0, 1.0), (5.0, 0.5), (20.0, 1.0)])
@@ -111,7 +112,7 @@ def test_clipping_is_by_the_global_norm(clip, shrunk):
 
 
 def test_muon_orthogonalises_each_block_and_leaves_the_rest_to_adam():
-    """From zero momentum, Muon's update of a matrix has all singular values alike, in each of two stacked blocks."""
+    """From zero momentum, Muon's update of a matrix has equal singular values, in each of two stacked blocks."""
     rng = np.random.default_rng(0)
     shapes = {
         "stack/blocks/mlp/kernel": (2, 8, 16),
@@ -130,6 +131,6 @@ def test_muon_orthogonalises_each_block_and_leaves_the_rest_to_adam():
     for name in (
         "stack/blocks/modulation/kernel",
         "embed/kernel",
-    ):  # Adam with Nesterov's momentum: its first is a sign
+    ):  # the first update of Adam with Nesterov momentum is a sign
         first = 1e-2 * (1 + 0.9 * (1 - 0.9) / (1 - 0.9**2))
         np.testing.assert_allclose(updates[name], -first * np.sign(gradients[name]), rtol=1e-3)

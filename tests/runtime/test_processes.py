@@ -1,4 +1,4 @@
-"""The roll call: all come, or those that did not are named to all that did; what contradicts is refused everywhere."""
+"""The roll call: all processes connect, or the missing ones are named to all others; contradictions are refused."""
 
 import socket
 import threading
@@ -19,7 +19,7 @@ def port():
 
 
 def roll_call(port: int, count: int, came: dict[int, int], seconds: float = 5.0) -> dict[int, object]:
-    """What each process that came is told: the missing, or the error; came: process -> its idea of the count."""
+    """What each connected process is told: the missing ones, or the error. came: process -> its --process_count."""
     told, deadline = {}, time.monotonic() + seconds
 
     def take_part(index, its_count):
@@ -51,7 +51,7 @@ def test_the_missing_are_named_to_all_that_came(port):
 
 @pytest.mark.parametrize(("came", "says"), [
     ({0: 3, 1: 4}, "process 1 was started with --process_count=4, process 0 with 3"),
-    ({0: 3, 1: 3, -1: 3}, "two processes were started with --process_index=1"),  # -1 comes as 1
+    ({0: 3, 1: 3, -1: 3}, "two processes were started with --process_index=1"),  # -1 connects as 1
 ])  # fmt: skip
 def test_what_contradicts_is_refused(port, came, says):
     told = roll_call(port, came[0], came, seconds=30 if len(came) == 2 else 10)
@@ -76,7 +76,7 @@ def test_one_process_is_left_alone(monkeypatch):
     monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
     join("", None, None, detect=True, timeout=1)
     join("localhost:1", 1, 0, detect=True, timeout=1)
-    join("", 2, 1, detect=False, timeout=1)  # two that share a prepare
+    join("", 2, 1, detect=False, timeout=1)  # two processes that share a prepare
     assert not processes.is_distributed() and processes.is_main_process()
 
 
@@ -92,7 +92,7 @@ def test_slurm_tells_what_is_not_given(monkeypatch):
     (("host", 2, 0), "must be HOST:PORT"),
     (("host:x", 2, 0), "must be HOST:PORT"),
     (("host:1", 2, None), "needs --process_count and --process_index"),
-    (("host:1", 2, 2), "--process_index=2 must be from 0 to --process_count=2 less 1"),
+    (("host:1", 2, 2), "--process_index=2 must be at least 0 and less than --process_count=2"),
 ])  # fmt: skip
 def test_mistakes_are_refused(arguments, says):
     with pytest.raises(UserError, match=says):
@@ -101,6 +101,6 @@ def test_mistakes_are_refused(arguments, says):
 
 def test_a_missing_process_is_named_in_time(port):
     before = time.monotonic()
-    with pytest.raises(Interrupted, match=f"processes 1, 2 of 0 to 2 did not come to localhost:{port} within 1 s"):
+    with pytest.raises(Interrupted, match=f"processes 1, 2 of 3 did not connect to localhost:{port} within 1 s"):
         join(f"localhost:{port}", 3, 0, detect=False, timeout=1)
     assert 1 <= time.monotonic() - before < 10

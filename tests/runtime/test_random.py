@@ -1,4 +1,4 @@
-"""Keys are told apart by seed, purpose and index, and are the same inside and outside a compiled function."""
+"""Keys differ by seed, purpose and index, and are the same inside and outside a compiled function."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""The one table from logical axes to the mesh: shapes that fit, collisions that do not, and who follows whom."""
+"""The table from logical axes to the mesh: mesh shapes, collisions, and which arrays share a sharding."""
 
 import dataclasses
 
@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from tests.jobs.tiny import tiny_config
+from trm_diffusion.conditions import make_condition
 from trm_diffusion.diffusion.objectives import make_objective
 from trm_diffusion.errors import UserError
 from trm_diffusion.experiment import build, make_model
@@ -39,7 +40,7 @@ def test_mesh_shape(config, devices, shape):
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What JAX asks of a TPU chip to lay a mesh over its torus."""
+    """The attributes of a TPU chip that JAX reads to map a mesh onto the torus."""
 
     coords: tuple[int, int, int]
     platform: str = "tpu"
@@ -53,14 +54,14 @@ def test_an_axis_may_take_a_part_of_an_axis_of_the_torus():
     chips = [Chip((x, y, z)) for z in range(4) for y in range(4) for x in range(4)]
     devices = make_mesh(MeshConfig(fsdp=8), devices=chips).devices
     assert devices.shape == (8, 8, 1, 1) and set(devices.flat) == set(chips)
-    for group in devices[:, :, 0, 0]:  # near each other: a box of eight
+    for group in devices[:, :, 0, 0]:  # a compact box of eight chips
         assert np.prod(np.ptp([chip.coords for chip in group], axis=0) + 1) == 8
 
 
 @pytest.mark.parametrize(("config", "devices", "slices", "divisor", "shape"), [
     (MeshConfig(fsdp=-1), 1, 1, 64, (1, 1, 1, 1)),
     (MeshConfig(fsdp=-1), 8, 1, 64, (1, 8, 1, 1)),
-    (MeshConfig(fsdp=-1), 8, 1, 12, (2, 4, 1, 1)),  # as many as divide the width
+    (MeshConfig(fsdp=-1), 8, 1, 12, (2, 4, 1, 1)),  # as many as divide the width of 12
     (MeshConfig(fsdp=-1, tensor=2), 8, 1, 64, (1, 4, 2, 1)),
     (MeshConfig(fsdp=-1), 16, 2, 64, (2, 8, 1, 1)),  # a copy of the model in each slice
     (MeshConfig(data=4, fsdp=-1), 16, 2, 64, (4, 4, 1, 1)),
@@ -98,15 +99,15 @@ def test_the_batch_is_divided_over_every_axis_but_tensor():
 
 @pytest.mark.parametrize(("scan", "pool"), [(True, "shared"), (True, "per_latent_step"), (False, "per_latent_step")])
 def test_every_parameter_of_the_model_has_a_place(scan, pool):
-    """The table knows every axis, no two collide, and axes gained by stacking layers or pools come first, undivided."""
+    """The table has every axis, no two collide, and axes added by stacking layers or pools come first, unsharded."""
     config = tiny_config(model__depth=3, model__scan_blocks=scan, model__recursion__pool=pool, model__qk_norm=True)
-    model = make_model(config, make_objective(config.diffusion))
+    model = make_model(config, make_objective(config.diffusion), make_condition(config))
     divided = set()
     for name, axes in model.logical_axes.items():
         shape = model.shapes[name].shape
         assert len(axes) == len(shape) and set(axes) - {None} <= LOGICAL_TO_MESH.keys()
         sharding = parameter_sharding(EIGHT, name, axes)
-        assert all(size >= 1 for size in sharding.shard_shape(shape))  # raises where it does not divide
+        assert all(size >= 1 for size in sharding.shard_shape(shape))  # raises if it does not divide
         divided |= {axis for axis in sharding.spec if axis}
         stacked = scan * ("segments" in name) + (pool != "shared") * ("/pool/" in name)
         assert tuple(sharding.spec[:stacked]) == (None,) * stacked

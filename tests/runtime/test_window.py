@@ -1,4 +1,4 @@
-"""Logged lines are means over the updates that counted, and a window saved half-way goes on as if it had not been."""
+"""Logged lines are means over the updates that were not skipped; a saved window continues as if never interrupted."""
 
 import json
 
@@ -13,7 +13,7 @@ from trm_diffusion.runtime.window import Window, routing_metrics
 
 
 def update(index: int, *, skipped: bool = False) -> dict:
-    """Metrics of one update as the loop hands them over; a skipped one is full of NaN."""
+    """Metrics of one update as the training loop passes them; those of a skipped update are NaN."""
     rng = np.random.default_rng(index)
     images = np.array([3.0, 0.0, 4.0, 1.0])
     values = {
@@ -41,7 +41,7 @@ def test_a_line_holds_means_over_its_updates():
         window.add(one)
     line = window.line()
     assert line["updates"] == 3 and line["skipped"] == 0
-    np.testing.assert_allclose(line["learning_rate"], 0.2, rtol=1e-6)  # the last one's
+    np.testing.assert_allclose(line["learning_rate"], 0.2, rtol=1e-6)  # of the last update
     for name in ("loss", "gradient_norm", "drop_fraction", "gate_entropy"):
         np.testing.assert_allclose(line[name], np.mean([one[name] for one in updates]), rtol=1e-6)
     np.testing.assert_allclose(line["expert_load"], np.mean([one["expert_load"] for one in updates], axis=0), rtol=1e-6)
@@ -79,7 +79,7 @@ def test_a_window_of_nothing_but_skipped_updates_has_no_means():
     line = window.line()
     assert line["loss"] is None and line["loss_quarter_1"] is None and line["skipped"] == 1
     window.add(update(1, skipped=True))
-    assert window.skipped_in_a_row == 2  # in a row over lines, too
+    assert window.skipped_in_a_row == 2  # counted in a row across lines, too
 
 
 @pytest.mark.parametrize("cut", range(6))
@@ -98,7 +98,7 @@ def test_a_record_through_json_goes_on_as_if_never_interrupted(cut):
 
 
 def test_routing_metrics_average_over_the_latent_steps_that_ran():
-    ran = jnp.array([[1.0, 0.0, 1.0]])  # [R, T]: the second was not computed, and holds zeros
+    ran = jnp.array([[1.0, 0.0, 1.0]])  # [R, T]: the second did not run: all zeros
     load = jnp.array([[[[0.25, 0.75]], [[0.0, 0.0]], [[0.75, 0.25]]]])  # [R, T, P, M]
     others = dict.fromkeys(RoutingReport._fields, jnp.zeros_like(ran))
     report = RoutingReport(**others | dict(load=load, drop_fraction=0.1 * ran, entropy=0.6 * ran, ran=ran))

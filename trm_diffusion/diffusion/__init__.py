@@ -1,1 +1,1 @@
-"""Objectives, guidance and samplers; none of them knows what network it works with."""
+"""Objectives, guidance and samplers; all independent of the network."""

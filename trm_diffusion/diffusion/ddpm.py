@@ -19,11 +19,11 @@ from trm_diffusion.diffusion.objective import (
 
 
 class DDPM(Objective):
-    """Noise prediction on linear betas (Ho et al. 2020), with improved DDPM's learned variances if asked.
+    """Noise prediction on linear betas (Ho et al. 2020), optionally with improved DDPM's learned variances.
 
     Times are levels 0 ... timesteps: level 0 is clean data (alpha_bar = 1), level l is timestep index l - 1,
-    and x_l = sqrt(alpha_bar_l) x_0 + sqrt(1 - alpha_bar_l) noise. The output is the noise, followed along the
-    channels, with learned_sigma, by v, which names the variance_fraction (v + 1) / 2.
+    and x_l = sqrt(alpha_bar_l) x_0 + sqrt(1 - alpha_bar_l) noise. The output is the noise; with
+    learned_sigma it is followed, along the channels, by v, which gives the variance_fraction (v + 1) / 2.
     """
 
     name = "ddpm"
@@ -31,12 +31,12 @@ class DDPM(Objective):
     def __init__(self, config: DiffusionConfig):
         super().__init__(config)
         betas = np.linspace(config.beta_start, config.beta_end, config.timesteps)  # [T]
-        alpha_bar = np.concatenate([[1.0], np.cumprod(1.0 - betas)])  # [T + 1], by level, as are all tables
+        alpha_bar = np.concatenate([[1.0], np.cumprod(1.0 - betas)])  # [T + 1], indexed by level like all tables
         self._signal, self._sigma = np.sqrt(alpha_bar), np.sqrt(1.0 - alpha_bar)
         self._clock = self._sigma / self._signal
         chain = gaussian.posterior(self._signal[1:], self._sigma[1:], self._signal[:-1], self._sigma[:-1])
-        # Level 0 has no transition below it; its entry is never read. Level 1 is left with certainty, so its
-        # log-variance is taken from level 2, which keeps the learned range finite there.
+        # Level 0 has no transition below it; its entry is never read. The posterior variance of level 1 is 0, so
+        # its log-variance is taken from level 2, which keeps the learned range finite there.
         by_level = {field: np.concatenate([[0.0], values]) for field, values in chain._asdict().items()}
         self._clean_weight, self._noisy_weight = by_level["clean_weight"], by_level["noisy_weight"]
         self._log_variance = np.log(chain.variance[np.maximum(np.arange(-1, config.timesteps), 1)])
@@ -58,8 +58,8 @@ class DDPM(Objective):
         return self._at(self._signal, times), self._at(self._sigma, times)
 
     def loss(self, output, clean, noise, noisy, times):
-        """Mean squared error of the noise; with learned_sigma plus the variational bound, which trains the
-        variance alone (L_hybrid of Nichol and Dhariwal 2021, with DiT's weight of 1)."""
+        """Mean squared error of the noise; with learned_sigma plus the variational bound, which trains only
+        the variance (L_hybrid of Nichol and Dhariwal 2021, with DiT's weight of 1)."""
         prediction = self.predict(output, noisy, times)
         error = mean_per_sample((prediction.noise - at_least_float32(noise)) ** 2)  # [B]
         if not self.config.learned_sigma:
@@ -71,7 +71,7 @@ class DDPM(Objective):
     def variational_bound(self, prediction: Prediction, clean, noisy, times):
         """The bound's term at each sample's level, [B], in bits per dimension.
 
-        KL from the true to the predicted transition; at level 1 the data's discretized likelihood instead."""
+        KL from the true to the predicted transition; at level 1 the discretized likelihood of the data instead."""
         clean, noisy = at_least_float32(clean), at_least_float32(noisy)
         clean_weight, noisy_weight, smallest, largest = (
             per_sample(self._at(table, times), noisy)
@@ -91,7 +91,7 @@ class DDPM(Objective):
         channels = noisy.shape[-1]
         if output.shape[-1] != self.output_channels(channels):
             raise ValueError(
-                f"the network gave {output.shape[-1]} channels for data of {channels}; "
+                f"the network returned {output.shape[-1]} channels for data with {channels}; "
                 f"this objective needs {self.output_channels(channels)}"
             )
         noise = output[..., :channels]
@@ -100,15 +100,15 @@ class DDPM(Objective):
         return Prediction(clean=(noisy - sigma * noise) / signal, noise=noise, variance_fraction=fraction)
 
     def time_grid(self, diffusion_steps: int) -> np.ndarray:
-        """Improved DDPM's respacing: timestep indices 0, k, 2k, ... T - 1 of fractional stride k, rounded.
+        """Improved DDPM's respacing: timestep indices 0, k, 2k, ... T - 1 with a fractional stride k, rounded.
 
-        A single diffusion step leaves from the noisiest level."""
+        A single diffusion step starts at the noisiest level."""
         timesteps = self.config.timesteps
         check_diffusion_steps(diffusion_steps, timesteps)
         if diffusion_steps == 1:
             return np.array([timesteps, 0.0])
         strides = np.full(diffusion_steps - 1, (timesteps - 1) / (diffusion_steps - 1))
-        # Summed, not multiplied: what lands on a half then rounds to the same side as in the published code.
+        # A running sum, not a product: halves then round to the same side as in the published code.
         indices = np.round(np.concatenate([[0.0], np.cumsum(strides)]))  # [n]
         return np.concatenate([indices[::-1] + 1.0, [0.0]])  # [n + 1] levels
 

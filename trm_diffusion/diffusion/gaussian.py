@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 PIXEL_HALF_WIDTH = 1.0 / 255.0  # half of an 8-bit bin when 0..255 is mapped to [-1, 1]
-EDGE_PIXEL = 0.999  # beyond it a value belongs to the first or last bin, which reaches to infinity
-PROBABILITY_FLOOR = 1e-12  # keeps the log finite, and its gradient zero, where float32 sees no mass
+EDGE_PIXEL = 0.999  # values beyond it belong to the first or last bin, which extends to infinity
+PROBABILITY_FLOOR = 1e-12  # keeps the log finite, with zero gradient, where the mass vanishes in float32
 
 
 class Posterior(NamedTuple):
@@ -48,14 +48,14 @@ def normal_kl(mean, log_variance, other_mean, other_log_variance):
 
 
 def discretized_log_likelihood(value, mean, log_variance):
-    """Log mass, in nats and elementwise, that a Gaussian gives to the 8-bit bin around `value`.
+    """Log of the mass that a Gaussian gives to the 8-bit bin around `value`, elementwise, in nats.
 
     Bins are 2/255 wide on [-1, 1] and the two outermost are unbounded (Ho et al. 2020, equation 13). The
-    normal distribution function is exact; the published code of DDPM and DiT approximates it by a tanh.
+    normal distribution function is exact; the published code of DDPM and DiT approximates it with a tanh.
     """
     deviation = jnp.exp(0.5 * log_variance)
     centred = value - mean
-    # Both arguments on the lower tail, where the distribution function keeps its relative precision.
+    # Both arguments are on the lower tail, where the distribution function keeps its relative precision.
     distance = -jnp.abs(centred)
     inner = jax.scipy.special.ndtr((distance + PIXEL_HALF_WIDTH) / deviation) - jax.scipy.special.ndtr(
         (distance - PIXEL_HALF_WIDTH) / deviation

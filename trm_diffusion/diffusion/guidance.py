@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho and Salimans 2022): from a conditional network to the one a sampler calls."""
+"""Classifier-free guidance (Ho and Salimans 2022): turns a conditional network into the one that a sampler calls."""
 
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +33,7 @@ def combine(
 ) -> jax.Array:
     """uncond + scale * (cond - uncond) on the guided channels; the conditional output everywhere else.
 
-    conditional, unconditional [B, ..., output channels]; normalized_times [B] in [0, 1]. Guidance acts where
+    conditional, unconditional [B, ..., output channels]; normalized_times [B] in [0, 1]. Guidance applies where
     low <= normalized time <= high (Kynkaanniemi et al. 2024), on all `data_channels` or, with "dit3", on the
     first three. Channels past `data_channels` (learned variances) are always conditional.
     """
@@ -42,7 +42,7 @@ def combine(
     guided_channels = data_channels if channels == "all" else min(DIT3_CHANNELS, data_channels)
     low, high = interval
     inside = (low <= normalized_times) & (normalized_times <= high)  # [B]
-    # Equal to uncond + scale (cond - uncond), but written from the conditional output: a gain of 0 changes no bit.
+    # Equal to uncond + scale (cond - uncond), but starts from the conditional output: a gain of 0 changes no bit.
     gain = per_sample(jnp.where(inside, scale - 1.0, 0.0).astype(conditional.dtype), conditional)
     head = conditional[..., :guided_channels]
     guided = head + gain * (head - unconditional[..., :guided_channels])
@@ -59,11 +59,11 @@ def guide(
     interval: tuple[float, float] = (0.0, 1.0),
     channels: str = "all",
 ) -> Callable:
-    """A sampler's network(noisy, times) -> (output, aux) from network(noisy, network_times, condition).
+    """Turns network(noisy, network_times, condition) into a sampler's network(noisy, times) -> (output, aux).
 
-    condition and null_condition are pytrees of equal structure whose leaves are [B, ...]. Both are evaluated
-    in one batch of 2B, null second, and aux is returned as the network gave it for that batch. `scale` is a
-    Python number: at 1 only the condition is evaluated, null_condition is not read, and aux is of a batch of B.
+    condition and null_condition are pytrees of the same structure with leaves [B, ...]. Both are evaluated in one
+    batch of 2B, null second, and aux is returned unchanged for that batch. `scale` is a Python number. At 1 only
+    the condition is evaluated: null_condition is not read, and aux is for a batch of B.
     """
     check_guidance(interval, channels)
 

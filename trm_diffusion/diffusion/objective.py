@@ -1,8 +1,8 @@
-"""What the network is asked to predict and what its output means: the contract of DDPM and rectified flow.
+"""What the network predicts and what its output means: the interface of DDPM and rectified flow.
 
 Data are channels last, [B, ..., C], and every objective mixes them with noise as
-x_t = signal(t) x_0 + sigma(t) noise. Schedules are float64 NumPy tables; a coefficient has the dtype of the
-times given, and data are computed in float32, or in float64 where they are float64.
+x_t = signal(t) x_0 + sigma(t) noise. Schedules are float64 NumPy tables. Coefficients have the dtype of the
+given times. Data are processed in float32, or in float64 if they are float64.
 """
 
 import abc
@@ -16,7 +16,7 @@ import numpy as np
 
 from trm_diffusion.models.settings import Settings, setting
 
-OBJECTIVES = {  # name in the config: where its class is
+OBJECTIVES = {  # name in the config: its class
     "ddpm": "trm_diffusion.diffusion.ddpm:DDPM",
     "rectified_flow": "trm_diffusion.diffusion.rectified_flow:RectifiedFlow",
 }
@@ -27,7 +27,7 @@ class DiffusionConfig(Settings):
     """The objective and its schedule. A value out of range raises ValueError, in one line."""
 
     objective: str = setting("rectified_flow", choices=OBJECTIVES)
-    learned_sigma: bool = False  # ddpm: half the output names the variance; L_hybrid. sit: half of it is not used
+    learned_sigma: bool = False  # ddpm: half of the output is the variance; L_hybrid. sit: that half is not used
     timesteps: int = setting(1000, least=2)  # ddpm: noise levels trained on
     beta_start: float = setting(1e-4, above=0, below=1)  # ddpm: variance added at the first level
     beta_end: float = setting(0.02, above=0, below=1)  # ddpm: variance added at the last level, linear in between
@@ -35,8 +35,8 @@ class DiffusionConfig(Settings):
     time_distribution: str = setting("logit_normal", choices=("logit_normal", "uniform"))
     logit_mean: float = 0.0  # logit_normal: mean of log(t / (1 - t)); above 0 favours noise
     logit_std: float = setting(1.0, above=0)  # logit_normal: its standard deviation
-    # rectified_flow: the network sees 1000 t and answers noise - data (sd3), or 1 - t and data - noise (sit), as the
-    # published SiT weights do
+    # rectified_flow: the network gets 1000 t and predicts noise - data (sd3), or gets 1 - t and predicts data - noise,
+    # as in the published SiT weights (sit)
     convention: str = setting("sd3", choices=("sd3", "sit"))
     shift: float = setting(1.0, above=0)  # rectified_flow: t -> s t / (1 + (s - 1) t), in training and sampling
 
@@ -49,17 +49,17 @@ class DiffusionConfig(Settings):
 
 
 class Prediction(NamedTuple):
-    """What a network's output says about a noisy input; perturbing `clean` with `noise` gives that input back."""
+    """A network's estimates for a noisy input; perturbing `clean` with `noise` gives that input back."""
 
     clean: jax.Array  # [B, ..., C] estimate of x_0
     noise: jax.Array  # [B, ..., C] estimate of the noise
-    # [B, ..., C] or None: 1 asks for the largest log-variance of an ancestral transition, 0 for the smallest,
-    # and values between (or beyond) interpolate. A fraction, since both ends depend on the chain sampled.
+    # [B, ..., C] or None: 1 is the largest log-variance of an ancestral transition, 0 the smallest, and other
+    # values interpolate (or extrapolate). It is a fraction because both ends depend on the sampled chain.
     variance_fraction: jax.Array | None = None
 
 
 class Objective(abc.ABC):
-    """One contract for every objective. `times` [B] are in the objective's own unit, larger is noisier."""
+    """The interface of every objective. `times` [B] are in the objective's own unit; larger is noisier."""
 
     name: str  # its name in `OBJECTIVES`
 
@@ -85,7 +85,7 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def network_times(self, times: jax.Array) -> jax.Array:
-        """[B] floats: what the network's timestep embedding sees."""
+        """[B] floats: the input of the network's timestep embedding."""
 
     @abc.abstractmethod
     def signal_and_sigma(self, times: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -97,7 +97,7 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def predict(self, output: jax.Array, noisy: jax.Array, times: jax.Array) -> Prediction:
-        """The network's output, read as clean data and noise."""
+        """Converts the network's output to clean data and noise."""
 
     @abc.abstractmethod
     def time_grid(self, diffusion_steps: int) -> np.ndarray:
@@ -120,7 +120,7 @@ class Objective(abc.ABC):
 
 
 def per_sample(values: jax.Array, like: jax.Array) -> jax.Array:
-    """[B] reshaped to [B, 1, ..., 1], to meet `like` [B, ...]."""
+    """[B] reshaped to [B, 1, ..., 1], to broadcast with `like` [B, ...]."""
     return values.reshape(values.shape + (1,) * (like.ndim - 1))
 
 

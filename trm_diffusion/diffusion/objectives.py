@@ -1,4 +1,4 @@
-"""One name in the config, one objective."""
+"""Builds an objective by its name in the config."""
 
 import pkgutil
 

@@ -13,14 +13,14 @@ from trm_diffusion.diffusion.objective import (
     per_sample,
 )
 
-FLOW_EMBEDDING_SCALE = 1000.0  # sinusoidal timestep embeddings are made for 0 .. 1000
+FLOW_EMBEDDING_SCALE = 1000.0  # sinusoidal timestep embeddings expect 0 .. 1000
 
 
 class RectifiedFlow(Objective):
     """Straight paths from data to noise (Liu et al. 2022; SiT and SD3's linear path).
 
-    Times are t in [0, 1], x_t = (1 - t) x_0 + t noise, and the output is the velocity noise - x_0, or as
-    `convention` says.
+    Times are t in [0, 1], x_t = (1 - t) x_0 + t noise, and the output is the velocity noise - x_0,
+    unless `convention` says otherwise.
     """
 
     name = "rectified_flow"
@@ -56,7 +56,8 @@ class RectifiedFlow(Objective):
         return mean_per_sample((self._velocity(output, clean.shape[-1]) - velocity) ** 2)  # [B]
 
     def predict(self, output, noisy, times) -> Prediction:
-        velocity, noisy = self._velocity(output, noisy.shape[-1]), at_least_float32(noisy)
+        velocity = self._velocity(output, noisy.shape[-1])
+        noisy = at_least_float32(noisy)
         times = per_sample(times, noisy)
         return Prediction(clean=noisy - times * velocity, noise=noisy + (1.0 - times) * velocity)
 

@@ -1,4 +1,4 @@
-"""python -m trm_diffusion.metrics --selfcheck: do the metrics give the answers that are known beforehand?"""
+"""python -m trm_diffusion.metrics --selfcheck: checks the metrics against known answers."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ from trm_diffusion.metrics.selfcheck import selfcheck
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--selfcheck", action="store_true", required=True, help="run all checks; last line one JSON object"
+        "--selfcheck", action="store_true", required=True, help="run all checks; the last line is one JSON object"
     )
     parser.parse_args()
     sys.exit(0 if selfcheck() else 1)

@@ -1,7 +1,7 @@
 """The ADM protocol (Dhariwal & Nichol, 2021): FID, sFID, inception score, precision and recall against a reference.
 
-A reference file is an npz: `mu`, `sigma` of the pool features and `mu_s`, `sigma_s` of the spatial ones, over a whole
-data set, and in `arr_0` some of its images (10,000 by convention), which precision and recall compare with.
+A reference file is an npz with `mu`, `sigma` of the pool features and `mu_s`, `sigma_s` of the spatial features over a
+whole data set. Its `arr_0` has some of the images (10,000 by convention), for precision and recall.
 """
 
 from collections.abc import Iterable, Iterator
@@ -52,9 +52,9 @@ class Reference(NamedTuple):
 
 
 def features_of(weights: Weights, images: ImageSet, batch_size: int, title: str) -> Iterator[Features]:
-    """Features of all images in order, some at a time, as NumPy arrays.
+    """Yields the features of all images in order, in batches, as NumPy arrays.
 
-    Each process reads a share of the batches and computes it on its own devices; all get the features of all.
+    Each process reads a share of the batches and computes it on its own devices; the features are gathered everywhere.
     """
     devices = jax.local_devices()
     mesh = jax.sharding.Mesh(np.array(devices), ("image",))
@@ -69,7 +69,8 @@ def features_of(weights: Weights, images: ImageSet, batch_size: int, title: str)
             yield _forward(weights, jax.device_put(padded, split))
 
     batches = started()
-    ahead, done = next(batches), 0  # the devices work on one batch while the next is read
+    ahead = next(batches)  # the devices work on one batch while the next is read
+    done = 0
     with tqdm.tqdm(total=len(images), desc=title, unit="image", mininterval=1) as bar:
         while ahead:
             features, ahead = ahead, next(batches, None)
@@ -83,10 +84,10 @@ def adm_metrics(samples: Features, reference: Reference, reference_pool: np.ndar
     """The five metrics of N samples, each with a 95% bootstrap interval over the images.
 
     Args:
-      samples: features of the samples in the order in which they were drawn.
-      reference: what they are compared with.
+      samples: features of the samples, in the order drawn.
+      reference: the reference to compare with.
       reference_pool: [M, 2048] pool features of the reference's images.
-      precision_dtype: "float32" or "float16", of precision and recall.
+      precision_dtype: "float32" or "float16", for precision and recall.
     """
     score, score_influence = inception_score(samples.logits)
     is_real, is_covered = precision_recall(samples.pool, reference_pool, dtype=precision_dtype)
@@ -106,17 +107,17 @@ def adm_metrics(samples: Features, reference: Reference, reference_pool: np.ndar
 
 
 def fid_name(num_images: int) -> str:
-    """What an FID over so many samples may be called."""
+    """The name of an FID over this many samples."""
     return "FID-50K" if num_images == FID_50K_IMAGES else f"FID of {num_images} images, not FID-50K"
 
 
 def warnings_about(images: ImageSet) -> list[str]:
-    """What is wrong with a set of samples, though it can be measured."""
+    """Problems with a set of samples that still allow measuring it."""
     warnings = []
     if len(images) < POOL_WIDTH:
         warnings.append(
-            f"{len(images)} images cannot fill {POOL_WIDTH} dimensions: FID and sFID are far too high, "
-            "compare them at this very number only"
+            f"{len(images)} images are fewer than {POOL_WIDTH} feature dimensions: FID and sFID are far too high; "
+            "compare them only with those of as many images"
         )
     if images.sorted_by_class() and len(images) > CHUNK_IMAGES:
         warnings.append(f"the images are sorted by class: the inception score, in chunks of {CHUNK_IMAGES}, is too low")
@@ -124,7 +125,7 @@ def warnings_about(images: ImageSet) -> list[str]:
 
 
 def read_reference(path: str) -> Reference:
-    """Reads a reference file. Raises UserError where it is missing or has another layout."""
+    """Reads a reference file. Raises UserError if it is missing or has another layout."""
     location = epath.Path(path)
     if not location.exists():
         raise UserError(f"--reference={path}: no such file; make one with --mode=reference")
@@ -142,7 +143,7 @@ def read_reference(path: str) -> Reference:
 
 
 def reference_arrays(weights: Weights, images: ImageSet, batch_size: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """The arrays of a reference file: statistics over all images, and a random 10,000 of them in their order."""
+    """The arrays of a reference file: statistics over all images, and 10,000 random ones in their original order."""
     pool, spatial = StreamingMoments(POOL_WIDTH), StreamingMoments(SPATIAL_WIDTH)
     for features in _in_chunks(features_of(weights, images, batch_size, "reference"), rows=POOL_WIDTH):
         pool.update(features.pool)
@@ -162,7 +163,7 @@ def concatenated(batches: Iterable[Features]) -> Features:
 
 
 def _in_chunks(batches: Iterable[Features], rows: int) -> Iterator[Features]:
-    """The same features in larger batches: adding to a covariance costs the same for one row as for many."""
+    """Merges features into larger batches: updating a covariance costs the same for one row as for many."""
     held: list[Features] = []
     for batch in batches:
         held.append(batch)

@@ -1,8 +1,8 @@
-"""Four questions to generated digits: right class, right statistics, memorised or not, and who is asking.
+"""Evaluation of generated digits: class accuracy, Frechet distance, memorisation, and accuracy of the judge itself.
 
 The judge, the reference statistics and the neighbours all come from the real training split; the real test
-split says how well a perfect generator would do. Nothing here is an FID: the Frechet distance is taken in the
-64-dimensional space of raw pixels, on the scanner's 0 .. 16 scale.
+split shows how well a perfect generator would do. None of this is an FID: the Frechet distance is computed in
+the 64-dimensional space of raw pixels, on the scanner's 0 .. 16 scale.
 """
 
 import functools
@@ -36,7 +36,7 @@ class DigitsJudge(Judge):
         return Evaluation(measures, passed, {"evaluation": Picture(self._shown(images, labels))})
 
     def _shown(self, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """A row for each class where all classes have the same number of images; else the first images."""
+        """One row per class if all classes have the same number of images; otherwise the first images."""
         if self.settings.label_rule == "balanced" and len(labels) % self.data.num_classes == 0:
             by_class = np.argsort(labels, kind="stable").reshape(self.data.num_classes, -1)
             images = images[by_class[:, : self.per_class].reshape(-1)]
@@ -48,17 +48,17 @@ def evaluate_digits(images: np.ndarray, labels: np.ndarray) -> dict:
 
     Args:
       images: [N, 8, 8, 1], N >= 2, nominally in [-1, 1]; clipped to that, then mapped to 0 .. 16 pixels.
-      labels: [N] integers 0 .. 9, the classes that were asked for.
+      labels: [N] integers 0 .. 9, the requested classes.
 
     Returns:
       A dict for JSON:
         num_images: N.
-        class_accuracy: share of images in which the judge sees the class that was asked for.
-        class_accuracy_per_class: the same for each class; None where no image of it was asked for.
-        judge, judge_test_accuracy: what judges, and its accuracy on the real test split.
+        class_accuracy: share of images in which the judge sees the requested class.
+        class_accuracy_per_class: the same for each class; None if it was not requested.
+        judge, judge_test_accuracy: the judge, and its accuracy on the real test split.
         frechet_pixels64: Frechet distance to the training split, raw 0 .. 16 pixels, 64 dimensions.
-        frechet_pixels64_floor: the same for the real test split, all 359 images of it. The distance falls
-          with N, so compare it with the floor at a like N.
+        frechet_pixels64_floor: the same for the real test split, all its 359 images. The distance falls
+          with N, so compare it with the floor at a similar N.
         nearest_train_median, nearest_train_q05: median and 5% quantile of the Euclidean distance, in 0 .. 16
           pixels, from a generated image to the nearest training image.
         real_test_nearest_train_median, _q05, _q01: the same for the real test split, and its 1% quantile.
@@ -68,7 +68,7 @@ def evaluate_digits(images: np.ndarray, labels: np.ndarray) -> dict:
 
     Raises:
       UserError: images that are not finite.
-      ValueError: other shapes, fewer than two images, or labels out of range.
+      ValueError: wrong shapes, fewer than two images, or labels out of range.
     """
     images, labels = np.asarray(images, np.float64), np.asarray(labels)
     _check(images, labels)
@@ -108,7 +108,7 @@ def _check(images: np.ndarray, labels: np.ndarray) -> None:
     if broken.any():
         raise UserError(
             f"{broken.sum()} of {len(images)} generated digits are not finite (the first is number "
-            f"{broken.argmax()}): the model or the sampler diverged, evaluate an earlier checkpoint"
+            f"{broken.argmax()}): the model or the sampler diverged; evaluate an earlier checkpoint"
         )
 
 
@@ -145,12 +145,12 @@ def _nearest_distances(pixels: np.ndarray, train_pixels: np.ndarray) -> np.ndarr
     """Euclidean distance [N] from each row of pixels [N, 64] to the nearest of train_pixels [M, 64]."""
     nearest = []
     for chunk in np.array_split(pixels, max(1, len(pixels) // 1024)):
-        # Differences, not the expanded square: a copy of a training image must come out as exactly 0.
+        # Differences, not the expanded square: a copy of a training image must give exactly 0.
         index = _squared_distances(chunk, train_pixels).argmin(axis=1)
         nearest.append(np.linalg.norm(chunk - train_pixels[index], axis=1))
     return np.concatenate(nearest)
 
 
 def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """[N, D], [M, D] -> [N, M], by the expanded square; good to rounding error, enough to rank."""
+    """[N, D], [M, D] -> [N, M], by the expanded square; its rounding error is small enough for ranking."""
     return (a * a).sum(axis=1)[:, None] + (b * b).sum(axis=1)[None, :] - 2 * a @ b.T

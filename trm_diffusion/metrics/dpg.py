@@ -1,20 +1,22 @@
-"""DPG-Bench (Hu et al., 2024, with ELLA): image grids out, a question answerer's yes and no in, scores out.
+"""DPG-Bench (Hu et al., 2024, with ELLA): writes image grids, and scores a VQA model's answers about them.
 
     python -m trm_diffusion.metrics.dpg --questions dpg_bench.csv --answers answers.jsonl [--mode official]
                                         [--images DIR --vqa MODEL]
 
-prints the scores as one line of JSON. With --images and --vqa, it first asks the model what `answers.jsonl`
-lacks; --vqa is a local path or a hub id for the `transformers` library (see `metrics/vqa.py`). DIR holds one
-<item_id>.png a prompt, a grid of four images; crops are numbered top left, top right, bottom left, bottom right.
+prints the scores as one line of JSON. With --images and --vqa, it first asks the model the questions that
+`answers.jsonl` does not answer yet; --vqa is a local path or a hub id for the `transformers` library (see
+`metrics/vqa.py`). DIR has one <item_id>.png per prompt, a grid of four images; crops are numbered top left, top right,
+bottom left, bottom right.
 
-An answer that is exactly "yes" scores 1. In each crop, in the order of the CSV, a question of which a parent scores 0
-scores 0 as well; a crop is the mean of its questions, an image the mean of its crops, the total the mean of the
-images, times 100. Categories pool questions: L2 is the text of the tuple before "(", L1 that before " - ".
+An answer that is exactly "yes" scores 1, any other 0. In each crop, in the order of the CSV, a question also scores 0
+if one of its parents does. A crop scores the mean of its questions, an image the mean of its crops, and the total is
+the mean of the images, times 100. Categories pool questions: L2 is the text of the tuple before "(", L1 that before
+" - ".
 
-    official    as the reference script computes it, slips included: the first row of the CSV is ignored; the
-                categories see the last crop only, before zeroing; an image that the script cannot score (it is
-                absent, or a question's parent is not there, such as that first row) is left out.
-    corrected   all rows; all crops, after zeroing; an absent image or parent is an error.
+    official    as in the reference script, including its mistakes: the first row of the CSV is ignored; the
+                categories use only the last crop, before zeroing; an image that the script cannot score (it is
+                missing, or a question's parent is, such as that first row) is left out.
+    corrected   all rows; all crops, after zeroing; a missing image or parent is an error.
 """
 
 import argparse
@@ -54,12 +56,12 @@ def read_questions(path: str | pathlib.Path) -> dict[str, list[Question]]:
     """Reads the user's copy of dpg_bench.csv: {item_id: its questions}, both in the order of the file.
 
     Raises:
-      UserError: an unreadable file, a missing column, or numbers that are none.
+      UserError: an unreadable file, a missing column, or numbers that are invalid.
     """
     reader = csv.DictReader(io.StringIO(read_text(path)))
     absent = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
     if absent:
-        raise UserError(f"{path} has no column {absent[0]!r}: this should be the benchmark's dpg_bench.csv")
+        raise UserError(f"{path} has no column {absent[0]!r}; give the benchmark's dpg_bench.csv")
     questions = defaultdict(list)
     for row, line in enumerate(reader):
         try:
@@ -80,7 +82,7 @@ def read_prompts(path: str | pathlib.Path) -> dict[str, str]:
     """Reads {item_id: prompt} from a folder of <item_id>.txt, or from JSON lines {"item_id", "prompt"}.
 
     Raises:
-      UserError: nothing to read, a prompt that is no text, or item ids that are no names of files.
+      UserError: no prompts, a prompt that is not text, or item ids that are duplicates or cannot name files.
     """
     path = pathlib.Path(path)
     if path.is_dir():
@@ -91,19 +93,19 @@ def read_prompts(path: str | pathlib.Path) -> dict[str, str]:
         pairs = [(str(record["item_id"]), record["prompt"]) for record in read_json_lines(path, ("item_id", "prompt"))]
     for number, (item_id, prompt) in enumerate(pairs):
         if not isinstance(prompt, str) or not prompt.strip():
-            raise UserError(f"{path}, prompt {number}: prompt {prompt!r} of item {item_id} is no text")
+            raise UserError(f"{path}, prompt {number}: prompt {prompt!r} of item {item_id} is not text")
         if not re.fullmatch(r"\w[\w.-]*", item_id):
             raise UserError(f"{path}, prompt {number}: item_id {item_id!r} cannot name a file")
     prompts = dict(pairs)
     if len(prompts) < len(pairs):
-        raise UserError(f"{path}: {len(pairs) - len(prompts)} of its item ids are there twice")
+        raise UserError(f"{path}: {len(pairs) - len(prompts)} of its item ids appear twice")
     return prompts
 
 
 def make_grid(images: np.ndarray) -> np.ndarray:
-    """Four images [4, H, W, 3] as one [2 H, 2 W, 3]: top left, top right, bottom left, bottom right."""
+    """Joins four images [4, H, W, 3] to one [2 H, 2 W, 3]: top left, top right, bottom left, bottom right."""
     if len(images) != CROPS:
-        raise ValueError(f"a grid is made of {CROPS} images, not {len(images)}")
+        raise ValueError(f"a grid needs {CROPS} images, not {len(images)}")
     return np.concatenate([np.concatenate(row, axis=1) for row in (images[:2], images[2:])])
 
 
@@ -117,12 +119,12 @@ def split_grid(grid: np.ndarray) -> np.ndarray:
 
 
 def write_grid(directory: str | pathlib.Path, item_id: str, images: np.ndarray) -> None:
-    """Writes the grid of uint8 images [4, H, W, 3] as <item_id>.png, whole or not at all."""
+    """Writes the grid of uint8 images [4, H, W, 3] as <item_id>.png, atomically."""
     save_png(pathlib.Path(directory) / f"{item_id}.png", make_grid(images))
 
 
 def check_export(directory: str | pathlib.Path, item_ids: Iterable[str]) -> None:
-    """Raises a UserError that names a missing or an extra image."""
+    """Raises UserError, naming a missing or an extra image."""
     check_files(directory, {f"{item_id}.png" for item_id in item_ids})
 
 
@@ -132,9 +134,9 @@ def ask(
     vqa: Callable[[np.ndarray, str], str],
     answers_path: str | pathlib.Path,
 ) -> None:
-    """Asks `vqa(crop, question)` about every crop, uint8 [H, W, 3], of every image; appends an item a line.
+    """Asks `vqa(crop, question)` about every crop, uint8 [H, W, 3], of every image; appends one line per item.
 
-    Items that `answers_path` has already are not asked again, so an interrupted run goes on; a last line that
+    Items already in `answers_path` are skipped, so an interrupted run continues where it stopped; a last line that
     the interruption cut off is dropped.
     """
     from PIL import Image
@@ -152,7 +154,7 @@ def ask(
             try:
                 with Image.open(image_path) as image:
                     crops = split_grid(np.asarray(image.convert("RGB")))
-            except (OSError, SyntaxError) as error:  # PIL reports damage through both
+            except (OSError, SyntaxError) as error:  # PIL raises both for damaged files
                 raise UserError(f"cannot read the image {image_path} ({error}): export it again") from None
             answers = [[vqa(crop, question.text) for question in asked] for crop in crops]
             file.write(json.dumps({"item_id": item_id, "answers": answers}).encode() + b"\n")
@@ -160,12 +162,12 @@ def ask(
 
 
 def read_answers(path: str | pathlib.Path) -> Answers:
-    """Reads what `ask` wrote."""
+    """Reads the answers that `ask` wrote."""
     return {record["item_id"]: record["answers"] for record in read_json_lines(path, ("item_id", "answers"))}
 
 
 def score_crop(questions: Sequence[Question], answers: Sequence[str]) -> tuple[list[float], list[float]]:
-    """Scores of the questions before and after zeroing those of which a parent scores 0, in order, so it cascades.
+    """Scores of the questions, before and after zeroing those with a parent at 0; in order, so that zeros cascade.
 
     Raises:
       KeyError: a parent that is not among the questions.
@@ -173,31 +175,32 @@ def score_crop(questions: Sequence[Question], answers: Sequence[str]) -> tuple[l
     before = {question.number: float(answer == "yes") for question, answer in zip(questions, answers, strict=True)}
     after = dict(before)
     for question in questions:
-        # The search ends at the first zero, as in the reference: only a parent that is looked up can be absent.
+        # any() stops at the first zero, as in the reference: a missing parent after it is no error.
         if any(after[parent] == 0 for parent in question.parents):
             after[question.number] = 0.0
     return list(before.values()), list(after.values())
 
 
 def aggregate(questions: dict[str, list[Question]], answers: Answers, mode: str) -> dict:
-    """Scores answers as the module's docstring says.
+    """Scores answers as described in the module's docstring.
 
     Returns:
       A dict for JSON: {"mode", "score": 0 .. 100, "l1", "l2": {category: 0 .. 100}, "num_images", "dropped":
       item ids that were left out}.
 
     Raises:
-      UserError: answers to something else than the questions; in mode corrected, absent images or parents.
+      UserError: answers that do not match the questions; in mode corrected, missing images or parents.
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is none of {MODES}")
     _check_answers(questions, answers)
-    images, pooled, dropped = [], defaultdict(list), []
+    images, dropped = [], []
+    pooled = defaultdict(list)
     for item_id, asked in questions.items():
         kept = [i for i, question in enumerate(asked) if mode == "corrected" or question.row > 0]
         asked = [asked[i] for i in kept]
         try:
-            if not asked:  # the first row of the CSV was all that was asked about this item
+            if not asked:  # the first row of the CSV was this item's only question
                 raise KeyError(item_id)
             crops = [score_crop(asked, [answers_of_crop[i] for i in kept]) for answers_of_crop in answers[item_id]]
         except KeyError as error:
@@ -229,7 +232,7 @@ def aggregate(questions: dict[str, list[Question]], answers: Answers, mode: str)
 def _check_answers(questions: dict[str, list[Question]], answers: Answers) -> None:
     for item_id, crops in answers.items():
         if item_id not in questions:
-            raise UserError(f"there are answers for item {item_id}, of which the CSV knows no question")
+            raise UserError(f"there are answers for item {item_id}, but the CSV has no questions about it")
         if len(crops) != CROPS or any(len(crop) != len(questions[item_id]) for crop in crops):
             raise UserError(f"item {item_id} needs {CROPS} crops of {len(questions[item_id])} answers each")
 
@@ -239,11 +242,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--questions", required=True, help="dpg_bench.csv")
     parser.add_argument("--answers", required=True, help="JSON lines of answers; read, and written with --vqa")
     parser.add_argument("--mode", choices=MODES, default="corrected")
-    parser.add_argument("--images", help="the folder of <item_id>.png, with --vqa")
+    parser.add_argument("--images", help="the folder of <item_id>.png; needs --vqa")
     parser.add_argument("--vqa", help="a visual question answering model: local path or hub id")
     options = parser.parse_args(arguments)
     if bool(options.images) != bool(options.vqa):
-        parser.error("--images and --vqa go together")
+        parser.error("--images and --vqa must be given together")
 
     def compute() -> dict:
         questions = read_questions(options.questions)

@@ -1,4 +1,4 @@
-"""What the evaluations of other people's evaluators share: whole exports, JSON lines, one-line errors."""
+"""Shared by the benchmarks with external evaluators: complete exports, JSON lines, one-line errors."""
 
 import json
 import pathlib
@@ -9,10 +9,10 @@ from trm_diffusion.errors import EXIT_USER_ERROR, UserError
 
 
 def check_files(directory: str | pathlib.Path, expected: Iterable[str]) -> None:
-    """Demands that the files below `directory` are exactly the expected ones, given relative to it.
+    """Checks that the files below `directory` are exactly the expected ones, given relative to it.
 
     Raises:
-      UserError: a missing or an extra file; it names the first one and counts the others.
+      UserError: a missing or an extra file; names the first one and counts the others.
     """
     directory = pathlib.Path(directory)
     if not directory.is_dir():
@@ -20,7 +20,7 @@ def check_files(directory: str | pathlib.Path, expected: Iterable[str]) -> None:
     present = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()}
     expected = set(expected)
     for names, what, remedy in (
-        (expected - present, "missing", "run the export again, it goes on where it stopped"),
+        (expected - present, "missing", "run the export again, which continues where it stopped"),
         (present - expected, "not part of the export", "move them away"),
     ):
         if names:
@@ -29,7 +29,7 @@ def check_files(directory: str | pathlib.Path, expected: Iterable[str]) -> None:
 
 
 def read_json_lines(path: str | pathlib.Path, required: tuple[str, ...]) -> list[dict]:
-    """Reads a file of one JSON object a line; empty lines are skipped.
+    """Reads a file with one JSON object per line; empty lines are skipped.
 
     Raises:
       UserError: an unreadable or empty file, or a line without one of the required keys.
@@ -60,7 +60,7 @@ def read_text(path: str | pathlib.Path) -> str:
 
 
 def print_json(compute: Callable[[], dict]) -> int:
-    """Prints what `compute` returns as one line of JSON, or the user's mistake as one line; the exit code."""
+    """Prints the result of `compute` as one line of JSON, or its UserError as one line; returns the exit code."""
     try:
         print(json.dumps(compute()))
     except UserError as error:

@@ -1,12 +1,12 @@
-"""The Frechet distance between two Gaussians, in float64 and by symmetric eigen-decompositions only."""
+"""The Frechet distance between two Gaussians, in float64, with symmetric eigendecompositions only."""
 
 import numpy as np
 
 
 class StreamingMoments:
-    """Mean and covariance of rows that come in batches or from several places, in float64 (Chan et al., 1979).
+    """Mean and covariance of rows that arrive in batches or on several hosts, in float64 (Chan et al., 1979).
 
-    However the rows are split, the result is the same but for rounding.
+    The result does not depend on how the rows are split, except for rounding.
     """
 
     def __init__(self, dimensions: int):
@@ -15,19 +15,19 @@ class StreamingMoments:
         self._scatter = np.zeros((dimensions, dimensions))  # sum of (x - mean) (x - mean)^T
 
     def update(self, features: np.ndarray) -> None:
-        """Adds rows [N, D]. Raises ValueError for another shape, or values that are not finite."""
+        """Adds rows [N, D]. Raises ValueError for a wrong shape, or values that are not finite."""
         features = np.asarray(features, np.float64)
         if features.ndim != 2 or features.shape[1] != len(self.mean):
-            raise ValueError(f"moments of {len(self.mean)}-d features cannot take {features.shape}")
+            raise ValueError(f"features must be [N, {len(self.mean)}], not {features.shape}")
         if not np.isfinite(features).all():
-            raise ValueError("features hold values that are not finite")
+            raise ValueError("features contain values that are not finite")
         if len(features):
             mean = features.mean(axis=0)
             centred = features - mean
             self._add(len(features), mean, centred.T @ centred)
 
     def merge(self, other: "StreamingMoments") -> None:
-        """Adds all rows that another has seen."""
+        """Adds all rows that `other` has."""
         if other.count:
             self._add(other.count, other.mean, other._scatter)
 
@@ -50,11 +50,11 @@ def moments(features: np.ndarray, rows: int = 4096) -> tuple[np.ndarray, np.ndar
     """Mean [D] and covariance [D, D] (divided by N - 1) of features [N, D], in float64, `rows` at a time.
 
     Raises:
-      ValueError: another number of dimensions, fewer than two rows, or values that are not finite.
+      ValueError: features that are not 2-D, fewer than two rows, or values that are not finite.
     """
     features = np.asarray(features)
     if features.ndim != 2:
-        raise ValueError(f"moments needs features [N, D], not {features.shape}")
+        raise ValueError(f"features must be [N, D], not {features.shape}")
     streaming = StreamingMoments(features.shape[1])
     for first in range(0, len(features), rows):
         streaming.update(features[first : first + rows])
@@ -64,11 +64,11 @@ def moments(features: np.ndarray, rows: int = 4096) -> tuple[np.ndarray, np.ndar
 def frechet_distance(
     mean_a: np.ndarray, covariance_a: np.ndarray, mean_b: np.ndarray, covariance_b: np.ndarray
 ) -> float:
-    """The squared Wasserstein-2 distance of N(mean_a, A) and N(mean_b, B), means [D], covariances [D, D]:
+    """The squared Wasserstein-2 distance between N(mean_a, A) and N(mean_b, B), means [D], covariances [D, D]:
 
         ||mean_a - mean_b||^2 + tr(A) + tr(B) - 2 tr((A^{1/2} B A^{1/2})^{1/2})
 
-    (Dowson & Landau, 1982). Finite for covariances of any rank. Rounding can leave a value a little below 0.
+    (Dowson & Landau, 1982). Finite for covariances of any rank. Rounding can give a value slightly below 0.
     """
     root = _low_rank_root(np.asarray(covariance_a, np.float64))
     return _distance(mean_a, covariance_a, mean_b, covariance_b, np.linalg.eigvalsh(_product(root, covariance_b)))
@@ -77,12 +77,12 @@ def frechet_distance(
 def frechet_and_influence(
     features: np.ndarray, mean_b: np.ndarray, covariance_b: np.ndarray, rows: int = 4096
 ) -> tuple[float, np.ndarray]:
-    """The distance of the Gaussian N(m, A) of features [N, D] from N(mean_b, B), and each row's influence, [N], mean 0:
+    """The distance between the Gaussian N(m, A) of features [N, D] and N(mean_b, B), and each row's influence [N]:
 
         2 (m - mean_b)^T d + d^T (I - T) d - tr((I - T) A),  d = x - m,  T = R^{-T} (R^T B R)^{1/2} R^{-1},  R R^T = A
 
-    the derivative of the distance in the weight of x (T carries the first Gaussian to the second). With N rows the
-    distance's standard error is std(influence) / sqrt(N).
+    It is the derivative of the distance with respect to the weight of x, and has mean 0. T transports the first
+    Gaussian to the second. With N rows, the standard error of the distance is std(influence) / sqrt(N).
     """
     mean, covariance = moments(features, rows)
     few = len(features) < len(mean)
@@ -110,7 +110,7 @@ def _product(root: np.ndarray, covariance_b: np.ndarray) -> np.ndarray:
     """R^T B R [rank, rank], symmetric to the bit, for R R^T = A.
 
     A^{1/2} B A^{1/2} has the same non-zero eigenvalues, but also the zeros of A's null space, whose rounding errors a
-    square root would blow up from 1e-16 to 1e-8.
+    square root would amplify from 1e-16 to 1e-8.
     """
     product = root.T @ np.asarray(covariance_b, np.float64) @ root
     return (product + product.T) / 2
@@ -124,12 +124,12 @@ def _low_rank_root(covariance: np.ndarray) -> np.ndarray:
 
 
 def _low_rank_root_of_rows(centred: np.ndarray) -> np.ndarray:
-    """The same for the covariance of rows [N, D] of mean 0, from their N x N products, which are quick for N < D."""
+    """The same for the covariance of rows [N, D] of mean 0, from their N x N products: faster for N < D."""
     scaled = np.asarray(centred, np.float64) / np.sqrt(len(centred) - 1)
     eigenvalues, eigenvectors = np.linalg.eigh(scaled @ scaled.T)
     return scaled.T @ eigenvectors[:, _above_rounding(eigenvalues, scaled.shape[1])]
 
 
 def _above_rounding(eigenvalues: np.ndarray, dimensions: int) -> np.ndarray:
-    """Which of a covariance's eigenvalues, in rising order, are more than rounding error."""
+    """Which eigenvalues of a covariance, in increasing order, are larger than rounding error."""
     return eigenvalues > max(eigenvalues[-1], 0) * dimensions * np.finfo(np.float64).eps

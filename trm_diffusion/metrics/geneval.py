@@ -1,9 +1,9 @@
-"""GenEval (Ghosh et al., 2023), images out and results in; its detector runs elsewhere, in its own environment.
+"""GenEval (Ghosh et al., 2023): checks exported images, and summarises results of the official evaluator.
 
-`--mode=sample --export=geneval` draws the images.
+`--mode=sample --export=geneval` draws the images. The official detector runs elsewhere, in its own environment.
 
-    python -m trm_diffusion.metrics.geneval --prompts evaluation_metadata.jsonl --images DIR    # is the export whole?
-    python -m trm_diffusion.metrics.geneval --results results.jsonl                             # the official figures
+    python -m trm_diffusion.metrics.geneval --prompts evaluation_metadata.jsonl --images DIR    # checks the export
+    python -m trm_diffusion.metrics.geneval --results results.jsonl                             # official summary
 
 each print one line of JSON. The layout that the official evaluator reads is
 
@@ -34,29 +34,29 @@ def read_prompts(path: str | pathlib.Path) -> list[dict]:
     """Reads the user's copy of `evaluation_metadata.jsonl`: {"tag", "include", "prompt", perhaps "exclude"} each.
 
     Raises:
-      UserError: an unreadable file, a line without one of these keys, an unknown tag, or a prompt that is no text.
+      UserError: an unreadable file, a line without one of these keys, an unknown tag, or a prompt that is not text.
     """
     prompts = read_json_lines(path, ("tag", "include", "prompt"))
     for number, prompt in enumerate(prompts):
         if not isinstance(prompt["prompt"], str) or not prompt["prompt"].strip():
-            raise UserError(f"{path}, prompt {number}: prompt {prompt['prompt']!r} is no text")
+            raise UserError(f"{path}, prompt {number}: prompt {prompt['prompt']!r} is not text")
         if prompt["tag"] not in TASKS:
             raise UserError(f"{path}, prompt {number}: tag {prompt['tag']!r} is none of {', '.join(TASKS)}")
     return prompts
 
 
 def image_path(directory: str | pathlib.Path, prompt: int, image: int) -> pathlib.Path:
-    """Where image `image` of prompt `prompt` belongs; both count from 0."""
+    """The path of image `image` of prompt `prompt`; both count from 0."""
     return pathlib.Path(directory) / f"{prompt:05d}" / "samples" / f"{image:04d}.png"
 
 
 def metadata_path(directory: str | pathlib.Path, prompt: int) -> pathlib.Path:
-    """Where the line of the prompt file belongs."""
+    """The path of the copy of the prompt's line."""
     return pathlib.Path(directory) / f"{prompt:05d}" / "metadata.jsonl"
 
 
 def write_image(directory: str | pathlib.Path, prompts: Sequence[dict], prompt: int, image: int, pixels: np.ndarray):
-    """Writes one image, uint8 [H, W, 3], and its prompt's metadata; each file appears whole or not at all."""
+    """Writes one image, uint8 [H, W, 3], and its prompt's metadata, each atomically."""
     path, metadata = image_path(directory, prompt, image), metadata_path(directory, prompt)
     if not metadata.exists():
         write_text(metadata, json.dumps(prompts[prompt]) + "\n")
@@ -66,7 +66,7 @@ def write_image(directory: str | pathlib.Path, prompts: Sequence[dict], prompt: 
 def missing_images(
     directory: str | pathlib.Path, num_prompts: int, images_per_prompt: int = IMAGES_PER_PROMPT
 ) -> list[tuple[int, int]]:
-    """The (prompt, image) pairs still to be written, in order: an export that was stopped goes on with them."""
+    """The (prompt, image) pairs still to be written, in order; a stopped export continues with them."""
     pairs = ((prompt, image) for prompt in range(num_prompts) for image in range(images_per_prompt))
     return [pair for pair in pairs if not image_path(directory, *pair).exists()]
 
@@ -74,13 +74,13 @@ def missing_images(
 def check_export(
     directory: str | pathlib.Path, prompts: Sequence[dict], images_per_prompt: int = IMAGES_PER_PROMPT
 ) -> dict:
-    """Demands every image of every prompt, nothing else, and the right prompt beside each.
+    """Checks that every image of every prompt is there, with the right prompt beside it, and nothing else.
 
     Returns:
       {"num_prompts", "images_per_prompt", "num_images"}.
 
     Raises:
-      UserError: it names the missing file, the extra file, or the folder of another prompt.
+      UserError: names the missing file, the extra file, or the folder of another prompt.
     """
     folders = [f"{number:05d}" for number in range(len(prompts))]
     expected = {f"{folder}/metadata.jsonl" for folder in folders}
@@ -107,17 +107,18 @@ def summarise(results: Sequence[dict]) -> dict:
         tasks: {tag: share of the task's images that are correct}.
         overall: the unweighted mean of the six tasks; None if one is missing.
         percent_correct_images: over all images.
-        percent_correct_prompts: prompts with at least one correct image; equal metadata are one prompt.
-        num_images, num_prompts, official_size: whether these are the benchmark's 2,212 and 553.
+        percent_correct_prompts: prompts with at least one correct image; equal metadata count as one prompt.
+        num_images, num_prompts, official_size: counts, and whether they are the benchmark's 2,212 and 553.
 
     Raises:
-      UserError: an image that is there twice, an unknown tag, or `correct` that is no truth value.
+      UserError: a duplicate image, an unknown tag, or `correct` that is not a bool.
     """
-    by_task, by_prompt, filenames = defaultdict(list), defaultdict(list), set()
+    by_task, by_prompt = defaultdict(list), defaultdict(list)
+    filenames = set()
     for number, result in enumerate(results, start=1):
         if result["filename"] in filenames:
             raise UserError(
-                f"result {number}: {result['filename']} is there twice; was the evaluator run into one file?"
+                f"result {number}: {result['filename']} appears twice; was the evaluator run twice into one file?"
             )
         if result["tag"] not in TASKS:
             raise UserError(f"result {number}: tag {result['tag']!r} is none of {', '.join(TASKS)}")
@@ -140,9 +141,9 @@ def summarise(results: Sequence[dict]) -> dict:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m trm_diffusion.metrics.geneval", description=__doc__.split("\n")[0])
-    parser.add_argument("--results", help="result lines of the official evaluator, to be summarised")
-    parser.add_argument("--prompts", help="evaluation_metadata.jsonl, with --images")
-    parser.add_argument("--images", help="an export, to be checked against --prompts")
+    parser.add_argument("--results", help="result lines of the official evaluator to summarise")
+    parser.add_argument("--prompts", help="evaluation_metadata.jsonl; needs --images")
+    parser.add_argument("--images", help="an export to check against --prompts")
     options = parser.parse_args(arguments)
     if bool(options.results) == bool(options.images) or bool(options.images) != bool(options.prompts):
         parser.error("give either --results, or both --prompts and --images")

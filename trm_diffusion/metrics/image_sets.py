@@ -1,4 +1,4 @@
-"""Sets of images on disk, read a batch at a time: a folder of pictures, or an npz file of ADM's layout."""
+"""Sets of images on disk, read batch by batch: a folder of pictures, or an npz file in ADM's layout."""
 
 import contextlib
 import zipfile
@@ -16,9 +16,9 @@ ARRAY, LABELS = "arr_0", "arr_1"
 
 
 class ImageSet:
-    """Images uint8 [N, H, W, 3], in a fixed order; grey ones are given three equal channels.
+    """Images uint8 [N, H, W, 3], in a fixed order; grey images get three equal channels.
 
-    path: the folder or file. labels: [N] class numbers, or None where nothing tells them.
+    path: the folder or file. labels: [N] class numbers, or None if unknown.
     """
 
     path: epath.Path
@@ -28,19 +28,20 @@ class ImageSet:
         raise NotImplementedError
 
     def batches(self, size: int, share: tuple[int, int] = (0, 1)) -> Iterator[np.ndarray]:
-        """All images in order, `size` at a time, the last batch whatever is left.
+        """Yields all images in order, `size` at a time; the last batch may be smaller.
 
-        share: (i, n) gives the i-th of every n batches alone, and the last one in the place of any after it.
+        share: (i, n) yields only the i-th of every n batches, with the last batch in place of any beyond it.
         """
         raise NotImplementedError
 
     def _first_images(self, size: int, share: tuple[int, int]) -> list[int]:
-        """Number of the first image of each batch."""
-        last, (index, count) = (len(self) - 1) // size, share
+        """Index of the first image of each batch."""
+        last = (len(self) - 1) // size
+        index, count = share
         return [size * min(turn + index, last) for turn in range(0, last + 1, count)]
 
     def take(self, indices: np.ndarray) -> np.ndarray:
-        """The images of the given indices, which rise."""
+        """The images at the given indices, which must increase."""
         taken, first = [], 0
         for batch in self.batches(1024):
             start, end = np.searchsorted(indices, [first, first + len(batch)])
@@ -58,10 +59,10 @@ def open_images(path: str, image_size: int = 0) -> ImageSet:
 
     Args:
       path: the folder or .npz file.
-      image_size: crop and resize pictures of a folder to this, as ADM does; 0 takes them as they are, all of one size.
+      image_size: crop and resize pictures of a folder to this, as ADM does; 0 leaves them, all of one size, unchanged.
 
     Raises:
-      UserError: nothing there, no images in it, or another layout.
+      UserError: a missing path, no images, or another layout.
     """
     location = epath.Path(path)
     if location.is_dir():
@@ -72,12 +73,12 @@ def open_images(path: str, image_size: int = 0) -> ImageSet:
 
 
 class FolderImages(ImageSet):
-    """Pictures in the order of their names; where they lie in subfolders, those are the classes."""
+    """Pictures in the order of their names; subfolders, if any, are the classes."""
 
     def __init__(self, path: epath.Path, image_size: int = 0):
         self.path = path
         self._image_size = image_size
-        self._shape: tuple[int, int, int] | None = None  # of the first image that was read
+        self._shape: tuple[int, int, int] | None = None  # of the first image read
         self._files = sorted(
             epath.Path(folder) / name
             for folder, _, names in path.walk()
@@ -119,7 +120,7 @@ class FolderImages(ImageSet):
         try:
             with file.open("rb") as stream, Image.open(stream) as image:
                 image = image.convert("RGB")
-        # PIL's plugins report damage through all of these.
+        # PIL's plugins raise all of these for damaged files.
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             raise UserError(f"cannot read the image {file} ({error}): repair or remove the file") from error
         return np.asarray(centre_crop(image, self._image_size) if self._image_size else image)
@@ -140,7 +141,7 @@ class NpzImages(ImageSet):
         if len(shape) != 4 or not shape[0] or shape[-1] not in (1, 3) or dtype != np.uint8:
             raise UserError(f"{path}: {ARRAY} must be uint8 [N, H, W, 3], it is {dtype} {list(shape)}")
         if self.labels is not None and self.labels.shape != shape[:1]:
-            raise UserError(f"{path}: {LABELS} {self.labels.shape} are not the labels of {shape[0]} images")
+            raise UserError(f"{path}: {LABELS} has shape {self.labels.shape}, but {ARRAY} has {shape[0]} images")
 
     def __len__(self) -> int:
         return self._shape[0]

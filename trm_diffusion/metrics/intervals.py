@@ -6,8 +6,8 @@ import numpy as np
 def bootstrap_interval(value: float, influence: np.ndarray, resamples: int = 1000, seed: int = 0) -> list[float]:
     """The 95% interval of a metric under resampling of the images: value + the central quantiles of mean(influence).
 
-    The metric is taken as linear in the images' weights, with the given influence [N] (of mean 0) of each image, so a
-    resample costs a mean. It tells the noise of the images drawn, not the bias of a small N.
+    The metric is linearised in the images' weights, with the given influence [N] (of mean 0) of each image, so a
+    resample only costs a mean. The interval covers the noise of the drawn images, not the bias of a small N.
     """
     rng = np.random.default_rng(seed)
     count = len(influence)

@@ -1,6 +1,6 @@
-"""Judges of generated images: what `--mode=evaluate` measures, one class for each `evaluate.kind`.
+"""Judges of generated images: what `--mode=evaluate` measures, one class per `evaluate.kind`.
 
-A new judge is a class that keeps the contract of `Judge`, in a file of its own, and a line in `JUDGES`.
+A new judge is a subclass of `Judge` in its own file, and a line in `JUDGES`.
 """
 
 import abc
@@ -20,7 +20,7 @@ JUDGES = {  # `evaluate.kind`: its class
 
 
 class Picture(NamedTuple):
-    """Some of the images, to be shown `per_class` in a row."""
+    """Some of the images, to show with `per_class` in a row."""
 
     images: np.ndarray  # [N, H, W, C]
     captions: Sequence[str] | None = None  # [N]
@@ -28,16 +28,16 @@ class Picture(NamedTuple):
 
 class Evaluation(NamedTuple):
     measures: dict  # for JSON
-    passed: bool  # whether the measures reach what the config demands
+    passed: bool  # whether the measures reach the thresholds in the config
     pictures: dict[str, Picture]  # by file name, without a suffix
 
 
 class Judge(abc.ABC):
-    """Asks for images of a run and measures them.
+    """Requests images from a run and measures them.
 
     Attributes:
       sources: the `data.source`s whose images it can judge.
-      condition: the kind of condition it asks for images by, as named in conditions/: "label", or "caption in words".
+      condition: the kind of condition it requests images by, as named in conditions/: "label", or "caption in words".
     """
 
     sources: tuple[str, ...]
@@ -49,13 +49,13 @@ class Judge(abc.ABC):
 
     @abc.abstractmethod
     def evaluate(self, generate: Callable[[Sequence], np.ndarray]) -> Evaluation:
-        """Measures the images [N, H, W, C], nominally in [-1, 1], that `generate` draws of N labels or captions.
+        """Measures the images [N, H, W, C], nominally in [-1, 1], that `generate` draws for N labels or captions.
 
         Raises UserError for images that are not finite.
         """
 
     def labels(self) -> np.ndarray:
-        """The labels [num_samples] int32 to ask for, as `evaluate.label_rule` says."""
+        """The labels [num_samples] int32 to request, by `evaluate.label_rule`."""
         settings = self.settings
         return draw_labels(settings.label_rule, settings.num_samples, self.data.num_classes, self.seed)
 
@@ -65,7 +65,7 @@ def judge_class(kind: str) -> type[Judge]:
 
 
 def draw_labels(rule: str, count: int, num_classes: int, seed: int) -> np.ndarray:
-    """Labels [count] int32, never sorted by class: in turn if the rule is balanced, else uniformly at random."""
+    """Labels [count] int32, never sorted by class: cycling if the rule is balanced, otherwise uniformly random."""
     if rule == "balanced":
         return np.arange(count, dtype=np.int32) % num_classes
     rng = np.random.default_rng([seed, int(Purpose.SAMPLING)])

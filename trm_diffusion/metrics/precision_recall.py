@@ -1,8 +1,8 @@
-"""Improved precision and recall (Kynkaanniemi et al., 2019): are the samples real, and are the real ones covered?
+"""Improved precision and recall (Kynkaanniemi et al., 2019): are the samples realistic, and is the reference covered?
 
-Each image of a set is the centre of a ball that reaches to its k-th nearest neighbour in that set, itself not counted.
-Precision is the share of samples within a ball of the reference; recall the share of the reference within a ball of the
-samples. Squared distances, borders included.
+Each image is the centre of a ball that reaches to its k-th nearest neighbour in its own set, itself excluded. Precision
+is the share of samples inside a ball of the reference; recall is the share of the reference inside a ball of the
+samples. Distances are squared, and balls include their border.
 """
 
 import functools
@@ -21,15 +21,15 @@ def precision_recall(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which samples [N, D] lie within the reference [M, D] (bool [N]) and the reverse (bool [M]).
 
-    Precision and recall are their means. `dtype` is that of the features, of their products and of the distances:
-    float16 is what the ADM reference implementation tries first, and reaches 65,504 at most.
+    Precision and recall are their means. `dtype` is that of the features, their products and the distances. The ADM
+    reference implementation first tries float16, whose largest value is 65,504.
 
     Raises:
-      ValueError: a set of no more than `neighbours` images, or distances that are not finite in `dtype`.
+      ValueError: a set of at most `neighbours` images, or distances that are not finite in `dtype`.
     """
     for name, features in (("samples", samples), ("reference", reference)):
         if len(features) <= neighbours:
-            raise ValueError(f"{len(features)} {name} have no {neighbours} neighbours each")
+            raise ValueError(f"{len(features)} {name} are too few: each needs {neighbours} neighbours")
     samples, reference = jnp.asarray(samples, dtype), jnp.asarray(reference, dtype)
     within_reference = covered(samples, reference, ball_radii(reference, neighbours))
     within_samples = covered(reference, samples, ball_radii(samples, neighbours))
@@ -37,7 +37,7 @@ def precision_recall(
 
 
 def ball_radii(features: jax.Array, neighbours: int) -> jax.Array:
-    """Squared distance [N] from each of features [N, D] to its k-th nearest other one."""
+    """Squared distance [N] from each of features [N, D] to its k-th nearest neighbour, itself excluded."""
     blocks = [_nearest_others(rows, first, features, neighbours) for first, rows in _row_blocks(features)]
     radii = jnp.concatenate(blocks)[: len(features)]
     if not jnp.isfinite(radii).all():
@@ -52,7 +52,7 @@ def covered(points: jax.Array, centres: jax.Array, radii: jax.Array) -> np.ndarr
 
 
 def _row_blocks(features: jax.Array):
-    """(first row, rows [BLOCK_ROWS, D]) over all rows; the last block is filled up with zeros."""
+    """Yields (first row, rows [BLOCK_ROWS, D]) over all rows; the last block is padded with zeros."""
     size = min(BLOCK_ROWS, len(features))
     for first in range(0, len(features), size):
         rows = features[first : first + size]

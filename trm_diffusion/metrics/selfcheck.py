@@ -1,4 +1,4 @@
-"""What must hold of the metrics whatever the network's weights are, with the answers known beforehand."""
+"""Checks of the metrics against known answers, which hold for any weights of the network."""
 
 import json
 import sys
@@ -34,18 +34,18 @@ def commuting_covariances() -> tuple[float, float, float]:
 
 
 def identical_sets() -> tuple[float, float, float]:
-    """Frechet distance 0 of a set and itself in another order, at 2048 dimensions and from fewer images than that."""
+    """The Frechet distance of a set to itself in another order is 0, in 2048 dimensions from fewer images."""
     features = np.random.default_rng(0).standard_normal((500, 2048), np.float32)
     return frechet_distance(*moments(features), *moments(features[::-1])), 0, 1e-4
 
 
 def shifted_gaussians() -> tuple[float, float, float]:
-    """N(0, I) and N(1, I) lie D apart."""
+    """The distance between N(0, I) and N(1, I) is D."""
     return frechet_distance(np.zeros(300), np.eye(300), np.ones(300), np.eye(300)), 300, 1e-9
 
 
 def streaming_moments() -> tuple[float, float, float]:
-    """Rows in batches and on two hosts give the covariance of all rows; largest difference."""
+    """Rows in batches on two hosts give the covariance of all rows; largest difference."""
     rows = np.random.default_rng(0).standard_normal((501, 20), np.float32) + 100
     hosts = [StreamingMoments(20), StreamingMoments(20)]
     for number, batch in enumerate(np.array_split(rows, 7)):
@@ -60,13 +60,13 @@ def _line(*values: float) -> np.ndarray:
 
 
 def precision_by_hand() -> tuple[float, float, float]:
-    """Of {5.5, 100, 101, 102} only 5.5 lies among {0 .. 9}."""
+    """Of {5.5, 100, 101, 102} only 5.5 is inside a ball of {0 .. 9}."""
     within, _ = precision_recall(_line(5.5, 100, 101, 102), _line(*range(10)))
     return within.mean(), 0.25, 0
 
 
 def recall_by_hand() -> tuple[float, float, float]:
-    """The ball of 5.5 reaches to 102 with three neighbours, and so holds all of {0 .. 9}."""
+    """With three neighbours the ball of 5.5 reaches to 102, and so contains all of {0 .. 9}."""
     _, within = precision_recall(_line(5.5, 100, 101, 102), _line(*range(10)))
     return within.mean(), 1, 0
 
@@ -76,22 +76,22 @@ def _one_hot(classes: np.ndarray) -> np.ndarray:
 
 
 def score_of_ten_classes() -> tuple[float, float, float]:
-    """Certain of ten classes in turn: 10."""
+    """Inception score of certain answers, ten classes in turn: 10."""
     return inception_score(_one_hot(np.arange(100) % 10), chunk_images=50)[0], 10, 1e-9
 
 
 def score_of_sorted_classes() -> tuple[float, float, float]:
-    """The same sorted by class, in two chunks: 5."""
+    """Inception score of the same sorted by class, in two chunks: 5."""
     return inception_score(_one_hot(np.arange(100) // 10), chunk_images=50)[0], 5, 1e-9
 
 
 def score_of_one_answer() -> tuple[float, float, float]:
-    """The same answer for all: 1."""
+    """Inception score of the same answer for all images: 1."""
     return inception_score(np.tile(np.arange(10.0), (100, 1)), chunk_images=50)[0], 1, 1e-9
 
 
 def resize_by_formula() -> tuple[float, float, float]:
-    """The resize against its formula in plain loops, shrinking and growing; largest difference, of 2."""
+    """The resize against its formula in plain loops, down and up; largest difference, for a range of 2."""
     worst = 0.0
     for height, width in ((32, 40), (64, 50)):
         image = np.random.default_rng(0).integers(0, 256, (height, width, 1))
@@ -106,7 +106,7 @@ def _resize_in_loops(image: np.ndarray, size: int) -> np.ndarray:
     resized = np.zeros((size, size, channels))
     for row in range(size):
         for column in range(size):
-            # TensorFlow computes where to look in float32.
+            # TensorFlow computes source positions in float32.
             y = float(np.float32(row) * (np.float32(height) / np.float32(size)))
             x = float(np.float32(column) * (np.float32(width) / np.float32(size)))
             top, left = int(y), int(x)
@@ -118,7 +118,7 @@ def _resize_in_loops(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def sfid_tensor() -> tuple[float, float, float]:
-    """The sFID features against channels 0 .. 6 of Mixed_6d.branch1x1, in NumPy from that layer's input; relative."""
+    """The sFID features against channels 0 .. 6 of Mixed_6d.branch1x1, in NumPy from its input; relative difference."""
     weights = fold_batch_norms(random_state(0))
     images = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
 
@@ -142,12 +142,12 @@ def sfid_tensor() -> tuple[float, float, float]:
 
 
 def fid_50k_label() -> tuple[float, float, float]:
-    """Only 50,000 images make an FID-50K."""
+    """Only an FID over 50,000 images is called FID-50K."""
     names = [fid_name(count) for count in (49_999, 50_000, 50_001)]
     return sum(name == "FID-50K" for name in names), 1, 0
 
 
-# Each returns what was found, what is right, and the largest difference allowed.
+# Each returns (found, expected, tolerance).
 CHECKS: tuple[Callable[[], tuple[float, float, float]], ...] = (
     commuting_covariances,
     identical_sets,
@@ -165,7 +165,7 @@ CHECKS: tuple[Callable[[], tuple[float, float, float]], ...] = (
 
 
 def selfcheck() -> bool:
-    """Runs all checks and prints one JSON object; whether all hold."""
+    """Runs all checks and prints one JSON object; returns whether all pass."""
     results = {}
     for check in CHECKS:
         found, expected, tolerance = map(float, check())

@@ -1,6 +1,6 @@
-"""A visual question answerer of the `transformers` library (BLIP and its like), as an optional extra.
+"""A visual question answering (VQA) model from the `transformers` library, such as BLIP, as an optional extra.
 
-It needs `transformers` and `torch`, which the default environment has not.
+It needs `transformers` and `torch`, which are not in the default environment.
 """
 
 import numpy as np
@@ -9,7 +9,7 @@ from trm_diffusion.errors import UserError
 
 
 class TransformersVqa:
-    """(image, question) -> answer, greedily decoded on the CPU or on the GPU that torch sees.
+    """(image, question) -> answer, decoded greedily on the GPU if torch sees one, else on the CPU.
 
     Args:
       model: a local path or a hub id, such as "Salesforce/blip-vqa-capfilt-large".

@@ -1,7 +1,7 @@
-"""Checkpoints: the one place that knows Orbax.
+"""Checkpoints: the only module that uses Orbax.
 
 A checkpoint holds the training state, the data iterator, and a small JSON record of the loop. Saves are asynchronous
-and become visible only when complete, so a job killed while saving resumes from the save before.
+and become visible only when complete, so a job killed during a save resumes from the previous checkpoint.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ class Checkpoints:
             keep.append(_keep_policies.EveryNSteps(config.keep_every))
         self.directory = directory
         self._checkpointer = orbax.training.Checkpointer(
-            directory if "://" in str(directory) else os.path.abspath(directory),  # it saves to absolute paths alone
-            save_decision_policy=_save_policies.FixedIntervalPolicy(1),  # the loop decides when
+            directory if "://" in str(directory) else os.path.abspath(directory),  # Orbax needs absolute paths
+            save_decision_policy=_save_policies.FixedIntervalPolicy(1),  # the training loop decides when
             preservation_policy=_keep_policies.AnyPreservationPolicy(keep),
             cleanup_tmp_directories=True,
         )
@@ -46,17 +46,17 @@ class Checkpoints:
         return None if latest is None else latest.step
 
     def save(self, step: int, state, iterator, loop: dict[str, Any]) -> None:
-        """Starts a save and returns; waits first for the one before. `loop` is JSON.
+        """Starts an asynchronous save, after waiting for the previous one. `loop` must be JSON-serialisable.
 
-        A failed save raises here at the next one, or in `close`.
+        The error of a failed save is raised by the next `save` or by `close`.
         """
         self._checkpointer.wait()
         self._checkpointer.save_checkpointables_async(step, dict(state=state, data=iterator, loop=loop), overwrite=True)
 
     def restore(self, step: int, abstract_state, iterator=None) -> tuple[Any, dict[str, Any]]:
-        """The state, laid out as `abstract_state` says, and the loop record; `iterator` is moved to where it was.
+        """Returns the state, sharded like `abstract_state`, and the loop record; restores the position of `iterator`.
 
-        Raises UserError, naming paths, where the checkpoint does not hold exactly that state.
+        Raises UserError, naming the paths, if the checkpoint does not hold exactly this state.
         """
         self._check(step, abstract_state)
         wanted = dict(state=abstract_state, loop=None)
@@ -78,12 +78,12 @@ class Checkpoints:
         if problems:
             shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
             raise UserError(
-                f"{self.directory}: checkpoint {step} does not fit this config: {shown}; "
-                "use the run's own config, or another --workdir"
+                f"{self.directory}: checkpoint {step} does not match this config: {shown}; "
+                "use the config of this run, or another --workdir"
             )
 
     def close(self) -> None:
-        """Waits until every save is complete on disk."""
+        """Waits until all saves are complete on disk."""
         self._checkpointer.close()
 
     def __enter__(self):

@@ -1,7 +1,7 @@
-"""Where numbers go: metrics.jsonl, TensorBoard, Weights & Biases on request, and the terminal.
+"""Logging of metrics to metrics.jsonl, TensorBoard, Weights & Biases (on request), and the terminal.
 
-metrics.jsonl is the record. A resumed run first drops the lines past its checkpoint, so that the file equals that of a
-run that was never interrupted, but for the fields that tell wall-clock time.
+metrics.jsonl is the authoritative record. A resumed run first drops the lines past its checkpoint, so that the file
+equals that of an uninterrupted run, except for the wall-clock fields.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ WALL_CLOCK_FIELDS = ("images_per_second", "data_wait_share", "seconds")
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig(Settings):
-    every: int = setting(50, least=1)  # updates per line of metrics, each the mean over them
+    every: int = setting(50, least=1)  # updates per line of metrics, whose values are means over them
     tensorboard: bool = True  # write TensorBoard event files into the workdir
     wandb: bool = False  # also log to Weights & Biases (package wandb, project trm_diffusion)
     samples_every: int = setting(1000, least=0)  # updates between sample grids; 0 draws none
 
 
 class MetricsFile:
-    """metrics.jsonl of a run: one JSON object a line, led by its update number as `step`."""
+    """metrics.jsonl of a run: one JSON object per line, whose first key `step` is the update number."""
 
     def __init__(self, path: epath.Path, resume_step: int):
         self._path = path
@@ -47,7 +47,7 @@ class MetricsFile:
 
 
 class RunLogger:
-    """Sends each line of metrics to every place that the config names. Only process 0 should hold one."""
+    """Sends each line of metrics to every destination in the config. Only process 0 should create one."""
 
     def __init__(self, workdir: epath.Path, config: LogConfig, *, name: str, total_steps: int, resume_step: int):
         self._total_steps = total_steps
@@ -64,7 +64,7 @@ class RunLogger:
             self._bar = tqdm.tqdm(total=total_steps, initial=resume_step, unit="update", dynamic_ncols=True)
 
     def metrics(self, step: int, scalars: dict[str, float | list]) -> None:
-        """Writes one line. Lists (load per expert) go to the file whole and elsewhere entry by entry."""
+        """Writes one line. Lists (load per expert) are written whole to the file and entry by entry elsewhere."""
         self._file.write({"step": step, **scalars})
         flat = dict(_flatten(scalars))
         if self._tensorboard:
@@ -97,7 +97,7 @@ class RunLogger:
 
 
 def say(message: str) -> None:
-    """One line to the person at the terminal, past a progress bar if there is one."""
+    """Prints one line to stderr without breaking the progress bar."""
     tqdm.tqdm.write(message, file=sys.stderr)
     sys.stderr.flush()
 
@@ -106,12 +106,12 @@ def start_wandb(workdir, name: str):
     try:
         import wandb
     except ImportError:
-        raise UserError("log.wandb: the package wandb is not installed; pip install wandb, or leave it off") from None
+        raise UserError("log.wandb: the package wandb is not installed; pip install wandb, or turn it off") from None
     return wandb.init(project="trm_diffusion", name=name, dir=str(workdir), id=name, resume="allow")
 
 
 def _flatten(scalars: dict):
-    """(name, number) of every entry that has one; a mean over nothing is None and has not."""
+    """Yields (name, number) of every entry, except for None, the mean over nothing."""
     for key, value in scalars.items():
         if isinstance(value, list):
             yield from _flatten({f"{key}/{index}": entry for index, entry in enumerate(value)})
@@ -120,7 +120,7 @@ def _flatten(scalars: dict):
 
 
 def _step_of(line: str) -> float:
-    """The update number of a line; a line torn by a crash belongs to no update that was saved."""
+    """The update number of a line; infinity for a line that a crash cut off, so that it is dropped."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""The optimiser, its schedule, and exponential moving averages of the parameters."""
+"""The optimiser, its learning-rate schedule, and exponential moving averages (EMA) of the parameters."""
 
 import dataclasses
 
@@ -10,14 +10,14 @@ import optax.contrib
 from trm_diffusion.models.settings import Settings, setting
 from trm_diffusion.runtime.parameters import Parameters
 
-_MUON_RMS = 0.2  # of an update over its learning rate: near AdamW's (Liu et al. 2025, arXiv 2502.16982)
+_MUON_RMS = 0.2  # RMS of an update / learning rate, near AdamW's (Liu et al. 2025, arXiv 2502.16982)
 DECAYED = (
     "kernel",
     "down",
     "up",
     "token_kernel",
     "condition_kernel",
-)  # matrices; not biases, scales, embeddings
+)  # weight decay applies to matrices, not to biases, scales and embeddings
 
 SCHEDULES = {  # name in the config: (config, decay_steps) -> the schedule after the warm-up
     "constant": lambda config, _: optax.constant_schedule(config.lr),
@@ -40,8 +40,10 @@ def _adamw(config: "OptimConfig", rate: optax.Schedule) -> optax.GradientTransfo
 
 
 def _muon(config: "OptimConfig", rate: optax.Schedule) -> optax.GradientTransformation:
-    """Muon (Jordan 2024; optax's) takes the matrices of attention and MLP in the blocks, each block's apart where
-    blocks are stacked; weight decay is then of these alone. All the rest has Adam, with Nesterov's momentum too.
+    """optax's Muon (Jordan 2024) for the attention and MLP matrices of the blocks, Adam for all other parameters.
+
+    Each block's matrices are orthogonalised separately, also where blocks are stacked. Only these matrices have weight
+    decay. Adam uses Nesterov momentum too.
     """
     return optax.contrib.muon(
         lambda update: config.muon_lr_ratio * rate(update),
@@ -56,7 +58,7 @@ def _muon(config: "OptimConfig", rate: optax.Schedule) -> optax.GradientTransfor
 
 
 def _muon_matrices(parameters: Parameters) -> dict:
-    """Which two axes of each parameter are a matrix for Muon, or None. Modulations act on vectors, and are left out."""
+    """The two matrix axes of each parameter that Muon updates, None for others. Modulations act on vectors: None."""
     return {
         name: optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
         if "/blocks/" in name and name.endswith("/kernel") and "/modulation/" not in name
@@ -73,7 +75,7 @@ class OptimConfig(Settings):
     # muon: orthogonalised momentum for the blocks' matrices, AdamW for the rest
     optimizer: str = setting("adamw", choices=OPTIMIZERS)
     lr: float = setting(1e-4, least=0)  # peak learning rate of AdamW
-    muon_lr_ratio: float = setting(5.0, least=0)  # muon: the learning rate of its matrices over that of the rest
+    muon_lr_ratio: float = setting(5.0, least=0)  # muon: learning rate of its matrices / that of the rest
     # after the warm-up: constant, cosine (to lr_end) or linear (to lr_end)
     schedule: str = setting("constant", choices=SCHEDULES)
     warmup_steps: int = setting(0, least=0)  # updates over which the learning rate rises linearly from zero
@@ -81,11 +83,11 @@ class OptimConfig(Settings):
     b1: float = setting(0.9, least=0, below=1)  # AdamW first-moment decay
     b2: float = setting(0.999, least=0, below=1)  # AdamW second-moment decay
     eps: float = setting(1e-8, least=0)  # AdamW epsilon
-    weight_decay: float = setting(0.0, least=0)  # decoupled decay, of matrices alone
+    weight_decay: float = setting(0.0, least=0)  # decoupled weight decay, only of matrices
     clip_norm: float = setting(0.0, least=0)  # clip the global gradient norm to this; 0 does not clip
-    # moving averages kept in float32; the first is what is sampled from
+    # one float32 EMA of the parameters for each decay; samples are drawn from the first
     ema_decays: tuple = setting((0.9999,), least=0, below=1)
-    ema_warmup: bool = True  # decay min(d, (1 + n) / (10 + n)) at update n, so that short runs forget the start
+    ema_warmup: bool = True  # decay min(d, (1 + n) / (10 + n)) at update n, so short runs forget the initial values
 
 
 def learning_rate(config: OptimConfig, total_steps: int) -> optax.Schedule:
@@ -116,7 +118,7 @@ def ema_decay(decay: float, updates: jax.Array, warmup: bool) -> jax.Array:
 def update_ema(ema: Parameters, parameters: Parameters, decay: jax.Array) -> Parameters:
     """ema <- decay * ema + (1 - decay) * parameters, in float32.
 
-    Written as a small step from `ema`: the sum of two products, which optax.incremental_update computes, rounds `ema`
-    itself at every update, and at a decay of 0.9999 ends several times as far from the exact average.
+    Computed as a small change to `ema`. The sum of two products, as in optax.incremental_update, rounds `ema` itself at
+    every update and, at a decay of 0.9999, ends several times as far from the exact EMA.
     """
     return jax.tree.map(lambda e, p: e + (1 - decay) * (p.astype(jnp.float32) - e), ema, parameters)

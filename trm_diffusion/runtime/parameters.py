@@ -1,7 +1,7 @@
-"""A Flax NNX model as a pure function of its parameters, which are one flat dictionary from path to array.
+"""A Flax NNX model as a pure function of its parameters, a flat dictionary from path to array.
 
-Paths are strings such as "stack/segments/0/blocks/attention/qkv/kernel". Masks, patterns, logs and checkpoints all
-speak of parameters by these names, and the plain dictionary outlives changes of library versions.
+Paths are strings such as "stack/segments/0/blocks/attention/qkv/kernel". Masks, patterns, logs and checkpoints all use
+these names, and a plain dictionary does not depend on library versions.
 """
 
 import fnmatch
@@ -37,13 +37,13 @@ class PureModel:
         }
 
     def init(self, key: jax.Array) -> Parameters:
-        """Fresh parameters; jit-able, so that each device makes its own shard alone."""
+        """Initial parameters. Can be jitted, so that each device creates only its own shard."""
         return {
             "/".join(map(str, path)): variable[...] for path, variable in nnx.to_flat_state(nnx.state(self._build(key)))
         }
 
     def bind(self, parameters: Parameters) -> nnx.Module:
-        """The module with these values; parameters must hold exactly the model's paths."""
+        """The module with these values; `parameters` must have exactly the model's paths."""
         return nnx.merge(
             self._graphdef,
             nnx.from_flat_state({self._paths[name]: value for name, value in parameters.items()}),
@@ -51,15 +51,15 @@ class PureModel:
 
 
 def _stacked(axes: tuple, ndim: int) -> tuple:
-    """The axes of a parameter that may have gained leading axes by being stacked over layers or pools."""
+    """The logical axes of a parameter, with None for any leading axes added by stacking layers or pools."""
     return (None,) * (ndim - len(axes)) + tuple(axes)
 
 
 def trainable_names(names, trainable: str) -> list[str]:
-    """The parameter names that a gradient moves, in the order of `names`.
+    """The names of the trainable parameters, in the order of `names`.
 
-    trainable: "all", "recursion" (gates and experts), or comma-separated path patterns. Selection biases never are: the
-    loss-free balance moves them by a rule of its own.
+    trainable: "all", "recursion" (gates and experts), or comma-separated path patterns. Selection biases are never
+    trainable: loss-free balancing updates them by its own rule.
     """
     patterns = {"all": ["*"], "recursion": ["*/recursion/*"]}.get(trainable, trainable.split(","))
     return [
@@ -70,17 +70,17 @@ def trainable_names(names, trainable: str) -> list[str]:
 
 
 def is_balance_bias(name: str) -> bool:
-    """Is this the selection bias of a gate (models/recursion/gate.py)?"""
+    """Whether this is the selection bias of a gate (models/recursion/gate.py)."""
     return name.endswith("/balance_bias")
 
 
 def memory(arrays) -> int:
-    """Bytes of a tree of arrays or shapes, over all devices."""
+    """Bytes of a tree of global arrays or shapes; replicas are not counted."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
 
 
 def device_bytes(arrays) -> int:
-    """Bytes that a tree of arrays, or of shapes that know their sharding, takes on each device."""
+    """Bytes on each device of a tree of arrays, or of shapes with a sharding."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays)
     )

@@ -1,4 +1,4 @@
-"""Random keys: every one is folded from (seed, purpose, index), so none is stored, reused, or lost by a resume."""
+"""Random keys: each is folded from (seed, purpose, index), so none is stored, reused, or lost on resume."""
 
 import enum
 

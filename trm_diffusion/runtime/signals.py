@@ -1,8 +1,8 @@
-"""Asked to stop: a first SIGTERM or SIGINT lets the job save and leave; a second one ends it at once.
+"""Stop requests: the first SIGTERM or SIGINT lets the job save and exit; a second one ends it at once.
 
-Several processes of one run stop at the same place, whichever of them was asked; JAX's preemption service settles
-where, within about two seconds. It listens to SIGTERM itself from the start of the run to its end, so that a second
-SIGTERM does no more.
+The processes of one run stop at the same point, whichever of them received the signal. JAX's preemption service agrees
+on that point within about two seconds. It handles SIGTERM itself from the start of the run to its end, so a second
+SIGTERM has no further effect there.
 """
 
 import signal
@@ -13,19 +13,19 @@ from trm_diffusion.runtime.processes import is_distributed
 
 
 class StopRequest:
-    """A context in which SIGTERM and SIGINT ask to stop instead of killing the process.
+    """A context in which SIGTERM and SIGINT request a stop instead of killing the process.
 
-    together: the processes of a run do the same at the same time and ask `reached` at the same places; False where each
-    works and stops on its own.
+    together: the processes of a run work in lockstep and call `reached` at the same points; False if each works and
+    stops on its own.
     """
 
     def __init__(self, *, together: bool = True):
-        self.requested = False  # of this process
+        self.requested = False  # by a signal to this process
         self._together = together and is_distributed()
         self._places = 0
 
     def reached(self) -> bool:
-        """Is this the place to stop?"""
+        """Whether to stop at this point."""
         if not self._together:
             return self.requested
         self._places += 1
@@ -36,7 +36,7 @@ class StopRequest:
         self.requested = True
         signal.signal(signum, signal.SIG_DFL)
         if self._together:
-            signal.raise_signal(signal.SIGTERM)  # the preemption service's
+            signal.raise_signal(signal.SIGTERM)  # for JAX's preemption service
 
     def __enter__(self):
         asking = (signal.SIGINT,) if self._together else (signal.SIGTERM, signal.SIGINT)

@@ -1,4 +1,4 @@
-"""The training state: everything a step reads and writes, and that a checkpoint therefore holds."""
+"""The training state: everything that a training step reads and writes, and therefore what a checkpoint holds."""
 
 import dataclasses
 
@@ -13,13 +13,13 @@ from trm_diffusion.runtime.sharding import parameter_sharding, replicated
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Random keys are not stored: each is folded from (seed, step, purpose), so a resume cannot lose one."""
+    """Random keys are not stored: each is folded from (seed, step, purpose), so none is lost on resume."""
 
     step: jax.Array  # int32, updates done
     trainable: Parameters  # float32
-    frozen: Parameters  # parameters without gradient, optimiser state or average; float32 or, but for gates, bfloat16
+    frozen: Parameters  # non-trainable parameters: no gradient, moments or EMA; float32 or, outside recursion, bfloat16
     optimizer: optax.OptState  # of the trainable parameters
-    ema: dict[str, Parameters]  # decay as a string -> averages of the trainable parameters, float32
+    ema: dict[str, Parameters]  # decay as a string -> EMA of the trainable parameters, float32
 
     @property
     def parameters(self) -> Parameters:
@@ -29,7 +29,7 @@ class TrainState:
 def init_state(
     model: PureModel, optimizer: optax.GradientTransformation, key, *, trainable: str, frozen_dtype: str, ema_decays
 ) -> TrainState:
-    """A fresh state; pure, to be jitted with `state_sharding` as its output sharding."""
+    """The initial state. Pure: jit it with `state_sharding` as its output sharding."""
     parameters = model.init(key)
     names = set(trainable_names(parameters, trainable))
     trained = {name: value for name, value in parameters.items() if name in names}
@@ -47,7 +47,7 @@ def init_state(
 
 
 def state_sharding(mesh, model: PureModel, abstract_state: TrainState):
-    """Shardings for a state: whatever is named like a parameter lives where the parameter does, the rest everywhere."""
+    """Shardings of a state: leaves with the name and shape of a parameter follow it, all others are replicated."""
 
     def place(path, leaf):
         names = [str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey)]

@@ -1,4 +1,4 @@
-"""TPU pods that programs are compiled for without being there: names such as v5p:4x4x4, what their chips can do."""
+"""TPU topologies to compile for without the hardware: names such as v5p:4x4x4, and properties of their chips."""
 
 import dataclasses
 import math
@@ -13,19 +13,19 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One generation. Per device as JAX counts them; speeds are the published peaks (cloud.google.com/tpu/docs)."""
+    """One TPU generation. Figures are per JAX device; speeds are the published peaks (cloud.google.com/tpu/docs)."""
 
-    example: str  # a topology of it
-    axes: int  # of its network: 2 or 3
+    example: str  # name of a topology
+    axes: int  # dimensions of its network: 2 or 3
     most_chips: int  # in a slice
-    memory_bytes: float  # that a program may use: v4 and v5e as the compiler refuses more, the others not yet tried
-    flops: float  # bfloat16 operations a second
-    memory_bandwidth: float  # bytes a second
-    link_bandwidth: float  # bytes a second that leave it for others of its slice, over all links
-    slice_bandwidth: float  # bytes a second that leave it for other slices
-    cycles: float  # a second
-    devices: int = 1  # that JAX sees on a chip
-    options: tuple[tuple[str, str], ...] = ()  # for the compiler: how the chip is used in practice
+    memory_bytes: float  # usable by a program; v4 and v5e: limit of the compiler, others not yet tried
+    flops: float  # bfloat16 operations per second
+    memory_bandwidth: float  # bytes per second
+    link_bandwidth: float  # bytes per second sent within its slice, over all links
+    slice_bandwidth: float  # bytes per second sent to other slices
+    cycles: float  # per second
+    devices: int = 1  # JAX devices per chip
+    options: tuple[tuple[str, str], ...] = ()  # compiler options that match how the chip is used in practice
 
 
 CHIPS = {
@@ -41,7 +41,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """So many slices of one shape."""
+    """One or several slices of the same shape."""
 
     name: str
     generation: str
@@ -54,32 +54,33 @@ class Topology:
 
     @property
     def chips(self) -> int:
-        """In all slices together."""
+        """Total over all slices."""
         return self.slices * math.prod(self.shape)
 
 
 def parse_topology(name: str, slices: int = 1) -> Topology:
-    """Checks the name without asking the compiler. Raises UserError with one line that says what there is."""
+    """Parses and checks the name without the compiler. Raises UserError, in one line, with the known topologies."""
     known = ", ".join(chip.example for chip in CHIPS.values())
     if not name:
-        raise UserError(f"--mode=compile needs --topology: one of {known}, or other sizes of each")
+        raise UserError(f"--mode=compile needs --topology: one of {known}, or another size of these")
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     if not found or found[1] not in CHIPS:
-        raise UserError(f"--topology={name}: no such TPU; there are {known}, and other sizes of each")
-    chip, shape = CHIPS[found[1]], tuple(map(int, found[2].split("x")))
+        raise UserError(f"--topology={name}: no such TPU; choose one of {known}, or another size of these")
+    chip = CHIPS[found[1]]
+    shape = tuple(map(int, found[2].split("x")))
     if len(shape) != chip.axes:
         raise UserError(f"--topology={name}: {found[1]} has {chip.axes} axes, as in {chip.example}")
     if 0 in shape or any(size > 1 and size % 2 for size in shape[:2]):
-        raise UserError(f"--topology={name}: hosts hold 2x2 chips, so the first two numbers are 1 or even")
+        raise UserError(f"--topology={name}: a host has 2x2 chips, so the first two numbers must be 1 or even")
     if math.prod(shape) > chip.most_chips:
         raise UserError(f"--topology={name}: a slice of {found[1]} has at most {chip.most_chips} chips; try --slices")
     if slices < 1:
-        raise UserError(f"--slices={slices}: it must be at least 1")
+        raise UserError(f"--slices={slices} must be at least 1")
     return Topology(name, found[1], shape, slices)
 
 
 def described_devices(topology: Topology) -> list[jax.Device]:
-    """The devices of a topology, to compile for. Needs libtpu. Raises UserError where the compiler knows none such."""
+    """The devices of a topology, to compile for. Needs libtpu. Raises UserError if the compiler does not know it."""
     from jax.experimental import topologies
 
     options = dict(topology.chip.options)

@@ -1,4 +1,4 @@
-"""From the metrics of single updates to the lines that are logged: means over the updates since the last line."""
+"""Turns the metrics of single updates into logged lines: means over the updates since the last line."""
 
 import time
 
@@ -8,11 +8,11 @@ import numpy as np
 from trm_diffusion.models.recursion.report import RoutingReport
 
 MEANS = ("loss", "gradient_norm", "drop_fraction", "gate_entropy")  # averaged over updates
-QUARTERS = 4  # of normalized time, the cleanest first
+QUARTERS = 4  # of the normalized diffusion time, cleanest first
 
 
 def routing_metrics(reports: RoutingReport | None) -> dict:
-    """Scalars (and the load per expert, [P * M]) of reports [R, T, ...], over the latent steps that ran."""
+    """Scalars, and the load per expert [P * M], of reports [R, T, ...]: means over the latent steps that ran."""
     if reports is None:
         return {}
     share = reports.ran / jnp.sum(reports.ran)  # [R, T]
@@ -24,7 +24,7 @@ def routing_metrics(reports: RoutingReport | None) -> dict:
 
 
 class Window:
-    """Sums over the updates since the last line. `record` holds all of it that a resume needs, as JSON."""
+    """Sums over the updates since the last line. `record` is everything that a resume needs, as JSON."""
 
     def __init__(self, record: dict, batch_size: int):
         self._sums = {name: np.asarray(value) for name, value in record.get("sums", {}).items()}
@@ -33,10 +33,12 @@ class Window:
         self._learning_rate = record.get("learning_rate", 0.0)
         self.skipped_in_a_row = record.get("skipped_in_a_row", 0)
         self._batch_size = batch_size
-        self._since, self._timed_updates, self.data_wait_seconds = time.perf_counter(), 0, 0.0
+        self._since = time.perf_counter()
+        self._timed_updates = 0
+        self.data_wait_seconds = 0.0
 
     def add(self, metrics: dict) -> None:
-        """Adds one update's metrics (NumPy). One that was skipped counts as such and leaves the means alone."""
+        """Adds one update's metrics (NumPy). A skipped update is counted, but does not enter the means."""
         self._updates += 1
         self._timed_updates += 1
         self._learning_rate = float(metrics["learning_rate"])
@@ -50,7 +52,7 @@ class Window:
                 self._sums[name] = self._sums.get(name, 0.0) + metrics[name].astype(np.float64)
 
     def line(self) -> dict:
-        """The fields of one line, and a new window. A mean over no update, or no image, is None."""
+        """Returns the fields of one line and starts a new window. A mean over no updates, or no images, is None."""
         kept = self._updates - self._skipped
         line = {"updates": self._updates, "skipped": self._skipped, "learning_rate": self._learning_rate}
         for name in MEANS:
@@ -67,7 +69,9 @@ class Window:
         line["data_wait_share"] = min(1.0, self.data_wait_seconds / seconds)
         line["seconds"] = seconds
         self._sums, self._updates, self._skipped = {}, 0, 0
-        self._since, self._timed_updates, self.data_wait_seconds = time.perf_counter(), 0, 0.0
+        self._since = time.perf_counter()
+        self._timed_updates = 0
+        self.data_wait_seconds = 0.0
         return line
 
     def record(self) -> dict:

@@ -1,7 +1,7 @@
-"""From noise to data with any network and any objective: the samplers by name, and the scan that runs them.
+"""The samplers by name, and the scan that runs them, for any network and any objective.
 
-A network is network(noisy [B, ..., C], times [B] in the objective's unit) -> (output, aux). It is traced once, however
-many diffusion steps there are. A sample depends on its own noise and key, never on its batch.
+A network is network(noisy [B, ..., C], times [B] in the objective's unit) -> (output, aux). It is traced once for any
+number of diffusion steps. A sample depends only on its own noise and key, never on the rest of its batch.
 """
 
 import functools
@@ -29,7 +29,7 @@ def sampler_class(name: str) -> type[Sampler]:
 
 
 def check_sampler(sampler: str, objective_name: str, eta: float = 0.0):
-    """Raises ValueError, in one line, for an unknown sampler, or one that cannot use the objective or eta."""
+    """Raises ValueError, in one line, for an unknown sampler, or one that does not support the objective or eta."""
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler is {sampler!r}; choose one of {', '.join(SAMPLERS)}")
     if objective_name not in sampler_class(sampler).objectives:
@@ -40,16 +40,16 @@ def check_sampler(sampler: str, objective_name: str, eta: float = 0.0):
         )
     if not 0.0 <= eta <= 1.0 or (eta != 0.0 and not sampler_class(sampler).takes_eta):
         takers = " and ".join(name for name in SAMPLERS if sampler_class(name).takes_eta)
-        raise ValueError(f"eta is {eta} with sampler {sampler!r}; it is for {takers}, between 0 and 1")
+        raise ValueError(f"eta is {eta} with sampler {sampler!r}; it is only for {takers}, between 0 and 1")
 
 
 def draw_initial_noise(keys: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
-    """Pure noise [B, *shape] for keys [B]; `shape` is one sample's."""
+    """Pure noise [B, *shape] for keys [B]; `shape` is that of one sample."""
     return _normal(keys, 0, shape, dtype)  # network evaluation i folds in i + 1
 
 
 def _normal(keys: jax.Array, fold: int | jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
-    """Standard normal noise [B, *shape], row b from keys[b] alone."""
+    """Standard normal noise [B, *shape], row b only from keys[b]."""
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, fold), shape, dtype))(keys)
 
 
@@ -63,11 +63,11 @@ def sample(
     diffusion_steps: int,
     eta: float = 0.0,
 ) -> tuple[jax.Array, Any]:
-    """Samples from pure noise: (samples [B, ..., C], aux with a leading axis [diffusion_steps]).
+    """Samples from pure noise; returns (samples [B, ..., C], aux with a leading axis [diffusion_steps]).
 
-    initial_noise [B, ..., C] from `draw_initial_noise`; keys [B], one PRNG key a sample, for the samplers that add
-    noise. The state is float32, or float64 for float64 noise. To jit, close over all but arrays. Where a sampler
-    evaluates the network several times in a diffusion step, aux is of the first.
+    initial_noise [B, ..., C] is from `draw_initial_noise`; keys [B] has one PRNG key per sample, for samplers that add
+    noise. The state is float32, or float64 for float64 noise. To jit, close over everything but the arrays. If a
+    sampler evaluates the network several times per diffusion step, aux is that of the first evaluation.
     """
     check_sampler(sampler, objective.name, eta)
     dtype = jnp.promote_types(initial_noise.dtype, jnp.float32)
@@ -77,7 +77,7 @@ def sample(
 
 
 def run(sampler: Sampler, network: Callable, noise: jax.Array, keys: jax.Array) -> tuple[jax.Array, Any]:
-    """`sample` by a sampler that has its objective and grid already; noise [B, ..., C] is of the grid's dtype."""
+    """`sample` with a sampler that has its objective and grid; noise [B, ..., C] has the dtype of the grid."""
 
     def evaluation(carry, inputs):
         index, row = inputs

@@ -1,4 +1,4 @@
-"""Adams and Bashforth's two-step method on the probability-flow ODE: second order, one network evaluation."""
+"""The two-step Adams-Bashforth method on the probability-flow ODE: second order, one network evaluation per step."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from trm_diffusion.diffusion.samplers.base import Sampler
 
 class Carry(NamedTuple):
     z: jax.Array  # [B, ..., C]
-    direction: jax.Array  # [B, ..., C], of the diffusion step before
+    direction: jax.Array  # [B, ..., C], of the previous diffusion step
 
 
 class Evaluation(NamedTuple):
@@ -19,11 +19,11 @@ class Evaluation(NamedTuple):
     time: jax.Array
     scale: jax.Array
     move: jax.Array  # h_i
-    weight: jax.Array  # h_i / (2 h_{i-1}); 0 in the first diffusion step, which makes it Euler's
+    weight: jax.Array  # h_i / (2 h_{i-1}); 0 in the first diffusion step, which is then an Euler step
 
 
 class AB2(Sampler):
-    """Euler's move along the slope extrapolated to its middle, on dz/du = direction:
+    """An Euler step on dz/du = direction, with the slope extrapolated to the middle of the step:
 
         z_{i+1} = z_i + h_i (d_i + h_i / (2 h_{i-1}) (d_i - d_{i-1})),    h_i = u_{i+1} - u_i
 

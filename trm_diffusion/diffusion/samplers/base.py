@@ -1,4 +1,4 @@
-"""What a sampler is: where it evaluates the network, and how it moves on from the prediction there."""
+"""The interface of samplers: where to evaluate the network, and how to step from the prediction there."""
 
 import abc
 from collections.abc import Callable
@@ -13,17 +13,17 @@ DrawNoise = Callable[[], jax.Array]  # standard normal noise [B, ..., C], fresh 
 
 
 class Sampler(abc.ABC):
-    """The way from pure noise to data along a grid of times, as a scan over network evaluations.
+    """Steps from pure noise to data along a grid of times, as a scan over network evaluations.
 
     `sample` runs it: carry = init(noise); then, for each row of evaluations(), the network is evaluated at
-    evaluation_point(carry, row) and carry = step(carry, row, prediction, draw_noise); at last result(carry). A carry is
-    any pytree whose shapes and dtypes stay the same. Rows of the batch must not mix.
+    evaluation_point(carry, row) and carry = step(carry, row, prediction, draw_noise); finally result(carry). A carry is
+    any pytree whose shapes and dtypes do not change. Samples of a batch must not affect each other.
 
     Attributes:
-      objectives: names of the objectives that it can be used with.
+      objectives: names of the supported objectives.
       takes_eta: whether eta, the share of fresh noise, may differ from 0.
-      evaluations_per_step: network evaluations in a diffusion step, the last of which may have fewer. The aux of each
-        diffusion step's first one is kept.
+      evaluations_per_step: network evaluations per diffusion step; the last diffusion step may have fewer. Only the aux
+        of each diffusion step's first evaluation is kept.
     """
 
     objectives: tuple[str, ...] = OBJECTIVES
@@ -36,11 +36,11 @@ class Sampler(abc.ABC):
 
     @abc.abstractmethod
     def init(self, noise: jax.Array) -> Any:
-        """The first carry, from pure noise [B, ..., C]."""
+        """The initial carry, from pure noise [B, ..., C]."""
 
     @abc.abstractmethod
     def evaluations(self) -> Any:
-        """What each network evaluation needs to know of the grid: a pytree, leaves [evaluations, ...]."""
+        """What each network evaluation needs from the grid: a pytree with leaves [evaluations, ...]."""
 
     @abc.abstractmethod
     def evaluation_point(self, carry: Any, row: Any) -> tuple[jax.Array, jax.Array]:
@@ -56,7 +56,7 @@ class Sampler(abc.ABC):
 
 
 class SingleEvaluationSampler(Sampler):
-    """A sampler that carries x_t alone and evaluates the network once a diffusion step; a subclass is its `update`."""
+    """A sampler that carries only x_t and evaluates the network once per diffusion step; subclasses define `update`."""
 
     @abc.abstractmethod
     def update(

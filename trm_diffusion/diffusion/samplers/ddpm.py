@@ -8,11 +8,11 @@ from trm_diffusion.diffusion.samplers.base import SingleEvaluationSampler
 
 
 class Ancestral(SingleEvaluationSampler):
-    """A draw from p(x_s | x_t), DDPM's reverse transition on the chain that is sampled (Ho et al. 2020).
+    """A draw from p(x_s | x_t), DDPM's reverse transition on the sampled chain (Ho et al. 2020).
 
-    Its mean is the posterior's at the predicted data. Its variance is the posterior's (the smaller of the paper's two)
-    or, if predicted, interpolates in log between that and this chain's beta. The last transition, to clean data, adds
-    no noise.
+    The mean is the posterior mean at the predicted data. The variance is the posterior variance (the smaller of the
+    paper's two) or, if predicted, a log-space interpolation between that and this chain's beta. The last transition, to
+    clean data, adds no noise.
     """
 
     objectives = ("ddpm",)  # a flow has no chain of betas

@@ -1,4 +1,4 @@
-"""Heun's method on the probability-flow ODE: second order, two network evaluations a diffusion step."""
+"""Heun's method on the probability-flow ODE: second order, two network evaluations per diffusion step."""
 
 from typing import NamedTuple
 
@@ -10,15 +10,15 @@ from trm_diffusion.diffusion.samplers.base import Sampler
 
 
 class Carry(NamedTuple):
-    """Positions and slope are of z = x / scale, [B, ..., C]."""
+    """Positions and slope of z = x / scale, [B, ..., C]."""
 
     begin: jax.Array  # where the diffusion step began
     point: jax.Array  # where the network is evaluated next
-    slope: jax.Array  # at `begin`, while the corrector is next
+    slope: jax.Array  # at `begin`, if the corrector is next
 
 
 class Evaluation(NamedTuple):
-    """Leaves [2n - 1]: predictor and corrector in turn, the last diffusion step without a corrector."""
+    """Leaves [2n - 1]: alternating predictor and corrector; the last diffusion step has no corrector."""
 
     time: jax.Array  # of the evaluation
     start: jax.Array  # of its diffusion step
@@ -27,11 +27,11 @@ class Evaluation(NamedTuple):
 
 
 class Heun(Sampler):
-    """Heun's method on dz/du: Euler's point, then the same move with the mean of the slopes at its two ends.
+    """Heun's method on dz/du: an Euler step, then the same step with the mean of the slopes at its two ends.
 
-    The last diffusion step stays Euler, as in algorithm 1 of Karras et al. 2022: its second slope would be taken on
-    clean data, where no network is trained. One Euler step among n keeps the order at 2. Scanning over the 2n - 1
-    evaluations, not over diffusion steps, wastes none and traces the network once.
+    The last diffusion step is a plain Euler step, as in algorithm 1 of Karras et al. 2022: its second slope would be
+    taken on clean data, where no network is trained. One Euler step among n keeps the order at 2. Scanning over the
+    2n - 1 evaluations, not over diffusion steps, wastes none and traces the network once.
     """
 
     evaluations_per_step = 2

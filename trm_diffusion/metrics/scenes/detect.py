@@ -1,8 +1,8 @@
-"""Finds the objects of a scene without any learned part: threshold, connected components, template fit.
+"""Detects the objects of a scene without any learned part: threshold, connected components, template fit.
 
-A component is an object if one template, a shape of some radius at some sub-pixel place in one flat colour, explains
-it up to noise, and if the colour is one of the palette. Everything else that stands out from the background is
-counted as unrecognised.
+A component is an object if one template (a shape with some radius and sub-pixel position in one flat colour) explains
+it up to noise, and if the colour is in the palette. Everything else that stands out from the background counts as
+unrecognised.
 """
 
 import dataclasses
@@ -16,28 +16,28 @@ from trm_diffusion.data.scenes.source import RADIUS_RANGE, SHAPES_BY_SIZE, Objec
 from trm_diffusion.errors import UserError
 
 MIN_FIT = 0.97  # R^2 of the template, corrected for noise; `metrics.scenes --selfcheck` prints the sweep
-MAX_COLOR_DISTANCE = 0.25  # to the palette, RGB in [0, 1]; the palette's least distance is 0.41
-# In [0, 1] RGB; below half of the least distance from the grey to a colour, so that edges are found about midway.
+MAX_COLOR_DISTANCE = 0.25  # to the palette, RGB in [0, 1]; palette colours are at least 0.41 apart
+# In [0, 1] RGB; less than half of the smallest distance from grey to a colour, so that edges are found about midway.
 THRESHOLD = 0.25
 
-GRID = {32: 0.25, 64: 0.375}  # pixels between the templates' radii and places, by image size
-MAX_SHIFT = 3  # in these: half a pixel of rounding, and the error of a noisy centroid
-RADIUS_SLACK = 1  # in these, beyond the radii that are drawn
+GRID = {32: 0.25, 64: 0.375}  # image size: step of the templates' radii and positions, in pixels
+MAX_SHIFT = 3  # in these steps: half a pixel of rounding, and the error of a noisy centroid
+RADIUS_SLACK = 1  # in these steps, beyond the range of drawn radii
 
-# In pixels of a 32x32 image; at 64x64, twice as long and four times as large.
+# In pixels of a 32x32 image; at 64x64 lengths are doubled and areas quadrupled.
 BLUR = 0.6  # sigma before the threshold
 MIN_AREA = 3.0  # smaller components are specks of noise, not objects
 
 MAX_NOISE = 0.12  # sigma in [0, 1] RGB; noise beyond this counts against the fit
-_NOISE_SIGMAS = 4  # the residual may exceed its expectation under noise by so many standard deviations
+_NOISE_SIGMAS = 4  # the residual may exceed its expectation under noise by this many standard deviations
 _IMAGES_AT_ONCE = 512
 _COMPONENTS_AT_ONCE = 256
-_PLANE = np.stack([np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))]).astype(bool)  # 8-connected, images apart
+_PLANE = np.stack([np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))]).astype(bool)  # 8-connected, images separate
 
 
 @dataclasses.dataclass(frozen=True)
 class Detection:
-    """The objects recognised in one image, and the number of blobs that are none."""
+    """The objects recognised in one image, and the number of unrecognised blobs."""
 
     objects: tuple[Object, ...]
     unrecognised: int = 0
@@ -45,7 +45,7 @@ class Detection:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """The best template of one component; the object's colour is "" where none of the palette is near."""
+    """The best template of one component; the object's colour is "" if no palette colour is near."""
 
     image: int
     best: Object
@@ -56,20 +56,20 @@ class Fit:
 
 
 def detect(images: np.ndarray, min_fit: float = MIN_FIT) -> list[Detection]:
-    """Finds the objects of each image.
+    """Detects the objects of each image.
 
     Args:
       images: [N, S, S, 3] in [-1, 1], S = 32 or 64; values outside are clipped.
-      min_fit: the least R^2 of an object.
+      min_fit: the smallest R^2 of an object.
 
     Raises:
-      UserError: another image size, or values that are not finite.
+      UserError: an unsupported image size, or values that are not finite.
     """
     return group(fit_components(images), len(images), min_fit)
 
 
 def group(fits: list[Fit], num_images: int, min_fit: float = MIN_FIT) -> list[Detection]:
-    """Sorts fits by image and into objects and unrecognised blobs."""
+    """Groups fits by image, and splits them into objects and unrecognised blobs."""
     by_image = [[] for _ in range(num_images)]
     for fit in fits:
         by_image[fit.image].append(fit)
@@ -86,9 +86,9 @@ def fit_components(images: np.ndarray) -> list[Fit]:
     """Fits the template bank to every connected component of every image; arguments as in `detect`."""
     images = np.asarray(images, np.float32)
     if images.ndim != 4 or images.shape[1:] not in [(size, size, 3) for size in SHAPES_BY_SIZE]:
-        raise UserError(f"scenes are judged as [N, 32, 32, 3] or [N, 64, 64, 3], not {images.shape}")
+        raise UserError(f"scenes must be [N, 32, 32, 3] or [N, 64, 64, 3], not {images.shape}")
     if not np.isfinite(images).all():
-        raise UserError("some images are not finite: the model or the sampler diverged, judge an earlier checkpoint")
+        raise UserError("some images are not finite: the model or the sampler diverged; evaluate an earlier checkpoint")
     fits = []
     for start in range(0, len(images), _IMAGES_AT_ONCE):
         fits += _fit_images(images[start : start + _IMAGES_AT_ONCE], start)
@@ -96,7 +96,7 @@ def fit_components(images: np.ndarray) -> list[Fit]:
 
 
 def _fit_images(images: np.ndarray, first: int) -> list[Fit]:
-    """`fit_components` of a few images, numbered from `first` on."""
+    """`fit_components` for a few images, numbered from `first`."""
     scale = images.shape[1] / 32
     contrast = (np.clip(images, -1, 1) + 1) / 2 - BACKGROUND  # [N, S, S, 3]
     blurred = scipy.ndimage.gaussian_filter(contrast, (0, BLUR * scale, BLUR * scale, 0))
@@ -129,8 +129,8 @@ def _bank(size: int) -> tuple[list[tuple[str, float, float, float]], np.ndarray,
     """Templates for images of one size.
 
     Returns:
-      (shape, radius, x, y) of each template, its centre relative to the window's middle pixel; the templates,
-      unit length, [W * W, T] float32; and W, odd.
+      (shape, radius, x, y) of each template, with its centre relative to the window's middle pixel; the templates
+      [W * W, T] float32, of unit length; and W, odd.
     """
     scale = size / 32
     grid = GRID[size]
@@ -144,7 +144,7 @@ def _bank(size: int) -> tuple[list[tuple[str, float, float, float]], np.ndarray,
     for shape in SHAPES_BY_SIZE[size]:
         for radius in radii:
             mask = coverage(shape, x, y, radius)
-            # Components are met at their centroid, which lies off the centre of triangles and stars.
+            # Windows are centred on centroids, which are not the centres of triangles and stars.
             rise = (mask * y).sum() / mask.sum()
             for shift_y in shifts - rise:
                 for shift_x in shifts:
@@ -155,7 +155,7 @@ def _bank(size: int) -> tuple[list[tuple[str, float, float, float]], np.ndarray,
 
 
 def _fit_chunk(contrast, labels, noise_n, ids, centroids, boxes, first) -> list[Fit]:
-    """Fits the bank to components `ids` [K] of a few images, numbered from `first` on."""
+    """Fits the template bank to components `ids` [K] of a few images, numbered from `first`."""
     names, templates_pt, width = _bank(contrast.shape[1])
     half = width // 2
     at = np.round(centroids).astype(int)  # [K, 3]
@@ -163,7 +163,7 @@ def _fit_chunk(contrast, labels, noise_n, ids, centroids, boxes, first) -> list[
     signal_kpc = (patches * owned[..., None]).reshape(len(ids), -1, 3)
     mean_kc = signal_kpc.sum(axis=1)
     direction_kc = mean_kc / np.maximum(np.linalg.norm(mean_kc, axis=-1, keepdims=True), 1e-12)
-    # An object has one flat colour: what lies off the mean colour's direction no template can explain.
+    # An object has one flat colour: no template can explain what is off the direction of the mean colour.
     projected_kt = np.einsum("kpc,kc->kp", signal_kpc, direction_kc) @ templates_pt
     best_k = projected_kt.argmax(axis=1)
     height_k = projected_kt.max(axis=1)  # a unit template t explains (t . y)^2 of y, at amplitude (t . y) max(t)
@@ -185,9 +185,9 @@ def _fit_chunk(contrast, labels, noise_n, ids, centroids, boxes, first) -> list[
 
 
 def _windows(contrast, labels, ids, at, half) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts a window around each component: contrast [K, W, W, 3] (0 beyond the image), and which pixels are its own.
+    """Cuts a window around each component: contrast [K, W, W, 3] (0 outside the image), and its own pixels [K, W, W].
 
-    Its own are those within two pixels of the component: they hold its soft edge, and no other object's.
+    Its own pixels are those within two pixels of the component: they include its soft edge, but no other object's.
     """
     padding = ((0, 0), (half, half), (half, half))
     padded = np.pad(contrast, (*padding, (0, 0)))

@@ -1,4 +1,4 @@
-"""The judge of scenes: text following on compositions that training has seen, and on others."""
+"""The scene judge: text following on compositions seen in training, and on held-out ones."""
 
 from trm_diffusion.data.scenes.source import SceneSource
 from trm_diffusion.metrics.judges import Evaluation, Judge, Picture
@@ -8,7 +8,7 @@ ROWS_SHOWN = 6
 
 
 class SceneJudge(Judge):
-    """Scores `num_samples` images of seen compositions, and as many of held-out ones; `passed` is about the seen."""
+    """Scores `num_samples` images of seen compositions and as many of held-out ones; only seen ones decide `passed`."""
 
     sources = ("scenes",)
     condition = "caption in words"

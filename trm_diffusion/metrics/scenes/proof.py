@@ -1,4 +1,4 @@
-"""The judge of scenes on trial: against drawn truth, shuffled prompts, chance, and things that are no shape."""
+"""Validates the scene judge: on rendered ground truth, shuffled prompts, chance level, and distractors."""
 
 import time
 
@@ -11,33 +11,34 @@ from trm_diffusion.metrics.scenes.score import is_lenient, is_strict, strict_cha
 
 NOISE_SIGMAS = (0.0, 0.05, 0.1)  # of white noise added to RGB in [0, 1]
 THRESHOLDS = (0.80, 0.85, 0.90, 0.93, 0.95, 0.97, 0.98, 0.99)
-PAIRS_PER_SCENE = 9  # scenes of the same task, and of any, that each request is held against
+PAIRS_PER_SCENE = 9  # scenes of the same task, and as many of any task, that each request is compared with
 MIN_STRICT = {32: 0.999, 64: 1.0}
-MAX_DISTRACTORS = 0.01  # share of distractors taken for a shape
+MAX_DISTRACTORS = 0.01  # largest share of distractors that pass as a shape
 DISTRACTORS = ("ellipse", "half_disc", "merged_discs")
 
 _SEED = 0
 
 
 def prove_judge(num_scenes: int = 3000, chance_pairs: int = 5000) -> dict:
-    """Runs all trials; see `metrics/scenes/score.py`.
+    """Runs all checks of the judge; see `metrics/scenes/score.py`.
 
     Args:
-      num_scenes: scenes for each image size and noise level, of all compositions, held-out ones included.
-      chance_pairs: independent pairs of scene graphs for each task.
+      num_scenes: scenes per image size and noise level, of all compositions, including held-out ones.
+      chance_pairs: independent pairs of scene graphs per task.
 
     Returns:
       A dict for JSON, for each image size:
-        truth_strict: {sigma: share of scenes in which exactly the drawn shapes and colours are found, and which are
-          right, strictly, for their own request}.
-        seconds: {sigma: time of judging them}.
-        shuffled_pairs, shuffled_disagreements: pairs of a request and another scene, half of them of the
-          same task, and those on which judging the picture and judging the scene graph differ.
-        accepted: {kind: {threshold: share of blobs taken for an object}}, for truth and each distractor.
+        truth_strict: {sigma: share of scenes in which exactly the drawn shapes and colours are detected, and which
+          are strictly right for their own request}.
+        seconds: {sigma: time to judge them}.
+        shuffled_pairs, shuffled_disagreements: number of pairs of a request and another scene, half of them of the
+          same task, and how often the judgements of the picture and of the scene graph differ on them.
+        accepted: {kind: {threshold: share of blobs accepted as an object}}, for truth and each distractor.
         chance: {task: [expected, measured, low, high]}, with a 99.9% interval.
-      and `pass`, whether all of it is as it should be.
+      and `pass`, whether all checks passed.
     """
-    report, passed = {"num_scenes": num_scenes, "min_fit": MIN_FIT}, True
+    report = {"num_scenes": num_scenes, "min_fit": MIN_FIT}
+    passed = True
     for size in SHAPES_BY_SIZE:
         source = SceneSource(size, "all", seed=_SEED)
         images = np.stack([source[i]["image"] for i in range(num_scenes)])
@@ -50,7 +51,8 @@ def prove_judge(num_scenes: int = 3000, chance_pairs: int = 5000) -> dict:
             seconds[str(sigma)] = round(time.perf_counter() - start, 2)
             truth[str(sigma)] = float(np.mean([_is_true(*pair) for pair in zip(scenes, detections, strict=True)]))
             if not sigma:
-                clean_detections, accepted = detections, {"truth": _sweep(fits)}
+                clean_detections = detections
+                accepted = {"truth": _sweep(fits)}
         pairs, disagreements = _shuffled_disagreements(scenes, clean_detections)
         accepted |= {
             kind: _sweep(fit_components(draw_distractors(kind, size, num_scenes // 6))) for kind in DISTRACTORS
@@ -85,10 +87,10 @@ def _sweep(fits: list) -> dict[str, float]:
 
 
 def _shuffled_disagreements(scenes: list, detections: list[Detection]) -> tuple[int, int]:
-    """Pairs of a scene and another's request, and on how many the picture and the scene graph disagree."""
+    """Counts pairs of a request and another scene, and disagreements on them: strict and lenient count separately."""
     graphs = [Detection(scene.objects) for scene in scenes]
     count = disagreements = 0
-    # Tasks follow one another in a cycle: multiples of its length keep the task, most other offsets change it.
+    # Tasks repeat in a cycle: multiples of its length keep the task, most other offsets change it.
     cycle = len(TASKS)
     for offset in [step * i for step in (cycle, cycle + 1) for i in range(1, PAIRS_PER_SCENE + 1)]:
         for number, scene in enumerate(scenes):
@@ -102,7 +104,7 @@ def _shuffled_disagreements(scenes: list, detections: list[Detection]) -> tuple[
 def measure_chance(source: SceneSource, num_pairs: int) -> dict[str, list[float]]:
     """{task: [expected, measured, low, high]}: strict score of scene graphs for independent requests of their task.
 
-    The interval is Clopper and Pearson's, 99.9%.
+    The interval is the 99.9% Clopper-Pearson interval.
     """
     from scipy.stats import binomtest
 
@@ -118,10 +120,10 @@ def measure_chance(source: SceneSource, num_pairs: int) -> dict[str, list[float]
 
 
 def draw_distractors(kind: str, size: int, number: int) -> np.ndarray:
-    """Images [number, size, size, 3] in [-1, 1], each of one thing that is none of the shapes.
+    """Images [number, size, size, 3] in [-1, 1], each of one object that is none of the shapes.
 
     ellipse: of aspect 1.25 to 1.8; half_disc: cut through the centre; merged_discs: two discs of one colour, whose
-    centres are 0.8 to 1.2 radii apart. All turned at random, in the palette's colours.
+    centres are 0.8 to 1.2 radii apart. All are randomly rotated, in colours of the palette.
     """
     rng = np.random.default_rng(_SEED)
     centres = np.arange(size) + 0.5

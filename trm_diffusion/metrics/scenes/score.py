@@ -1,6 +1,6 @@
-"""Text following on scenes, judged exactly: GenEval's six tasks, strictly and leniently.
+"""Text following on scenes, scored exactly: GenEval's six tasks, strict and lenient.
 
-`python -m trm_diffusion.metrics.scenes --selfcheck` proves the judge (`metrics/scenes/proof.py`).
+`python -m trm_diffusion.metrics.scenes --selfcheck` validates the judge (`metrics/scenes/proof.py`).
 """
 
 import itertools
@@ -12,16 +12,16 @@ from trm_diffusion.data.scenes.shapes import COLORS
 from trm_diffusion.data.scenes.source import COUNTS, TASKS, Request, SceneSource, holds
 from trm_diffusion.metrics.scenes.detect import MAX_COLOR_DISTANCE, MIN_FIT, THRESHOLD, Detection, fit_components, group
 
-FIT_SWEEP = (0.90, 0.93, 0.95, 0.97, 0.98)  # thresholds of the judge at which the strict score is reported as well
+FIT_SWEEP = (0.90, 0.93, 0.95, 0.97, 0.98)  # thresholds of the judge at which the strict score is also reported
 
 _RESAMPLES = 2000  # bootstrap
 
 
 def is_lenient(request: Request, detection: Detection) -> bool:
-    """GenEval's semantics: what is asked for is there; other objects do not matter, but for counts.
+    """GenEval's semantics: the requested objects are present; other objects matter only for counts.
 
-    A count is right when exactly so many objects of the shape are there. In the other tasks one object of a
-    shape is enough, and any of several that has the colour, or the place, will do.
+    A count is right if exactly that many objects of the shape are present. In the other tasks one object of a
+    shape is enough, and any one of several may have the requested colour or position.
     """
     if request.count > 1:
         found = [item for item in detection.objects if item.shape == request.shapes[0]]
@@ -37,15 +37,16 @@ def is_lenient(request: Request, detection: Detection) -> bool:
 
 
 def is_strict(request: Request, detection: Detection) -> bool:
-    """Lenient, and exactly the requested objects: none besides, nothing unrecognised."""
+    """Lenient, and exactly the requested objects: no others, and nothing unrecognised."""
     asked = sorted(request.shapes * request.count)
     exact = not detection.unrecognised and sorted(item.shape for item in detection.objects) == asked
     return exact and is_lenient(request, detection)
 
 
 def strict_chance(task: str, num_shapes: int) -> float:
-    """Probability that a perfect image of a random request is right, strictly, for another one of the same task."""
-    colors, pairs = len(COLORS), num_shapes * (num_shapes - 1) // 2
+    """Probability that a perfect image of a random request is strictly right for another one of the same task."""
+    colors = len(COLORS)
+    pairs = num_shapes * (num_shapes - 1) // 2
     outcomes = {
         "single_object": num_shapes,
         "two_object": pairs,
@@ -69,20 +70,20 @@ def evaluate_scenes(images: np.ndarray, source: SceneSource, *, seed: int = 0) -
       A dict for JSON:
         num_images, split, image_size, judge: what was judged, and the judge's constants.
         strict, lenient: {task: score, "overall": unweighted mean over the tasks}; and "overall_without_single",
-          to set beside held-out scores, for no single object can be held out.
+          to compare with held-out scores, since single objects cannot be held out.
         strict_95, lenient_95: the same keys, [low, high]: 95% percentile bootstrap over the images of each
-          task. It has no width where all images of a task are right, or wrong.
-        strict_overall_by_min_fit: the strict overall score at other thresholds of the judge than its own.
+          task. Its width is 0 if all images of a task are right, or wrong.
+        strict_overall_by_min_fit: the strict overall score at other thresholds of the judge.
         chance_strict: the same keys, for perfect images of other requests when all are equally likely.
         shuffled_strict: the same keys, measured: each image against another image's request of the same task.
           Held-out requests are few, so it is far above chance there.
-        unrecognised_blob_rate: blobs that are no object, over all blobs.
-        unrecognised_image_rate: images with at least one.
-        empty_image_rate: {task: images in which nothing stands out from the background}.
+        unrecognised_blob_rate: share of unrecognised blobs among all blobs.
+        unrecognised_image_rate: share of images with at least one.
+        empty_image_rate: {task: share of images in which nothing stands out from the background}.
 
     Raises:
       UserError: images of a wrong size, or not finite.
-      ValueError: fewer than two images a task.
+      ValueError: fewer than two images per task.
     """
     if len(images) < 2 * len(source.tasks):
         raise ValueError(f"{len(images)} images are too few for {len(source.tasks)} tasks")
@@ -127,7 +128,7 @@ def _right_by_task(is_right, requests, detections, tasks) -> dict[str, np.ndarra
 
 
 def _by_task(scores: dict) -> dict:
-    """Adds the overall figures to scores, one number or array of resamples for each task."""
+    """Adds the overall figures to scores, which have one number or array of resamples per task."""
     several = [score for task, score in scores.items() if task != TASKS[0]]
     return scores | {
         "overall": sum(scores.values()) / len(scores),
