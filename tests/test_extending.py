@@ -89,7 +89,8 @@ class Checkout:
             timeout=600,
         )
         assert process.returncode == 0, process.stderr[-4000:]
-        return self.directory / "run"
+        (workdir,) = [flag.partition("=")[2] for flag in [*TINY, *flags] if flag.startswith("--workdir=")][-1:]
+        return self.directory / workdir
 
 
 @pytest.fixture
@@ -156,3 +157,44 @@ def test_a_metric_is_one_file_and_one_line(checkout):
     assert report["pass"] is True and report["protocol"]["samples"] == 10
     assert (workdir / "samples" / "contrast.png").exists()
     assert checkout.changes() == {"trm_diffusion/metrics/contrast.py": NEW, "trm_diffusion/metrics/judges.py": "+1 -0"}
+
+
+STRIPES = (ROOT / "tests/data/stripes.py").read_text()
+
+
+def test_a_data_source_is_one_file_and_one_line(checkout):
+    checkout.add_file("trm_diffusion/data/stripes.py", STRIPES)
+    checkout.add_line(
+        "trm_diffusion/data/registry.py",
+        '    "stripes": "trm_diffusion.data.stripes:StripesSource",',
+        after="SOURCES = {  # `data.source`: its class",
+    )
+    flags = ("--config.data.source=stripes", "--config.data.image_size=4", "--config.data.num_classes=2")
+    workdir = checkout.run(*flags, "--config.train.batch_size=2")
+    arrays = np.load(workdir / "samples" / "grid_0000002.npz")
+    assert arrays["images"].shape == (2, 4, 4, 1) and arrays["labels"].tolist() == [0, 1]
+    assert checkout.changes() == {"trm_diffusion/data/stripes.py": NEW, "trm_diffusion/data/registry.py": "+1 -0"}
+
+
+def test_a_reading_of_the_mechanism_is_a_field_and_a_branch(checkout):
+    """The state accumulates, a_t = a_{t-1} + Attn(q, k, v), where the paper adds x~ each time."""
+    recursion = "trm_diffusion/models/recursion"
+    checkout.add_line(
+        f"{recursion}/config.py",
+        '    state: str = setting("replaced", choices=("replaced", "accumulated"))',
+        after="    scan_latent_steps: bool = True  # run the latent steps under one scan (compiles once); False unrolls them",
+    )
+    checkout.add_line(
+        f"{recursion}/layer.py",
+        '            if config.state == "accumulated":\n                a_bnd = attended + state.a_bnd',
+        after='            a_bnd = attended + x_bnd if config.residual == "before_norm" else attended',
+    )
+    flags = ["--config.model.recursion.blocks=all", "--config.model.recursion.latent_steps=4"]
+    flags += ["--config.model.recursion.base_every_step=true", "--config.model.recursion.base_input=carry"]
+    images = {}
+    for state in ("replaced", "accumulated"):
+        workdir = checkout.run(*flags, f"--config.model.recursion.state={state}", f"--workdir={state}")
+        images[state] = np.load(workdir / "samples" / "grid_0000002.npz")["images"]
+        assert json.loads((workdir / "config.json").read_text())["config"]["model"]["recursion"]["state"] == state
+    assert np.abs(images["accumulated"] - images["replaced"]).max() > 1e-6
+    assert checkout.changes() == {f"{recursion}/config.py": "+1 -0", f"{recursion}/layer.py": "+2 -0"}

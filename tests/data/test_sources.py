@@ -1,7 +1,6 @@
 """Sources follow one contract: element names, shapes, dtypes, ranges, and a config that matches the data."""
 
 import pickle
-import shutil
 import subprocess
 import sys
 
@@ -105,25 +104,6 @@ def test_every_name_of_the_registry_is_a_source(name):
     kind = source_class(name)
     assert issubclass(kind, Source) and callable(kind.from_config)
     assert kind.captioned == (name in CAPTIONED_SOURCES)
-
-
-def test_a_new_source_is_a_file_and_a_line(tmp_path):
-    package = shutil.copytree(ROOT / "trm_diffusion", tmp_path / "trm_diffusion")
-    shutil.copy(ROOT / "tests/data/stripes.py", package / "data")
-    registry = package / "data/registry.py"
-    table = registry.read_text().rstrip()
-    assert table.endswith("}")
-    registry.write_text(table[:-1] + '    "stripes": "trm_diffusion.data.stripes:StripesSource",\n}\n')
-    program = (
-        "from trm_diffusion.config import default_config, resolve\n"
-        "from trm_diffusion.data.sources import make_source\n"
-        "c = default_config()\n"
-        "c.data.update(source='stripes', image_size=4, num_classes=2)\n"
-        "source = make_source(resolve(c).data)\n"
-        "print([int(source[index]['label']) for index in range(len(source))])\n"
-    )
-    outcome = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
-    assert outcome.stdout == "[0, 1]\n", outcome.stderr
 
 
 def test_imports_are_light_and_start_no_backend():

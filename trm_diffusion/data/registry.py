@@ -4,7 +4,7 @@ A source is a class that follows the contract of data/base.py and is built by `f
 one, write a file with its class and add a line here.
 """
 
-SOURCES = {  # config.data.source: where its class is
+SOURCES = {  # `data.source`: its class
     "digits": "trm_diffusion.data.digits:DigitsSource",
     "synthetic": "trm_diffusion.data.synthetic:SyntheticSource",
     "image_folder": "trm_diffusion.data.images:ImageFolderSource",
