@@ -182,7 +182,7 @@ def test_a_reading_of_the_mechanism_is_a_field_and_a_branch(checkout):
     checkout.add_line(
         f"{recursion}/config.py",
         '    state: str = setting("replaced", choices=("replaced", "accumulated"))',
-        after="    scan_latent_steps: bool = True  # run the latent steps under one scan (compiles once); False unrolls them",
+        after="    modulation: bool = True  # Mod is the block's shift and scale; False leaves it out",
     )
     checkout.add_line(
         f"{recursion}/layer.py",
