@@ -8,6 +8,7 @@ except the batch, which must also fit the devices that are found.
 import functools
 
 from trm_diffusion.conditions import kind_of
+from trm_diffusion.conditions.words import Words
 from trm_diffusion.config.schema import Config
 from trm_diffusion.diffusion.guidance import check_guidance
 from trm_diffusion.diffusion.samplers import check_sampler
@@ -135,6 +136,6 @@ def _check_evaluation(config: Config) -> None:
         f"config.evaluate.kind {kind} is for images of config.data.source {' or '.join(judge.sources)} only",
     )
     _require(
-        judge.condition != "words" or config.model.reads_words,
+        judge.condition != "words" or kind_of(config) is Words,
         f"config.evaluate.kind {kind} is for config.model.text.encoder learned",
     )
