@@ -34,8 +34,8 @@ flags.DEFINE_integer("num", 0, "sample: write this many images as PNG files inst
 flags.DEFINE_string(
     "out",
     None,
-    "output path. sample: folder or .npz; evaluate: .json; reference: .npz; compare: .html; prepare, encode: directory. "
-    "verify: directory to check",
+    "output path. sample: folder or .npz; evaluate: .json; reference: .npz; compare: .html; prepare, encode: folder. "
+    "verify: folder to check",
 )
 
 flags.DEFINE_string("images", None, "evaluate, reference: folder or .npz of images")

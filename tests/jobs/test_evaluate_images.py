@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from absl import flags
 
 from tests.weights.published import write
 from trm_diffusion import main
@@ -176,8 +177,8 @@ def test_other_protocols_are_not_compared(tmp_path, part, field, value):
     ],
 )
 def test_flags_that_are_missing(capsys, arguments, message):
-    main.flags.FLAGS.unparse_flags()
+    flags.FLAGS.unparse_flags()
     for name in ("images", "reference", "inception", "evaluations", "out", "mode"):
-        main.flags.FLAGS[name].unparse()
+        flags.FLAGS[name].unparse()
     assert main.main(["main", *arguments]) == 2
     assert message in capsys.readouterr().err

@@ -33,7 +33,7 @@ def _require(options, *names: str) -> list:
     """The values of these flags, all of which the mode needs."""
     for name in names:
         if not options[name].value:
-            raise UserError(f"--mode={options.mode} needs --{name}; see --help")
+            raise UserError(f"--mode={options.mode} on files needs --{name}; see --help")
     return [options[name].value for name in names]
 
 
