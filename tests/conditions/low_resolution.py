@@ -1,4 +1,4 @@
-"""An image as a condition: the small picture that a model enlarges, joined to the noisy image along channels."""
+"""An image as a condition: a small picture to enlarge, concatenated to the noisy image along channels."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,8 @@ class EnlargedSource(ConditionedSource):
 
 
 class LowResolution(Condition):
-    draws, instead = "small images", "leave the flag out, and it draws those of its data"
+    draws = "small images"
+    instead = "omit the flag to draw those of its data"
 
     @classmethod
     def matches(cls, config):
@@ -50,7 +51,7 @@ class LowResolution(Condition):
         return 2 * self.config.data.channels
 
     def apply(self, network, noisy, times, condition, **options):
-        labels = jnp.zeros(len(noisy), jnp.int32)  # the same for all: the picture says everything
+        labels = jnp.zeros(len(noisy), jnp.int32)  # constant: the picture is the whole condition
         return network(jnp.concatenate([noisy, condition], axis=-1), times, labels, **options)
 
     def request(self, prompts=()):

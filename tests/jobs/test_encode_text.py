@@ -227,7 +227,7 @@ def test_encodings_of_other_images_are_refused(place, tmp_path):
     encoded(place, tmp_path / "texts", prompts=str(tmp_path / "words.txt"))
     with pytest.raises(UserError, match="the texts of other images"):
         make_condition(latents_of(place, data__text=str(tmp_path / "texts"))).source()
-    with pytest.raises(UserError, match="encode the captions of config.data.source latents by --mode=encode"):
+    with pytest.raises(UserError, match="encode the captions of config.data.source latents with --mode=encode"):
         make_condition(latents_of(place)).source()
 
 
@@ -302,7 +302,7 @@ def test_prompts_are_read_from_a_cache_or_encoded(place, workdir):
     own, _ = request((), data__text=texts)
     assert own.captions == ["a cat", "a dog", "no picture", "two birds", "a cat"]
     for overrides, says in (
-        (dict(data__text=texts), 'has no "a dog!": encode prompts by --mode=encode --prompts=FILE'),
+        (dict(data__text=texts), 'has no "a dog!": encode prompts with --mode=encode --prompts=FILE'),
         ({}, "this model reads encoded text: encode prompts"),
     ):
         with pytest.raises(UserError, match=says):
