@@ -54,9 +54,12 @@ class LowResolution(Condition):
         labels = jnp.zeros(len(noisy), jnp.int32)  # constant: the picture is the whole condition
         return network(jnp.concatenate([noisy, condition], axis=-1), times, labels, **options)
 
+    def encode(self, wanted):
+        return np.stack(wanted)
+
     def request(self, prompts=()):
         if prompts:
             self.require("texts", "--prompt")
         source = self.source()
-        small = np.stack([source[index]["small"] for index in range(ROWS_SHOWN)])
+        small = self.encode([source[index]["small"] for index in range(ROWS_SHOWN)])
         return SampleRequest(np.repeat(small, self.config.sample.per_class, axis=0), {"small": small})
