@@ -8,7 +8,7 @@ from trm_diffusion.metrics.exports import read_json_lines
 
 
 def read_prompts(path: str) -> list[str]:
-    """Prompts of a text file, one per line, a .jsonl file, one object with "prompt" per line, or a folder of .txt files.
+    """Prompts of a text file (one per line), a .jsonl file (one "prompt" per line) or a folder of .txt files.
 
     Raises UserError if there are none.
     """
