@@ -120,9 +120,10 @@ def _check_sampling(config: Config) -> None:
         f"config.sample.classes is {sample.classes}; labels go from 0 to {data.num_classes - 1}",
     )
     decays = tuple(map(str, config.optim.ema_decays))
+    parameters = ("ema", "raw", *decays) if decays else ("raw",)
     _require(
-        sample.parameters in (("ema", "raw", *decays) if decays else ("raw",)),
-        f"config.sample.parameters is {sample.parameters!r}; choose one of {', '.join(('raw', *decays))}",
+        sample.parameters in parameters,
+        f"config.sample.parameters is {sample.parameters!r}; choose one of {', '.join(parameters)}",
     )
 
 
