@@ -1,4 +1,4 @@
-"""From image files to evaluation.json, references and comparison pages."""
+"""Jobs on image files: evaluation.json, references and comparison pages."""
 
 import json
 
@@ -31,7 +31,7 @@ def inception(tmp_path_factory):
 
 @pytest.fixture
 def quick_network(monkeypatch):
-    """A random projection in the network's place: these tests are about files, not about features."""
+    """Replaces the network by a random projection: these tests are about files, not features."""
     matrices = Features(*(np.random.default_rng(0).standard_normal((48, size)) / 7 for size in SIZES))
 
     def project(weights, batch):

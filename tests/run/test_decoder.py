@@ -101,7 +101,7 @@ def test_an_export_holds_images_and_says_which_autoencoder_made_them(place, tmp_
     assert pixels.shape == (count, 2 * SIZE, 2 * SIZE, 3) and len(np.unique(pixels, axis=0)) == count
     record = sampling_record(open_images(str(tmp_path / "images")))
     assert record["vae"] == {"id": spec.vae_id, "scale": spec.scale, "shift": spec.shift}
-    with pytest.raises(UserError, match="latents are exported .* config.data.vae names"):
+    with pytest.raises(UserError, match="latents are exported .* autoencoder in config.data.vae"):
         export(config_of(place, spec), run, StopRequest(), count, str(tmp_path / "other"))
     labels = np.load(tmp_path / "images/labels.npy")
     chosen = dataclasses.replace(config.sample, classes=tuple(map(int, labels[:2])))
