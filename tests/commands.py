@@ -1,4 +1,4 @@
-"""Command lines run as `python -m` runs them: with the jobs themselves left out, or in earnest."""
+"""Runs command lines as `python -m` does, either completely or with the jobs themselves left out."""
 
 import json
 import os
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def parsed(commands: list[str]) -> list[tuple[int, str]]:
-    """Exit code and output of `python -m trm_diffusion.main COMMAND` for each, up to where a job would begin."""
+    """Exit code and output of each `python -m trm_diffusion.main COMMAND`, up to the start of its job."""
     return ran([f"python -m trm_diffusion.main {command}" for command in commands], jobs=False)
 
 
@@ -20,8 +20,8 @@ def ran(
 ) -> list[tuple[int, str]]:
     """Exit code and output of each `python -m MODULE ...`, run one after another in `directory`.
 
-    jobs: False leaves the jobs out; each prints "reached JOB" in place of running.
-    mock_images: TFDS serves so many random images, whichever data set is asked for.
+    jobs: if False, each job only prints "reached JOB".
+    mock_images: TFDS serves this many random images for any data set.
     """
     words = [shlex.split(command) for command in commands]
     assert all(command[:2] == ["python", "-m"] for command in words), commands

@@ -1,4 +1,4 @@
-"""Tests run on the CPU, compile in the quickest way (they check values, not speed), and refuse rank promotion."""
+"""Tests run on the CPU, compile as fast as possible (they check values, not speed), and refuse rank promotion."""
 
 import os
 

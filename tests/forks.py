@@ -1,9 +1,9 @@
-"""Runs commands, each in a fork of one process that has imported everything, so that many are quick.
+"""Runs commands, each in a fork of one process that has imported everything, which makes many commands fast.
 
     python -m tests.forks [--without_jobs] [--mock_images=N] < COMMANDS
 
---mock_images: TFDS serves so many random images, whichever data set is asked for.
-COMMANDS: a JSON list of [module, arguments]. A line of JSON for each: its exit code, and all that it printed.
+--mock_images: TFDS serves this many random images for any data set.
+COMMANDS: a JSON list of [module, arguments]. Prints a JSON line for each: its exit code and its whole output.
 """
 
 import argparse
@@ -39,7 +39,7 @@ JOBS = {  # module of trm_diffusion/jobs: its jobs
 
 
 def leave_out_jobs() -> None:
-    """Each job prints that it was reached; processes are not connected."""
+    """Makes each job only print that it was reached, and connects no processes."""
     processes.join = lambda *_, **__: None
     processes.is_distributed = lambda: flags.FLAGS.is_parsed() and bool(flags.FLAGS.coordinator)
     for name, jobs in JOBS.items():

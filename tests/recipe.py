@@ -1,5 +1,5 @@
-"""The commands of docs/imagenet.md in miniature: as they stand there, with flags at the end that make them small, on
-random weights under the names that they ask for."""
+"""The commands of docs/imagenet.md in miniature: unchanged except for flags at the end that make them small, on random
+weights with the file names that they expect."""
 
 import json
 import re
@@ -18,7 +18,7 @@ PAGE = ROOT / "docs/imagenet.md"
 COMMANDS = re.findall(r"^ {4}(\S.*)$", PAGE.read_text(), re.MULTILINE)
 
 CELLS, IMAGES, UPDATES = 4, 8, 2
-AUTOENCODER = dict(  # two pixels a side of a latent cell
+AUTOENCODER = dict(  # 2 x 2 pixels per latent cell
     channels=[4, 8], blocks=1, image_channels=3, latent_channels=4, quant_conv=True, groups=2, scale=0.18215, shift=0.0
 )  # fmt: skip
 DIT = dict(
@@ -30,9 +30,9 @@ LATENTS = f"--config.data.image_size={CELLS}"
 SMALL = f"{LATENTS} --config.model.depth=2 --config.model.width=16 --config.model.heads=2"
 SMALL += f" --config.sample.diffusion_steps=2 --config.sample.batch_size={IMAGES}"
 TRAINING = f"{SMALL} --config.train.updates={UPDATES} --config.train.batch_size={IMAGES} --config.log.every=1"
-TRAINING += " --config.optim.lr=0.1"  # enough for the samples to change
+TRAINING += " --config.optim.lr=0.1"  # large enough to change the samples
 SAMPLING = f"{SMALL} --num={IMAGES}"
-SAMPLING += " --config.sample.parameters=raw"  # the average does not move in so few updates
+SAMPLING += " --config.sample.parameters=raw"  # the EMA hardly moves in so few updates
 STEPS = [  # each command's job, and the flags that make it small
     ("convert", ""),
     ("convert", ""),
@@ -50,7 +50,7 @@ STEPS = [  # each command's job, and the flags that make it small
 
 
 def miniature() -> list[str]:
-    """The page's commands in their order, made small. Fails where the page has others than STEPS."""
+    """The page's commands in order, made small. Fails if their jobs differ from STEPS."""
     assert [job(command) for command in COMMANDS] == [name for name, _ in STEPS]
     return [f"{command} {flags}" for command, (_, flags) in zip(COMMANDS, STEPS, strict=True)]
 
@@ -62,17 +62,19 @@ def job(command: str) -> str:
 
 
 def without_torch(command: str) -> str:
-    """The same with .safetensors for PyTorch's own files, which need PyTorch to be read."""
+    """The command with .safetensors in place of PyTorch files, which only PyTorch can read."""
     return re.sub(r"(--from=\S+)\.pth?\b", r"\1.safetensors", command)
 
 
 def write_inputs(place: Path, write_torch: Callable[[Path, dict], None] | None = None) -> None:
-    """Everything that the page's commands start from but the pictures, which are of TFDS's mock.
+    """Writes all inputs of the page's commands, except the pictures, which TFDS mocks.
 
-    write_torch: writes tensors by name as PyTorch's own files, beside those that `without_torch` names.
+    write_torch: writes tensors by name as a PyTorch file, beside the files that `without_torch` names.
     """
     (place / "configs").symlink_to(ROOT / "configs")
-    autoencoder = place / "stabilityai/sd-vae-ft-ema"  # where a folder of the hub's id is, the hub is not asked
+    autoencoder = (
+        place / "stabilityai/sd-vae-ft-ema"
+    )  # a local folder with the name of a hub id is used in place of the hub
     autoencoder.mkdir(parents=True)
     (autoencoder / "config.json").write_text(json.dumps(LAYOUTS["diffusers-vae"].config(AUTOENCODER)))
     tensors = random_tensors("diffusers-vae", AUTOENCODER, scale=0.3)

@@ -1,4 +1,4 @@
-"""README and docs are true: every command is one that works, and every file they name is there."""
+"""README and docs are right: every command reaches its job, and every file they name exists."""
 
 import re
 import shlex
@@ -17,7 +17,7 @@ LAUNCH = re.compile(r"^ {4}bash (launch/(?:tpu_vm|xpk|slurm|geneval)\.sh .*?)(?:
 LAUNCHES = [command for page in PAGES for command in LAUNCH.findall(page.read_text())]
 BENCHMARK = re.compile(r"benchmarks[./](\w+)")
 LINK = re.compile(r"\]\(([^):#]+)\)")
-STANDS_FOR = {"CONFIG": "configs/digits.py"}  # of the capitals that readers fill in, those that must exist
+STANDS_FOR = {"CONFIG": "configs/digits.py"}  # placeholders for readers, replaced by a file that must exist
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
-"""Extensions take the files and lines that README says, no others: each is made in a copy of the package and run.
+"""Extensions need only the files and lines that README names: each is added to a copy of the package and run.
 
-A test adds what a user would add, runs one command line that uses it, and checks the outcome and what was changed.
+A test adds what a user would add, runs one command line that uses it, and checks the result and the changed files.
 """
 
 import difflib
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NEW = "new"  # a file that the package does not have
+NEW = "new"  # marks a file that the package does not have
 TINY = (
     "--config=configs/digits.py",
     "--workdir=run",
@@ -41,7 +41,7 @@ TINY = (
 
 
 class Checkout:
-    """A copy of the package and its experiments, to be extended."""
+    """A copy of the package and its experiments, for a test to extend."""
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -53,7 +53,7 @@ class Checkout:
         (self.directory / path).write_text(text)
 
     def add_line(self, path: str, line: str, *, after: str) -> None:
-        """Adds a line below the only one that is `after`."""
+        """Adds a line below the line `after`, which must occur once."""
         file = self.directory / path
         lines = file.read_text().splitlines()
         assert lines.count(after) == 1, f"{path} has {lines.count(after)} lines {after!r}"
@@ -61,7 +61,7 @@ class Checkout:
         file.write_text("\n".join(lines) + "\n")
 
     def changes(self) -> dict[str, str]:
-        """{path: NEW, or "+LINES -LINES"} of every file that is not as in the package."""
+        """{path: NEW or "+LINES -LINES"} of every file that differs from the package."""
         found = {}
         for path in sorted(file for file in self.directory.rglob("*") if file.is_file()):
             name = path.relative_to(self.directory).as_posix()
@@ -76,9 +76,9 @@ class Checkout:
         return found
 
     def run(self, *flags: str) -> Path:
-        """Trains digits for two updates and draws a grid, by the extended package; returns the run's directory.
+        """Trains digits for two updates and draws a grid with the extended package; returns the run's directory.
 
-        flags: added to those of TINY, which they override.
+        flags: appended to TINY, which they override.
         """
         process = subprocess.run(
             [sys.executable, "-m", "trm_diffusion.main", *TINY, *flags],
@@ -121,7 +121,7 @@ def test_a_sampler_is_one_file_and_one_line(checkout):
     )
     workdir = checkout.run("--config.sample.sampler=thresholded")
     images = np.load(workdir / "samples" / "grid_0000002.npz")["images"]
-    # A network that has hardly been trained leaves the noise as it is: without the new sampler, values go to 3.
+    # An almost untrained network leaves the noise unchanged: without the new sampler, values reach 3.
     assert images.shape == (10, 8, 8, 1) and images.min() == -1.0 and images.max() == 1.0
     assert checkout.changes() == {f"{samplers}/thresholded.py": NEW, f"{samplers}/__init__.py": "+1 -0"}
 
@@ -152,7 +152,7 @@ def test_a_metric_is_one_file_and_one_line(checkout):
     workdir = checkout.run("--config.evaluate.kind=contrast", "--config.evaluate.num_samples=10")
     report = json.loads((workdir / "evaluation.json").read_text())
     images = np.load(workdir / "samples" / "grid_0000002.npz")["images"]
-    # The grid and the evaluation draw the same images: one of each class, by the same indices.
+    # The grid and the evaluation draw the same images: one of each class, at the same indices.
     assert report["contrast"] == pytest.approx(float(images.max() - images.min()))
     assert report["pass"] is True and report["protocol"]["samples"] == 10
     assert (workdir / "samples" / "contrast.png").exists()

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all; checksums are those of the hashlib module."""
+"""Files are written atomically, and checksums equal those of the hashlib module."""
 
 import hashlib
 import json

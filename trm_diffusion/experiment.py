@@ -1,4 +1,4 @@
-"""What every job builds from its config: the mesh, the objective, the model, its condition and its optimiser."""
+"""What every job builds from its config: mesh, condition, objective, model and optimiser."""
 
 import dataclasses
 import math
@@ -27,7 +27,7 @@ from trm_diffusion.runtime.state import TrainState, state_sharding
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A config and the objects that it describes; holds no parameters."""
+    """A config and the objects it describes, without parameters."""
 
     config: Config
     mesh: Mesh
@@ -38,7 +38,7 @@ class Experiment:
     abstract_state: TrainState  # shapes, dtypes and shardings
 
     def abstract_batch(self, size: int) -> dict:
-        """The shapes of a batch of this many images, as the training step takes it, divided over the mesh."""
+        """Shapes, dtypes and shardings of a batch of `size` images, as the training step takes it."""
         data = self.config.data
         image = jax.ShapeDtypeStruct((data.image_size, data.image_size, data.channels), jnp.float32)
         return jax.tree.map(
@@ -47,9 +47,9 @@ class Experiment:
         )
 
     def network(self, parameters: Parameters) -> Callable:
-        """The model with these values, its activations divided over the mesh.
+        """The model as a function of its inputs, with these parameters; its activations are sharded over the mesh.
 
-        It is called as models/architecture.py says, with images of the data's channels.
+        models/architecture.py documents the call; the images have the channels of the data.
         """
         model = self.model.bind(parameters)
 
@@ -60,7 +60,7 @@ class Experiment:
         return call
 
     def init_state(self) -> TrainState:
-        """The state before the first update, made shard by shard on the devices that hold it."""
+        """The state before the first update; each device initialises only its own shards."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         return jax.jit(self._init_state, out_shardings=shardings)()
 
@@ -71,10 +71,10 @@ class Experiment:
 def build(
     config: Config, devices: Sequence[jax.Device] | None = None, *, condition: Condition | None = None
 ) -> Experiment:
-    """Builds without reading a file or making an array. Raises UserError where the config does not fit the devices.
+    """Builds the experiment; reads no file and makes no array. Raises UserError if the config does not fit the devices.
 
-    devices: those to use, all by default; topologies that are only described will do.
-    condition: of the config; by default that of its data, without a run's directory.
+    devices: the devices to use, all by default; described devices (runtime/topology.py) work as well.
+    condition: the condition of the config, by default one without a run's directory.
     """
     condition = condition or make_condition(config)
     mesh = make_mesh(config.mesh, divisor=math.gcd(*condition.sharded_widths), devices=devices)

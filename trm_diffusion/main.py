@@ -1,10 +1,9 @@
-"""The command line: parse the flags, look the job up, run it, return an exit code.
+"""The command line: parses the flags, looks up the job, runs it, and returns an exit code.
 
 0   done
 1   a check failed: --mode=doctor, or --mode=compile of a program that does not fit
-2   the user's mistake, told in one line
-75  asked to stop (SIGTERM or Ctrl-C) with everything saved, or other processes of the run did not connect:
-    start the same command again
+2   the user's mistake, explained in one line
+75  asked to stop (SIGTERM or Ctrl-C) and saved, or other processes of the run did not connect; the same command resumes
 """
 
 import sys
@@ -25,7 +24,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return after_error(EXIT_USER_ERROR)
     except Interrupted as error:
-        print(f"{error}; start the same command again to go on", file=sys.stderr)
+        print(f"{error}; start the same command again to resume", file=sys.stderr)
         return EXIT_RESUMABLE
     except Exception:  # noqa: BLE001  printed as Python would; other processes may be waiting for this one
         traceback.print_exc()
@@ -43,7 +42,8 @@ def run(options) -> int:
     from trm_diffusion.runtime.devices import require_platform
     from trm_diffusion.runtime.processes import barrier, is_distributed, is_main_process, join
 
-    job, index, count = JOBS[options.mode], options.process_index, options.process_count
+    job = JOBS[options.mode]
+    index, count = options.process_index, options.process_count
     join(options.coordinator, count, index, detect=options.cluster == "auto", timeout=options.start_timeout)
     if not is_distributed() and not job.shared and (index is not None or count not in (None, 1)):
         raise UserError("--process_index and --process_count need --coordinator=HOST:PORT, the same for all processes")

@@ -1,4 +1,4 @@
-"""An image as a condition: the small picture that a model enlarges, joined to the noisy image along channels."""
+"""An image as a condition: a small picture to enlarge, concatenated to the noisy image along channels."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,8 @@ class EnlargedSource(ConditionedSource):
 
 class LowResolution(Condition):
     name = "small image"
-    draws, instead = "small images", "leave the flag out, and it draws those of its data"
+    draws = "small images"
+    instead = "omit the flag to draw those of its data"
 
     @classmethod
     def matches(cls, config):
@@ -51,12 +52,15 @@ class LowResolution(Condition):
         return 2 * self.config.data.channels
 
     def apply(self, network, noisy, times, condition, **options):
-        labels = jnp.zeros(len(noisy), jnp.int32)  # the same for all: the picture says everything
+        labels = jnp.zeros(len(noisy), jnp.int32)  # constant: the picture is the whole condition
         return network(jnp.concatenate([noisy, condition], axis=-1), times, labels, **options)
+
+    def encode(self, wanted):
+        return np.stack(wanted)
 
     def request(self, prompts=()):
         if prompts:
             self.require("texts", "--prompt")
         source = self.source()
-        small = np.stack([source[index]["small"] for index in range(ROWS_SHOWN)])
+        small = self.encode([source[index]["small"] for index in range(ROWS_SHOWN)])
         return SampleRequest(np.repeat(small, self.config.sample.per_class, axis=0), {"small": small})

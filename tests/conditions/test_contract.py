@@ -1,4 +1,4 @@
-"""Every kind keeps the contract of `Condition`, and a new one is a class in a file and a line in the table."""
+"""Every kind implements `Condition`; a new kind is one class in one file and one line in the table."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ def test_each_kind_is_tested():
 
 @pytest.mark.parametrize("kind", CONFIGS, ids=lambda kind: kind.__name__)
 def test_data_shapes_and_null_agree(kind):
-    """What the data give has the shapes that programs are compiled for, and null is one image of it."""
+    """Batches have the shapes that programs are compiled for; the null has those of one image."""
     config = CONFIGS[kind]
     assert kind_of(config) is kind and sum(other.matches(config) for other in KINDS) == 1
     experiment, batch = build(config), batch_of(config)
@@ -73,7 +73,7 @@ def test_programs_are_compiled_without_the_files_that_a_config_names():
     config = text_config(**ENCODED | dict(data__source="latents"), data__text="/nowhere")
     null = make_condition(config, reads=NOTHING).null
     assert null.mask.all() and not null.states.any()
-    experiment = build(config)  # reads nothing either, until null is asked for
+    experiment = build(config)  # reads no file until `null` is needed
     with pytest.raises(UserError, match="/nowhere"):
         _ = experiment.condition.null
 
@@ -122,7 +122,7 @@ else:
 
 
 def test_a_new_kind_is_one_file_and_one_entry(tmp_path):
-    """On a copy of the package: an image as a condition trains, is guided, sampled and analysed."""
+    """In a copy of the package, a model with an image as its condition is trained, guided, sampled and analysed."""
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "trm_diffusion", tmp_path / "trm_diffusion", ignore=ignored)
     shutil.copytree(ROOT / "tests" / "jobs", tmp_path / "tests" / "jobs", ignore=ignored)

@@ -1,4 +1,4 @@
-"""Encoded text: noise in its form where the data are synthetic. tests/jobs/test_encode_text.py has the encoders."""
+"""Encoded text of synthetic data, which is noise; tests/jobs/test_encode_text.py covers the encoders."""
 
 import numpy as np
 

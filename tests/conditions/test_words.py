@@ -1,4 +1,4 @@
-"""Text to image through the jobs: captions in, pictures of prompts out."""
+"""Text to image through the jobs: trained on captions, sampled from prompts."""
 
 import dataclasses
 import json
@@ -54,7 +54,7 @@ LEARNING = dict(
 
 @pytest.fixture(scope="module")
 def squares():
-    """Scenes of 8x8 are squares."""
+    """Replaces scenes of 8x8 by squares."""
 
     def make(config):
         return SquareSource() if (config.source, config.image_size) == ("scenes", 8) else make_source(config)
@@ -80,7 +80,7 @@ def test_training_keeps_the_words_and_draws_the_runs_own_captions(workdir):
 
 
 def test_prompts_become_pictures_of_their_own_and_a_captioned_grid(workdir, capsys):
-    """And the pictures show what the prompts say."""
+    """The pictures show what the prompts ask for."""
     sample(text_config(**LEARNING), workdir, StopRequest(), ["a red square", "a purple square", "a blue square"])
     text = capsys.readouterr().err
     assert '"purple"' in text and str(workdir / "samples" / "prompts_0000300") in text
@@ -119,7 +119,7 @@ def test_more_words_than_the_table_has_rows_are_refused(squares):
 
 
 def test_scenes_are_evaluated_on_seen_and_held_out_compositions(tmp_path, capsys):
-    """An untrained model draws noise: nothing is right, and the report says of what."""
+    """An untrained model draws noise: no image is right, and the report covers both splits."""
     config = text_config(
         data__image_size=32, model__patch=16, model__text__vocabulary=80, train__updates=1, evaluate__kind="scenes",
         evaluate__num_samples=12,
@@ -137,7 +137,7 @@ def test_scenes_are_evaluated_on_seen_and_held_out_compositions(tmp_path, capsys
 
 
 def test_dropped_texts_become_the_empty_text(squares):
-    """With every text dropped the words do not matter, and the loss is that of the empty text."""
+    """With every text dropped, the loss is that of the empty text, whatever the words."""
     experiment = build(text_config())
     rng = np.random.default_rng(0)
     parameters = {

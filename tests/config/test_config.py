@@ -86,7 +86,7 @@ MALFORMED = [  # the flags after --config=configs/digits.py, and what the one li
     ("--config.model.text.encoder=clip", "config.model.text.encoder"),
     ("--config.model.text.recipe=sd4", "config.model.text.recipe"),
     ("--config.model.text.pretrained_dtype=int8", "config.model.text.pretrained_dtype"),
-    ("--config.data.text=encodings", "config.data.text is for"),
+    ("--config.data.text=encodings", "config.data.text needs config.model.architecture mmdit"),
     ("--mode=sample --export=geneval", "--prompts"),
     ("--mode=sample --export=parti --prompts=a", "export"),
     ("--export=dpg --prompts=a", "--mode=sample"),
@@ -146,7 +146,7 @@ def test_default_config_resolves_to_the_defaults():
     assert resolve(default_config()) == config_module.Config()
 
 
-FREE = {  # fields that take every value of their type, or that rules check together with others
+FREE = {  # fields that accept any value of their type, or that only rules check
     "name", "model.recursion.blocks", "model.text.pretrained", "model.text.revision", "diffusion.logit_mean",
     "data.text", "data.path", "data.tfds_name", "data.split", "data.vae", "train.latent_steps", "train.trainable",
     "init.workdir", "init.adapter", "init.missing", "sample.guidance", "sample.parameters",

@@ -1,4 +1,4 @@
-"""Costs of two programs on eight simulated devices, as JSON: python -m tests.jobs.eight_devices"""
+"""Prints the costs of two programs on eight simulated devices as JSON: python -m tests.jobs.eight_devices"""
 
 import json
 
@@ -14,7 +14,7 @@ from trm_diffusion.runtime.topology import parse_topology
 
 
 def collectives() -> dict:
-    """Of a loop that has one of each kind."""
+    """The collectives of a loop that has one of each kind."""
 
     def all_kinds(x):
         def turn(x, _):

@@ -1,4 +1,4 @@
-"""A stand-in for pretrained text encoders, which need packages that the tests do without."""
+"""A fake of the pretrained text encoders, which need packages that these tests do not install."""
 
 import zlib
 
@@ -8,7 +8,7 @@ from trm_diffusion.models.text import Text
 
 
 class FakeEncoder:
-    """Random values that depend on the text alone; `weights` stands for other weights."""
+    """Random values that depend only on the text and on `weights`, the name of the weights."""
 
     weights = "first"
 

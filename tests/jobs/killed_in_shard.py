@@ -1,6 +1,6 @@
-"""The command line, killed with SIGKILL in the middle of its second shard: python -m tests.jobs.killed_in_shard FLAGS
+"""Runs the command line and kills it with SIGKILL in its second shard: python -m tests.jobs.killed_in_shard FLAGS
 
-Texts are encoded by `FakeEncoder`.
+`FakeEncoder` encodes texts.
 """
 
 import os

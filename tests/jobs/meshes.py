@@ -1,9 +1,9 @@
-"""Trains and samples tiny models on meshes of eight simulated devices and parts of them; see test_devices.py.
+"""Trains and samples tiny models on meshes of up to eight simulated devices; see test_devices.py.
 
     python -m tests.jobs.meshes DIRECTORY
 
-writes DIRECTORY/MODEL_MESH.npz: what each update logs, the gradient of the last (the optimiser's first moment, for
-b1 = 0), and samples; and for a few meshes what follows when they take over at a checkpoint of another.
+writes DIRECTORY/MODEL_MESH.npz: the metrics of each update, the gradient of the last (the optimiser's first moment, as
+b1 = 0), and samples; and, for a few meshes, the same after resuming from the checkpoint of another mesh.
 """
 
 import json
@@ -70,7 +70,7 @@ class Run:
         )
 
     def train(self, state, updates: int):
-        """The state after some updates, and what they log, each [updates, ...]."""
+        """The state after `updates` updates, and their metrics, each [updates, ...]."""
         sharding, lines = batch_sharding(self.experiment.mesh), []
         for _ in range(updates):
             batch = next(self.iterator)
@@ -99,8 +99,8 @@ class Run:
 def dispatch_collectives(dispatch: str, owned: bool) -> list[tuple[str, str]]:
     """(shape, kind) of every collective that a gate and its experts need for their updates and the tokens' gradients.
 
-    The batch is divided over eight devices, a routing group of two images on each. The weights are on every device, or
-    `owned`: those of an expert on the devices of its place on the expert axis.
+    The batch is sharded over eight devices, with a routing group of two images on each. The weights are replicated, or
+    `owned`: sharded over the expert axis.
     """
     mesh, config = (
         make_mesh(MeshConfig(fsdp=2, expert=2)),

@@ -1,4 +1,4 @@
-"""A short run with many checkpoints, to be killed and stopped."""
+"""A short run with many checkpoints, for tests that kill or stop it."""
 
 from trm_diffusion.config import default_config
 

@@ -1,4 +1,4 @@
-"""The analysis job on small runs, with and without halting, and runs that halt from training to samples."""
+"""The analysis job on small runs, trained with and without halting."""
 
 import json
 
@@ -17,7 +17,7 @@ RECURSIVE = dict(model__recursion__latent_steps=3, model__recursion__experts=3, 
 
 
 def analyzed(workdir, capsys, **overrides) -> tuple[dict, list[dict]]:
-    """The report as printed, and its figures by diffusion step."""
+    """The printed report, and its part by diffusion step."""
     analyze(tiny_config(**RECURSIVE, **overrides), workdir, StopRequest())
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     written = json.loads((workdir / "analysis.json").read_text())

@@ -1,4 +1,4 @@
-"""What a step costs on every device, compiled ahead of time; for eight simulated devices where there is no libtpu."""
+"""The cost of a step on every device, compiled ahead of time; on eight simulated devices if libtpu is missing."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def eight():
 
 
 def test_collectives_in_a_loop_by_kind_and_bytes(eight):
-    size = 4 * 64 * 8 / 4  # bytes on a device; groups are of 4 and, for the sum, of 2
+    size = 4 * 64 * 8 / 4  # bytes on a device; groups have 4 devices, and 2 for the sum
     sent = {"collective-permute": 1, "all-gather": 3, "reduce-scatter": 4 * 3 / 4, "all-to-all": 3 / 4, "all-reduce": 1}
     assert eight["kinds"] == {kind: {"count": 3, "bytes": 3 * share * size} for kind, share in sent.items()}
 
@@ -37,9 +37,9 @@ def test_a_training_step_over_eight_devices(eight):
     report = eight["report"]
     assert report["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1, "expert": 1}
     assert report["fits"] and not report["advice"] and not report["loops_counted_once"]
-    # Every device computes an eighth of what one would: images are divided, and nothing is done twice.
+    # Every device does an eighth of the work of one: images are sharded, and no work is duplicated.
     assert report["flops_per_device"] == pytest.approx(report["model_flops_per_device"], rel=0.05)
-    # Parameters (float32 here) are gathered at most for the forward and the backward pass.
+    # Parameters (float32 here) are gathered at most once each for the forward and the backward pass.
     parameters = memory(
         build(tiny_config(model__depth=3, model__width=64, model__recursion__blocks="none")).model.shapes
     )
@@ -91,7 +91,7 @@ def test_advice_begins_with_what_is_too_large():
     experiment, chip = build(tiny_config(**config)), parse_topology("v5e:2x2")
     flags = [entry["flag"] for entry in advice(experiment, chip, "train", state=1.0, temporaries=55.8)]
     assert flags[:2] == ["--config.model.attention=auto", "--config.model.remat=full"]
-    assert flags[2] == "--config.train.accumulate=16"  # the fewest parts that are small enough
+    assert flags[2] == "--config.train.accumulate=16"  # the fewest parts that fit
     assert advice(experiment, chip, "train", state=20.0, temporaries=1.0)[0]["flag"] == "--topology"
     assert more_parts(experiment.config, per_device=2, times=4.0) is None
     assert gib_in("required for HLO temporaries (55.78G) exceeds available HBM (15.75G)") == 55.78

@@ -1,4 +1,4 @@
-"""A model is the same on one device and on eight, however the mesh divides it; what is not here is refused."""
+"""A model gives the same results on one device and on every mesh of eight; missing data and platforms are refused."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from trm_diffusion.models.recursion.dispatch import IMPLEMENTATIONS
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """What tests/jobs/meshes.py finds, which needs a process with eight devices."""
+    """The output of tests/jobs/meshes.py, which needs its own process with eight devices."""
     directory, environment = tmp_path_factory.mktemp("meshes"), dict(os.environ)
     environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
     arguments = [sys.executable, "-m", "tests.jobs.meshes", str(directory)]
@@ -30,7 +30,7 @@ def found(runs, name: str) -> dict:
 
 
 def assert_same(one: dict, other: dict) -> None:
-    """Equal to 1e-5 of the largest entry, which for sums over many terms is what rounding leaves."""
+    """Equal within 1e-5 of the largest entry, the rounding error of sums over many terms."""
     assert one.keys() == other.keys()
     for name in one:
         expected, actual = one[name].astype(np.float64), other[name].astype(np.float64)
@@ -42,7 +42,7 @@ def assert_same(one: dict, other: dict) -> None:
 @pytest.mark.parametrize("mesh", [name for name in MESHES if name != "one"])
 @pytest.mark.parametrize("model", MODELS)
 def test_every_mesh_equals_one_device(runs, model, mesh):
-    """Losses, routing and other metrics of five updates, the last gradient, and samples."""
+    """Compares losses, routing and other metrics of five updates, the last gradient, and samples."""
     one = found(runs, f"{model}_one")
     assert_same(one, found(runs, f"{model}_{mesh}"))
     assert len(set(one["metric/loss"].tolist())) == UPDATES and one["metric/drop_fraction"].min() > 0
@@ -60,14 +60,14 @@ def test_a_checkpoint_of_eight_devices_goes_on_on_fewer(runs, heir):
 
 @pytest.mark.parametrize("dispatch", IMPLEMENTATIONS)
 def test_routing_groups_are_local_and_experts_come_to_the_tokens(runs, dispatch):
-    """No collective where every device has the experts; where others own them, gathers of weights and nothing else."""
+    """Replicated experts need no collective; sharded experts need only all-gathers of their weights."""
     collectives = json.loads((runs / "dispatch.json").read_text())
     everywhere, owned = (collectives[f"{dispatch}_{where}"] for where in ("everywhere", "owned"))
     assert everywhere == []
     assert {kind for _, kind in owned} == {"all-gather"}
     for shape, _ in owned:
         sizes = [int(size) for size in shape.partition("[")[2].partition("]")[0].split(",")]
-        assert EXPERTS in sizes and np.prod(sizes) <= 3 * EXPERTS * RANK * WIDTH  # a weight, whole
+        assert EXPERTS in sizes and np.prod(sizes) <= 3 * EXPERTS * RANK * WIDTH  # a whole weight
 
 
 def test_no_prepared_data_ends_in_one_line_that_says_how(tmp_path):

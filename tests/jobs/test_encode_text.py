@@ -1,4 +1,4 @@
-"""Captions to encoded text: the same bytes however the job was cut; joined with latents, trained on, and drawn from."""
+"""Encoding captions: interruptions change no byte; the text is joined with latents, trained on and sampled from."""
 
 import dataclasses
 import json
@@ -52,7 +52,7 @@ def latents_of(place, **overrides):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Five pictures with captions, one damaged; their latents, with mirror images, and their encoded captions."""
+    """Five pictures with captions, one damaged; their latents with mirror images, and their encoded captions."""
     place = tmp_path_factory.mktemp("encode")
     write_tiny_vae(place / "vae")
     (place / "images").mkdir()
@@ -82,7 +82,7 @@ def test_every_caption_is_encoded_and_found(place):
     encodings = open_encodings(str(place / "texts"), config_of(place).model.text)
     fake = FakeEncoder(config_of(place).model.text)
     assert encodings.names == [f"{i}.png" for i in range(5)] and len(encodings) == 5
-    encodings[0]  # readers are open before the copy is made
+    encodings[0]  # opens the readers before the copy is made
     for reader in (encodings, pickle.loads(pickle.dumps(encodings))):
         for item, captions in enumerate(CAPTIONS):
             records = reader.records_of(item)
@@ -117,7 +117,7 @@ def test_stopped_and_shared_by_two_it_ends_with_the_same_bytes(place, tmp_path, 
 
 
 def test_killed_and_started_again_it_is_the_same(place, tmp_path):
-    """By the command line, -9 in the middle of a shard."""
+    """Through the command line, with SIGKILL in the middle of a shard."""
     settings, out = to_dict(config_of(place)), tmp_path / "texts"
     (tmp_path / "tiny.py").write_text(
         f"import ml_collections\ndef get_config():\n    return ml_collections.ConfigDict({settings!r})\n"
@@ -205,7 +205,7 @@ def test_verify_reads_encoded_text_again(place, tmp_path, capsys, monkeypatch):
 
 
 def test_latents_are_joined_with_the_captions_of_their_images(place):
-    """The damaged picture has none, and mirror images have their picture's; training draws every caption."""
+    """The damaged picture has none, mirror images share their picture's, and training draws every caption."""
     config = latents_of(place, data__text=str(place / "texts"))
     source = make_condition(config).source()
     images = [i for i in range(5) if i != BAD for _ in range(2)]
@@ -227,7 +227,7 @@ def test_encodings_of_other_images_are_refused(place, tmp_path):
     encoded(place, tmp_path / "texts", prompts=str(tmp_path / "words.txt"))
     with pytest.raises(UserError, match="the texts of other images"):
         make_condition(latents_of(place, data__text=str(tmp_path / "texts"))).source()
-    with pytest.raises(UserError, match="encode the captions of config.data.source latents by --mode=encode"):
+    with pytest.raises(UserError, match="encode the captions of config.data.source latents with --mode=encode"):
         make_condition(latents_of(place)).source()
 
 
@@ -262,7 +262,7 @@ def test_the_empty_text_stands_for_none_in_training_and_in_guidance(place):
     )
 
     def of(null=None, **changes):
-        """Of the config with changes; null: in the place of the condition's own."""
+        """The experiment with changes to its config; null: replaces that of the condition."""
         settings = {group: dataclasses.replace(getattr(config, group), **fields) for group, fields in changes.items()}
         condition = make_condition(config)
         if null is not None:
@@ -280,7 +280,9 @@ def test_the_empty_text_stands_for_none_in_training_and_in_guidance(place):
         return np.asarray(make_sample_fn(experiment)(parameters, empty, jnp.arange(8)))
 
     plain = drawn(of(sample=dict(guidance=1.0)))
-    np.testing.assert_allclose(drawn(of(sample=dict(guidance=3.0))), plain, atol=1e-4)  # from itself to itself
+    np.testing.assert_allclose(
+        drawn(of(sample=dict(guidance=3.0))), plain, atol=1e-4
+    )  # the condition is the null, so guidance changes nothing
     assert np.abs(drawn(of(fake.one("a"), sample=dict(guidance=3.0))) - plain).max() > 1e-2
 
 
@@ -302,7 +304,7 @@ def test_prompts_are_read_from_a_cache_or_encoded(place, workdir):
     own, _ = request((), data__text=texts)
     assert own.captions == ["a cat", "a dog", "no picture", "two birds", "a cat"]
     for overrides, says in (
-        (dict(data__text=texts), 'has no "a dog!": encode prompts by --mode=encode --prompts=FILE'),
+        (dict(data__text=texts), 'has no "a dog!": encode prompts with --mode=encode --prompts=FILE'),
         ({}, "this model reads encoded text: encode prompts"),
     ):
         with pytest.raises(UserError, match=says):

@@ -1,10 +1,11 @@
-"""From image files to evaluation.json, references and comparison pages."""
+"""Jobs on image files: evaluation.json, references and comparison pages."""
 
 import json
 
 import jax
 import numpy as np
 import pytest
+from absl import flags
 
 from tests.weights.published import write
 from trm_diffusion import main
@@ -30,7 +31,7 @@ def inception(tmp_path_factory):
 
 @pytest.fixture
 def quick_network(monkeypatch):
-    """A random projection in the network's place: these tests are about files, not about features."""
+    """Replaces the network by a random projection: these tests are about files, not features."""
     matrices = Features(*(np.random.default_rng(0).standard_normal((48, size)) / 7 for size in SIZES))
 
     def project(weights, batch):
@@ -179,8 +180,8 @@ def test_other_protocols_are_not_compared(tmp_path, part, field, value):
     ],
 )
 def test_flags_that_are_missing(capsys, arguments, message):
-    main.flags.FLAGS.unparse_flags()
+    flags.FLAGS.unparse_flags()
     for name in ("images", "reference", "inception", "evaluations", "out", "mode"):
-        main.flags.FLAGS[name].unparse()
+        flags.FLAGS[name].unparse()
     assert main.main(["main", *arguments]) == 2
     assert message in capsys.readouterr().err

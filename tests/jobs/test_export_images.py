@@ -1,4 +1,4 @@
-"""Many images of a run: each by its index alone, and the same bytes however the job was cut."""
+"""Exported images: each depends only on its index, and interruptions do not change a byte."""
 
 import json
 import time
@@ -33,7 +33,7 @@ def workdir(tmp_path_factory):
 
 
 def exported(workdir, out, stop=None, **overrides):
-    """The names and bytes of all that an export leaves."""
+    """The names and bytes of all files that an export writes."""
     settings = {"sample__batch_size": 4, "evaluate__label_rule": "random"} | overrides
     export(tiny_config(**settings), workdir, stop or StopRequest(), COUNT, str(out))
     return contents(out)
@@ -119,7 +119,9 @@ def test_killed_and_started_again_ends_with_the_same_bytes(workdir, tmp_path):
     process.communicate(timeout=60)
     assert 20 <= len(list(images.glob("0*.png"))) < count
     finished(command(*flags, f"--out={images}"))
-    kept = {name: data for name, data in contents(images).items() if not name.startswith(".")}  # a torn file may stay
+    kept = {
+        name: data for name, data in contents(images).items() if not name.startswith(".")
+    }  # a partial file may remain
     assert kept == contents(tmp_path / "whole")
 
 
@@ -149,5 +151,7 @@ def test_a_folder_of_other_images_is_refused(workdir, whole):
 
 def test_latents_cannot_be_exported(workdir, tmp_path):
     config = tiny_config(data__source="synthetic", data__channels=4)
-    with pytest.raises(UserError, match="config.data.channels=4: latents are exported .* config.data.vae"):
+    with pytest.raises(
+        UserError, match="config.data.channels=4: latents are exported .* autoencoder in config.data.vae"
+    ):
         export(config, workdir, StopRequest(), COUNT, str(tmp_path))

@@ -1,4 +1,4 @@
-"""Benchmark exports: the official layout, each image by its prompt and index alone, the same bytes however cut."""
+"""Benchmark exports: official layout, images depend only on prompt and index, interruptions change no byte."""
 
 import io
 import json
@@ -35,7 +35,7 @@ def config_of(**overrides):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A run of scenes with random weights, so that every word tells, and prompts for it."""
+    """A run of scenes with random weights, so that every word has an effect, and prompts for it."""
     place = tmp_path_factory.mktemp("export")
     config, workdir, rng = config_of(), epath.Path(place) / "run", np.random.default_rng(0)
     state = jax.tree.map(
@@ -62,7 +62,7 @@ def write_prompts(place, texts):
 
 
 def exported(place, out, benchmark="geneval", stop=None, prompts=None, **overrides):
-    """The paths and bytes of all that an export leaves."""
+    """The paths and bytes of all files that an export writes."""
     prompts = str(prompts or place / {"geneval": "geneval.jsonl", "dpg": "dpg"}[benchmark])
     run, config = epath.Path(place) / "run", config_of(**overrides)
     export_prompts(config, run, stop or StopRequest(), benchmark=benchmark, prompts=prompts, out=str(out))
@@ -93,7 +93,7 @@ def test_geneval_has_the_official_layout(place, whole):
 
 
 def test_an_image_depends_on_its_prompt_and_index_alone(place, whole, tmp_path):
-    """It is --prompts' own image of that index, in batches of any size; DPG-Bench's grids are of the same four."""
+    """It equals the --prompts image of that index, in batches of any size; DPG-Bench's grids show the same four."""
     one = exported(place, tmp_path / "one", sample__batch_size=3)
     assert (
         one.keys() == whole.keys()
@@ -129,7 +129,7 @@ def test_interrupted_and_started_again_ends_with_the_same_bytes(place, whole, tm
     with pytest.raises(Interrupted):
         exported(place, tmp_path / "images", stop=stop)
     monkeypatch.undo()
-    assert "of 1 of 5 prompts not all is read; the first: this run knows no word" in capsys.readouterr().err
+    assert "1 of 5 prompts are not fully read; the first: this run knows no word" in capsys.readouterr().err
     folder = tmp_path / "images" / "00001"
     (folder / "samples" / "0003.png").unlink()
     (folder / "metadata.jsonl").unlink()
@@ -140,7 +140,7 @@ def test_interrupted_and_started_again_ends_with_the_same_bytes(place, whole, tm
 
 
 def test_killed_and_started_again_ends_with_the_same_bytes(place, tmp_path):
-    """-9 of the command line."""
+    """With SIGKILL, through the command line."""
     write_prompts(tmp_path, [f"{number} red circles" for number in range(60)])
     settings, source, killed = to_dict(config_of(sample__batch_size=4)), tmp_path / "geneval.jsonl", tmp_path / "killed"
     (tmp_path / "tiny.py").write_text(
@@ -166,7 +166,7 @@ def test_what_is_wrong_is_one_line(place, whole, tmp_path):
     extra.unlink()
     with pytest.raises(UserError, match="drawn with diffusion_steps = 2, not 3: remove it, or give another --out"):
         exported(place, place / "whole", sample__diffusion_steps=3)
-    with pytest.raises(UserError, match="is not empty, and no run.sampling.json beside it says of what"):
+    with pytest.raises(UserError, match=r"is not empty and has no run\.sampling\.json beside it"):
         exported(place, place / "run")
     assert contents(place / "whole") == whole
     for benchmark, line, says in (

@@ -1,4 +1,4 @@
-"""A frozen base with gates and experts trained on it: what starts where, what moves, and what can be handed on."""
+"""Gates and experts trained on a frozen base: the initial state, what changes, and what can be exported."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ DIGITS = dict(data__source="digits", log__every=1, sample__guidance=1.5)
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A directory with `base`, trained without recursion, `tuned`, gates and experts trained on it, and `adapter`."""
+    """A directory with `base`, trained without recursion; `tuned`, gates and experts trained on it; and `adapter`."""
     directory = epath.Path(tmp_path_factory.mktemp("finetune"))
     train(tiny_config(**DIGITS, model__recursion__blocks="none", train__updates=4), directory / "base", StopRequest())
     train(tuned_config(directory), directory / "tuned", StopRequest())
@@ -59,7 +59,7 @@ def test_the_loss_starts_exactly_at_the_bases(runs):
     expected = loss(base, sampling_parameters(base, base_state))
     assert loss(tuned, state_from_pretrained(tuned).parameters) == expected
     layers = layers_of_run(runs / "tuned")
-    assert any(np.any(value) for name, value in layers.items() if name.endswith("experts/up"))  # it did train
+    assert any(np.any(value) for name, value in layers.items() if name.endswith("experts/up"))  # it has trained
 
 
 def test_the_bases_bytes_are_unchanged(runs):
@@ -75,7 +75,7 @@ def test_memory_is_that_of_the_trained_alone(runs, dtype):
     assert memory(state.ema) == memory(state.trainable)
     assert {leaf.dtype for leaf in state.frozen.values()} == {jnp.dtype(dtype)}
     assert all("/recursion/" in name for name in state.trainable)
-    # No value of a frozen parameter's size leaves the differentiated part but the parameter itself.
+    # No array of a frozen parameter's size leaves the differentiated part, except the parameter itself.
     grad = jax.grad(lambda t, f: loss_and_metrics(experiment, {**t, **f}, *batch(), jax.random.key(0))[0])
     gradients = jax.eval_shape(grad, state.trainable, state.frozen)
     chex.assert_trees_all_equal_shapes_and_dtypes(gradients, jax.tree.map(lambda leaf: leaf, state.trainable))
@@ -85,7 +85,7 @@ def test_an_adapter_on_its_base_draws_the_same_samples_to_the_bit(runs, tmp_path
     manifest = json.loads((runs / "adapter/manifest.json").read_text())
     assert manifest["kind"] == "adapter" and manifest["model"]["recursion"]["rank"] == 4
     assert manifest["parameters"] == 6 * 2 * 4 * 16 + 2 * 2 * 16  # 6 M r D + 2 M D
-    # Without the run that made it, onto the base as a directory of weights.
+    # Without the run that made it: added to the base as a directory of weights.
     convert(str(runs / "base"), str(tmp_path / "base"))
     onto = dict(init__missing="", init__adapter=str(runs / "adapter"), train__trainable="all")
     pictures = []
@@ -116,7 +116,7 @@ def test_an_adapter_elsewhere_is_refused(runs, tmp_path):
 
 
 def write_other_base(runs, directory):
-    """The base with one number changed, as a directory of weights."""
+    """Writes the base with one number changed, as a directory of weights."""
     convert(str(runs / "base"), str(directory / "copy"))
     weights = load_weights(directory / "copy")
 
@@ -162,7 +162,7 @@ def test_merge_where_it_is_exact_and_a_refusal_elsewhere(changed, message):
     expected = output(experiment, parameters)
     np.testing.assert_allclose(output(base, plain), expected, rtol=1e-4, atol=1e-4)
     zero = {name: np.zeros_like(leaf) if name.endswith("experts/up") else leaf for name, leaf in parameters.items()}
-    assert jnp.abs(output(experiment, zero) - expected).max() > 0.01  # the experts do something
+    assert jnp.abs(output(experiment, zero) - expected).max() > 0.01  # the experts have an effect
 
 
 def test_experts_that_are_still_zero_can_be_dropped():

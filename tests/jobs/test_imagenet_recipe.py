@@ -1,6 +1,6 @@
-"""Every command of docs/imagenet.md, read from the page and run in its order, in miniature, down to the table.
+"""Runs every command of docs/imagenet.md in order, in miniature, up to the table.
 
-PyTorch's own files are .safetensors here; tests/parity/test_imagenet_recipe.py runs their commands as they stand.
+PyTorch files are .safetensors here; tests/parity/test_imagenet_recipe.py runs those commands unchanged.
 """
 
 import json
@@ -23,7 +23,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def outputs(place):
-    """What each command printed; and after them the recursion's samples before its first update."""
+    """The output of each command; afterwards, samples of the recursion before its first update."""
     commands = [without_torch(command) for command in miniature()]
     (recursive,) = [command for command in commands if "--out=samples/middle" in command]
     commands.append(recursive.replace("/middle", "/fresh"))
@@ -34,7 +34,7 @@ def outputs(place):
 
 
 def printed(outputs, name):
-    """The line of JSON that the page's only command of this job printed."""
+    """The JSON line printed by the page's only command of this job."""
     text = outputs[[job for job, _ in STEPS].index(name)]
     return json.loads(re.search(r"^\{.*\}$", text, re.MULTILINE)[0])
 

@@ -1,4 +1,4 @@
-"""Images to latents: right, whole, the same bytes however the job was cut or shared; and every damage is found."""
+"""Preparing latents: values and manifest are right, interruptions and sharing change no byte, damage is found."""
 
 import json
 import os
@@ -29,7 +29,7 @@ IMAGES, PER_SHARD, BAD = 45, 10, "3/0013.png"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A tiny autoencoder, and real digits as pictures of 16x16 in a folder for each class, one of them damaged."""
+    """A tiny autoencoder, and real digits as 16x16 pictures in a folder per class, one of them damaged."""
     place = tmp_path_factory.mktemp("prepare")
     write_tiny_vae(place / "vae")
     digits = load_digits()
@@ -111,7 +111,7 @@ def test_stopped_and_shared_by_two_it_ends_with_the_same_bytes(place, whole, tmp
 
 
 def test_killed_and_run_by_two_processes_on_other_device_counts_it_is_the_same(place, whole, tmp_path):
-    """The command line; -9 in the middle of a shard, then two processes at a time, one of them with two devices."""
+    """Through the command line: SIGKILL in the middle of a shard, then two processes, one of them with two devices."""
     settings = (
         "--config=configs/imagenet256.py:model=S/2,recursion=off",
         "--config.data.source=image_folder",
@@ -214,7 +214,7 @@ def test_verify_compares_with_the_config(place, whole, tmp_path, capsys):
 
 
 def test_verify_finds_values_that_are_not_finite_and_wrong_labels(tmp_path, capsys, monkeypatch):
-    """The writer refuses them, so the check is made with the writer's own switched off."""
+    """The writer refuses such values, so its check is switched off here."""
     _, spec = load_vae(write_tiny_vae(tmp_path / "vae"), 2)
     encode = ShardWriter._encode
     monkeypatch.setattr(
@@ -242,7 +242,7 @@ def test_imagenet_of_tfds(place, tmp_path):
 
 @pytest.mark.parametrize("kind", ["a tar for each class", "labels beside"])
 def test_tars_hold_the_same_images_as_the_folder(place, tmp_path, kind):
-    """Labels beside: the images in two tars, whatever their class."""
+    """With "labels beside", two tars mix the classes and hold a label file beside each image."""
     for path in sorted((place / "images").glob("*/*.png")):
         name = path.parent.name if kind == "a tar for each class" else str(int(path.stem) % 2)
         with tarfile.open(tmp_path / f"{name}.tar", "a") as tar:
@@ -265,4 +265,4 @@ def test_tars_hold_the_same_images_as_the_folder(place, tmp_path, kind):
         np.testing.assert_array_equal(one["image"], other["image"])
         assert one["label"] == other["label"]
     with pytest.raises(UserError, match=r"cannot read the image .*\.tar/0013.png \(cannot identify image file\)"):
-        tars[others[os.path.basename(BAD)]]  # without the address of anything in memory
+        tars[others[os.path.basename(BAD)]]  # no memory address in the message

@@ -1,4 +1,4 @@
-"""Two processes of one run do what one process with as many devices does, are killed and stopped, and go on."""
+"""Two processes give the same results as one process with as many devices, also after kills and stops."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
-    """Directories of all jobs as run by one process with two devices, and by two with one each."""
+    """Directories of all jobs, run by one process with two devices and by two processes with one each."""
     inputs = tmp_path_factory.mktemp("processes")
     write_tiny_vae(inputs / "vae")
     digits = load_digits()
@@ -77,7 +77,7 @@ def test_exports_are_the_same_bytes(jobs, mesh):
 
 def test_latents_samples_evaluation_and_features_are_the_same(jobs):
     one, two = ({file.name: file.read_bytes() for file in (jobs_ / "latents").iterdir()} for jobs_ in jobs)
-    assert len(one) == 9 and one == two  # four shards, a file about each, and the manifest
+    assert len(one) == 9 and one == two  # four shards, a record of each, and the manifest
     one, two = (np.load(jobs_ / "data" / "samples" / "grid_0000003.npz")["images"] for jobs_ in jobs)
     np.testing.assert_allclose(one, two, atol=1e-5)
     one, two = (json.loads((jobs_ / "data" / "evaluation.json").read_text()) for jobs_ in jobs)
@@ -97,7 +97,7 @@ def test_processes_partition_every_epoch(jobs):
 
 @pytest.fixture
 def pair(tmp_path):
-    """Starts both processes of a run by the command line."""
+    """Starts both processes of a run through the command line."""
     config = tiny_config(train__updates=UPDATES, log__every=10, checkpoint__every=10, checkpoint__keep=1)
     settings = to_dict(config)
     (tmp_path / "tiny.py").write_text(
@@ -129,7 +129,7 @@ def test_killed_stopped_and_gone_on_it_equals_one_process(pair, tmp_path):
     both = start()
     while "memory" not in (line := both[1].stderr.readline()):
         assert line, "the job ended before it trained"
-    both[1].send_signal(signal.SIGTERM)  # process 0 is not asked
+    both[1].send_signal(signal.SIGTERM)  # only process 1 is asked
     ends = [err.splitlines()[-1] for _, err in all_finished(both, code=75)]
     assert ends[0] == ends[1] and ends[0].startswith("stopped at update ") and f"of {UPDATES}" in ends[0]
 
@@ -138,7 +138,7 @@ def test_killed_stopped_and_gone_on_it_equals_one_process(pair, tmp_path):
     assert len(lines_of(tmp_path / "two")) == UPDATES // 10
     one, two = (tmp_path / run for run in ("one", "two"))
     more = tiny_config(train__updates=UPDATES + 10, log__every=10, checkpoint__every=10)
-    for run in (one, two):  # and one process goes on from what two have saved
+    for run in (one, two):  # one process resumes what two have saved
         train(more, epath.Path(run), StopRequest())
     assert lines_of(two)[-1]["step"] == UPDATES + 10
     assert_same_metrics(one, two)

@@ -1,4 +1,4 @@
-"""A run that is killed, or asked to stop, and started again equals one that was never disturbed."""
+"""A run that is killed or stopped, and then resumed, equals an uninterrupted run."""
 
 import json
 import random
@@ -21,7 +21,7 @@ KILLS = 5
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
-    """A directory of runs, with that of the experiment without any interruption."""
+    """A directory of runs that holds `whole`, the experiment run without interruption."""
     directory = tmp_path_factory.mktemp("resume")
     finished(start(directory, "whole"))
     return directory
@@ -32,7 +32,7 @@ def start(directory, run: str, *flags: str):
 
 
 def wait_until(process, condition, seconds: float = 300.0) -> bool:
-    """Whether the condition came true before the job ended; fails where neither happens in this time."""
+    """Whether the condition came true before the job ended; fails the test if neither happens in time."""
     end = time.monotonic() + seconds
     while process.poll() is None:
         if condition():
@@ -50,9 +50,9 @@ def steps_saved(run) -> set[int]:
 
 
 def assert_same_run(directory, one: str, other: str) -> None:
-    """Equal parameters, optimiser and average, to the bit, and equal metrics but for wall-clock fields.
+    """Equal parameters, optimiser state and EMA, to the bit, and equal metrics except wall-clock fields.
 
-    The data order is part of it: another order of records would give other parameters.
+    This also covers the data order: another order of records would give other parameters.
     """
     abstract = build(resolve(get_config())).abstract_state
     states, lines = [], []
@@ -72,17 +72,17 @@ def test_killed_at_random_moments(experiment):
     rng, run, killed = random.Random(seed), experiment / "killed", 0
     for kill in range(KILLS):
         process, before = start(experiment, "killed"), steps_saved(run)
-        # The first kill may land before any checkpoint; the others after some progress.
+        # The first kill may come before any checkpoint; the others come after some progress.
         moment = (lambda before=before: steps_saved(run) - before) if kill else (run / "config.json").exists
         if wait_until(process, moment):
             time.sleep(rng.uniform(0.0, 0.2))
             process.kill()
-        _, err = process.communicate(timeout=60)  # ends once no worker that outlives the job holds its pipes
+        _, err = process.communicate(timeout=60)  # returns once no surviving worker holds the job's pipes
         assert process.returncode in (-signal.SIGKILL, 0), err[-2000:]
-        if process.returncode == 0:  # the run is complete: there is nothing left to kill
+        if process.returncode == 0:  # the run is complete, with nothing left to kill
             break
         killed += 1
-    assert killed >= 2, "hardly a kill met a running job"
+    assert killed >= 2, f"only {killed} kills hit a running job"
     finished(start(experiment, "killed"))
     assert_same_run(experiment, "whole", "killed")
 
@@ -95,7 +95,7 @@ def test_asked_to_stop_while_training(experiment):
     assert "start the same command again" in err.splitlines()[-1]
     with open(experiment / "stopped" / "metrics.jsonl", "a") as file:
         file.write('{"step": 59, "lo')  # a line torn by a crash
-    (experiment / "stopped" / "checkpoints" / "59.orbax-checkpoint-tmp-1").mkdir()  # and a save that was
+    (experiment / "stopped" / "checkpoints" / "59.orbax-checkpoint-tmp-1").mkdir()  # and an interrupted save
     finished(start(experiment, "stopped"))
     assert_same_run(experiment, "whole", "stopped")
 

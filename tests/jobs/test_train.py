@@ -1,4 +1,4 @@
-"""The training update as a pure function: what it optimises, averages, skips and compiles."""
+"""The training update as a pure function: its loss, EMA, skipped updates and compilation."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from trm_diffusion.runtime.signals import StopRequest
 
 
 def batch(size=8, seed=0):
-    """Flat images whose brightness is their label's, with a little noise."""
+    """Uniform images whose brightness encodes their label, with a little noise."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 10, size)
     images = (labels / 5.0 - 0.9)[:, None, None, None] + 0.1 * rng.standard_normal((size, 8, 8, 1))
@@ -66,7 +66,7 @@ class LossTest(chex.TestCase):
         )
         chex.assert_shape(loss, ())
         chex.assert_tree_all_finite(metrics)
-        # An untrained network answers zero, so the loss is the mean square of the target it should have given.
+        # An untrained network outputs zero, so the loss is the mean square of its target.
         time_key, noise_key, *_ = jax.random.split(key, 5)
         noise = jax.random.normal(noise_key, data["image"].shape)
         target = noise if objective == "ddpm" else noise - data["image"]
@@ -74,7 +74,7 @@ class LossTest(chex.TestCase):
 
 
 def test_accumulated_parts_give_the_mean_gradient():
-    """Four parts with keys of their own equal the mean of four separate gradients."""
+    """Four accumulated parts, each with its own key, give the mean of four separate gradients."""
     config = tiny_config(train__accumulate=4, optim__clip_norm=0.0, model__recursion__routing_group=1)
     experiment = build(config)
     state, data = experiment.init_state(), batch()
@@ -108,7 +108,7 @@ def test_a_gradient_too_large_to_be_squared_is_named_as_what_went_wrong():
     experiment = build(tiny_config())
     state = experiment.init_state()
     trainable = dict(state.trainable)
-    trainable["final/modulation/bias"] += 1e25  # the last map takes that much, and starts as zero
+    trainable["final/modulation/bias"] += 1e25  # the final layer accepts that much, because it starts at zero
     before = jax.tree.map(np.asarray, dataclasses.replace(state, trainable=trainable))
     state, metrics = make_train_step(experiment)(jax.tree.map(jnp.asarray, before), batch())
     assert np.isfinite(metrics["loss"]) and metrics["skipped"] == 1
@@ -146,14 +146,14 @@ def test_draw_latent_steps():
 
 
 def lively(experiment):
-    """Parameters in which nothing is zero, so that the number of latent steps matters."""
+    """Parameters without zeros, so that the number of latent steps matters."""
     leaves = experiment.init_state().parameters.items()
     rng = np.random.default_rng(0)
     return {name: jnp.asarray(0.2 * rng.standard_normal(leaf.shape), jnp.float32) for name, leaf in leaves}
 
 
 def test_the_per_latent_step_loss_is_the_mean_loss_of_fewer_latent_steps():
-    """Also where T is drawn: the terms are those below this update's T, and a T of 1 has none."""
+    """Also if T is drawn: the terms are those below this update's T, and T = 1 has none."""
     data, key = batch(), jax.random.key(3)
 
     def total_and_loss(**overrides):
@@ -193,7 +193,7 @@ def test_a_stop_request_saves_and_the_next_run_equals_one_without_it(tmp_path):
     train(tiny_config(), whole, StopRequest())
     stop = StopRequest()
     stop.requested = True
-    for _ in range(3):  # each run does one update, saves, and leaves
+    for _ in range(3):  # each run does one update, saves and exits
         with pytest.raises(Interrupted):
             train(tiny_config(), parts, stop)
     train(tiny_config(), parts, StopRequest())
@@ -201,7 +201,7 @@ def test_a_stop_request_saves_and_the_next_run_equals_one_without_it(tmp_path):
 
 
 def assert_same_run(one: epath.Path, other: epath.Path) -> None:
-    """Equal final state, bit for bit, and equal metrics but for wall-clock fields."""
+    """Equal final states, to the bit, and equal metrics except wall-clock fields."""
     from trm_diffusion.runtime.checkpoints import Checkpoints
     from trm_diffusion.runtime.logging import WALL_CLOCK_FIELDS
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def tiny_config(**overrides) -> Config:
-    """Digits with two blocks, one of which recurses; `overrides` are dotted fields with __ for the dots."""
+    """Digits with two blocks, one of which recurses; `overrides` name fields with __ for dots."""
     c = default_config()
     c.name = "tiny"
     c.model.update(depth=2, width=16, heads=2, patch=4, dtype="float32")
@@ -31,7 +31,7 @@ def tiny_config(**overrides) -> Config:
 
 
 def text_config(**overrides) -> Config:
-    """`tiny_config` of an MMDiT that reads the words of captions."""
+    """`tiny_config` with an MMDiT that reads the words of captions."""
     fields = dict(
         data__source="scenes", data__channels=3, data__num_classes=0, model__architecture="mmdit",
         model__mmdit__position_max_size=2, model__mmdit__position_base_size=2,
@@ -42,7 +42,7 @@ def text_config(**overrides) -> Config:
 
 
 def write_tiny_vae(directory: Path, seed: int = 0, **changes) -> str:
-    """Writes a random autoencoder, two pixels a side of a latent cell, as `--mode=convert` does; returns the path."""
+    """Writes a random autoencoder (2 x 2 pixels per latent cell) as `--mode=convert` does; returns the path."""
     model = dict(channels=[4, 8], blocks=1, image_channels=3, latent_channels=4, quant_conv=True, groups=2)
     model |= dict(scale=0.5, shift=0.1) | changes
     rng, shapes = np.random.default_rng(seed), LAYOUTS["diffusers-vae"].shapes(model)
@@ -68,14 +68,14 @@ def command(*arguments: str, devices: int = 1, **options) -> subprocess.Popen:
 
 
 def finished(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
-    """Waits for the command, which must end with `code`; returns its output and error texts."""
+    """Waits for the command, which must exit with `code`; returns its stdout and stderr."""
     return all_finished([process], code)[0]
 
 
 def all_finished(processes: list[subprocess.Popen], code: int = 0) -> list[tuple[str, str]]:
-    """Waits for commands that run as one, each of which must end with `code`; returns their output and error texts.
+    """Waits for the processes of one run, each of which must exit with `code`; returns their stdout and stderr.
 
-    Where one does not, the error shows the end of all: the first to be asked is rarely the first to have failed.
+    A failure shows the output of every process, because the first in the list is rarely the first to have failed.
     """
     texts = [process.communicate(timeout=600) for process in processes]
     ends = [

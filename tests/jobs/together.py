@@ -1,4 +1,4 @@
-"""Runs every job once, in a directory of its own, as the only process or as one of several; see test_processes.py.
+"""Runs every job once in its own directory, as a single process or as one of several; see test_processes.py.
 
 python -m tests.jobs.together DIRECTORY INPUTS INDEX COUNT PORT
 """
@@ -62,14 +62,14 @@ def main(directory: Path, inputs: Path, index: int, count: int, port: int) -> No
 
 
 def latent_config(inputs: Path, **overrides):
-    """A model of the latents of the tiny autoencoder."""
+    """The config of a model of the tiny autoencoder's latents."""
     fields = dict(data__source="latents", data__channels=4, data__vae=str(inputs / "vae"), train__updates=3)
     fields |= dict(sample__classes=(1, 2), sample__batch_size=4, train__batch_size=4)
     return tiny_config(**fields | overrides)
 
 
 def records_read() -> np.ndarray:
-    """[epochs, records] that this process reads in two epochs, with the batch divided over all devices."""
+    """Indices [epochs, records] that this process reads in two epochs, with the batch sharded over all devices."""
     config = tiny_config(data__source="synthetic", data__synthetic_records=RECORDS).data
     sharding = batch_sharding(make_mesh(MeshConfig()))
     assert sharding.spec == jax.sharding.PartitionSpec(BATCH_AXES)

@@ -1,4 +1,4 @@
-"""The latent spec travels: from prepared latents to the run, to its samples as images; another one is refused."""
+"""A run saves the latent spec of its data, decodes samples with it, and refuses any other spec."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def write_latents(directory, spec):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A tiny autoencoder, latents of it, and a run that was trained on them."""
+    """A tiny autoencoder, its latents, and a run trained on them."""
     place = tmp_path_factory.mktemp("autoencoder")
     vae, spec = load_vae(write_tiny_vae(place / "vae"), SIZE)
     write_latents(place / "latents", spec)
@@ -101,7 +101,7 @@ def test_an_export_holds_images_and_says_which_autoencoder_made_them(place, tmp_
     assert pixels.shape == (count, 2 * SIZE, 2 * SIZE, 3) and len(np.unique(pixels, axis=0)) == count
     record = sampling_record(open_images(str(tmp_path / "images")))
     assert record["vae"] == {"id": spec.vae_id, "scale": spec.scale, "shift": spec.shift}
-    with pytest.raises(UserError, match="latents are exported .* config.data.vae names"):
+    with pytest.raises(UserError, match="latents are exported .* autoencoder in config.data.vae"):
         export(config_of(place, spec), run, StopRequest(), count, str(tmp_path / "other"))
     labels = np.load(tmp_path / "images/labels.npy")
     chosen = dataclasses.replace(config.sample, classes=tuple(map(int, labels[:2])))
@@ -112,7 +112,7 @@ def test_an_export_holds_images_and_says_which_autoencoder_made_them(place, tmp_
 
 @pytest.mark.parametrize("kind", [{}, dict(latent_channels=16, quant_conv=False, scale=1.5305, shift=0.0609)])
 def test_the_decoder_divides_batches_and_cuts_large_latents_into_tiles(kind, tmp_path, monkeypatch):
-    """Both kinds of published autoencoder, over one device."""
+    """Both kinds of published autoencoder, on one device."""
     vae, spec = load_vae(write_tiny_vae(tmp_path / "vae", **kind), SIZE)
     mesh = make_mesh(MeshConfig())
     z = np.random.default_rng(0).standard_normal((5, SIZE, SIZE, spec.channels)).astype(np.float32)

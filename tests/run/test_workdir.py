@@ -1,4 +1,4 @@
-"""A run's directory remembers its config, refuses what does not fit it, and names what has changed."""
+"""A run's directory saves its config, refuses a config that does not fit it, and lists changed fields."""
 
 import json
 

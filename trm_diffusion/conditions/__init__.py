@@ -1,7 +1,6 @@
 """What a model is conditioned on, such as a label or a text: one class for each kind, and the table of kinds.
 
-A new kind is one class that keeps the contract of `Condition` (conditions/base.py), in a file of its own, and one entry
-in `KINDS`.
+A new kind is one subclass of `Condition` (conditions/base.py), in its own file, and one entry in `KINDS`.
 """
 
 from etils import epath
@@ -24,7 +23,7 @@ __all__ = [
     "make_condition",
 ]
 
-# The first kind that matches a config is the config's: a special case of another kind comes before it.
+# A config gets the first kind that matches it, so list a special case before the general one.
 KINDS: tuple[type[Condition], ...] = (
     Labels,
     Words,
@@ -38,5 +37,5 @@ def kind_of(config) -> type[Condition]:
 
 
 def make_condition(config, workdir: epath.Path | None = None, reads: str = DATA) -> Condition:
-    """The condition of the run in `workdir`, or of a config alone. Reads no file; see `Condition` for the arguments."""
+    """The condition of a config and, if given, of its run. Reads no file; see `Condition` for the arguments."""
     return kind_of(config)(config, workdir, reads)

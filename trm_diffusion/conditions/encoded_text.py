@@ -1,10 +1,10 @@
-"""Text that pretrained encoders have encoded: beforehand (data/encodings.py), or as prompts are given.
+"""Text encoded by pretrained encoders, either beforehand (data/encodings.py) or when prompts are given.
 
-What is read, in this order:
+Encodings come from, in this order:
     1. `config.data.text`, a directory of encoded captions or prompts, which also holds the encoded empty text;
-    2. prompts that it lacks, or all prompts where there is no such directory: the encoders themselves, which
-       `config.model.text.pretrained` names;
-    3. synthetic data without such a directory: noise in the form of encoded text, whose null is zeros.
+    2. the encoders that `config.model.text.pretrained` names, for prompts that the directory lacks, or for all prompts
+       if there is no directory;
+    3. for synthetic data without a directory: noise in the form of encoded text, with a null of zeros.
 """
 
 import functools
@@ -30,12 +30,12 @@ from trm_diffusion.runtime.processes import is_main_process
 if TYPE_CHECKING:
     from trm_diffusion.config import Config
 
-ENCODING_FILE = "text.json"  # of a run's directory
+ENCODING_FILE = "text.json"  # in a run's directory
 SOURCES = ("synthetic", "latents", *CAPTIONED_SOURCES)
 
 
 class EncodedText(TextCondition):
-    """`Text`: states float32 [B, L, C], mask bool [B, L] and pooled float32 [B, P]; the empty text stands for none."""
+    """`Text`: states float32 [B, L, C], mask bool [B, L] and pooled float32 [B, P]; the null is the empty text."""
 
     name = "caption encoded beforehand"
 
@@ -48,13 +48,13 @@ class EncodedText(TextCondition):
         text, source = config.model.text, config.data.source
         if source not in SOURCES:
             raise UserError(
-                "config.model.text.encoder encoded needs encoded text, which images without captions lack: "
-                f"config.data.source one of {', '.join(SOURCES)}, not {source}"
+                f"config.data.source is {source}, images without captions; config.model.text.encoder encoded needs "
+                f"encoded text: choose one of {', '.join(SOURCES)}"
             )
         if text.recipe == "sd3" and text.length <= CLIP_LENGTH and (text.pretrained or config.data.text):
             raise UserError(
-                f"config.model.text.length is {text.length}; with config.model.text.recipe sd3, {CLIP_LENGTH} tokens "
-                "are of the CLIP encoders, and the others T5's"
+                f"config.model.text.length is {text.length}; config.model.text.recipe sd3 needs more than the "
+                f"{CLIP_LENGTH} tokens of the CLIP encoders, for the tokens of T5"
             )
         super().check_config(config)
 
@@ -65,7 +65,7 @@ class EncodedText(TextCondition):
         if data.source != "synthetic":
             raise UserError(
                 f"config.model.text.encoder encoded needs encoded text; encode the captions of config.data.source "
-                f"{data.source} by --mode=encode --out=DIR and give config.data.text=DIR"
+                f"{data.source} with --mode=encode --out=DIR and give config.data.text=DIR"
             )
         sizes = dict(length=text.length, features=text.features, pooled_features=text.pooled_features)
         return SyntheticTextSource(source, **sizes)
@@ -98,7 +98,7 @@ class EncodedText(TextCondition):
     def encode(self, texts: Sequence[str]) -> Text:
         encodings = self._encodings
         if encodings is None and self.reads != PROMPTS:
-            raise ValueError("prompts need a condition that reads PROMPTS, whose null is encoded as they are")
+            raise ValueError("prompts need a condition that reads PROMPTS, so that its null is encoded in the same way")
         records = [None if encodings is None else encodings.find(text) for text in texts]
         missing = [text for text, record in zip(texts, records, strict=True) if record is None]
         encoded = iter(zip(*self._encode(missing), strict=True)) if missing else None
@@ -123,7 +123,7 @@ class EncodedText(TextCondition):
 
     def check(self, source: Source) -> None:
         del source
-        _ = self._encodings  # checked as it is opened
+        _ = self._encodings  # opening it checks it
 
     def keep(self, source: Source) -> None:
         del source
@@ -132,7 +132,7 @@ class EncodedText(TextCondition):
 
     @functools.cached_property
     def _encodings(self) -> Encodings | None:
-        """Those of `config.data.text`. Raises UserError where they are not the config's, or not the run's."""
+        """The encodings in `config.data.text`. Raises UserError if they do not match the config or the run."""
         if not self.config.data.text:
             return None
         found = open_encodings(self.config.data.text, self.config.model.text)
@@ -141,7 +141,7 @@ class EncodedText(TextCondition):
 
     @functools.cached_property
     def _encoder(self) -> PretrainedEncoder:
-        """Raises UserError where the config names none, or others than the run's."""
+        """The encoders of the config. Raises UserError if it names none, or others than the run's."""
         if not self.config.model.text.pretrained:
             raise _no_encoders("this model reads encoded text")
         encoder = PretrainedEncoder(self.config.model.text)
@@ -155,7 +155,7 @@ class EncodedText(TextCondition):
         return self._encoder(texts)
 
     def _check_encoding(self, encoding: dict) -> None:
-        """Raises UserError where the run, or the one it starts from, has its texts encoded otherwise."""
+        """Raises UserError if the run, or the run it starts from, has its texts encoded differently."""
         for run in self.runs():
             path = run / ENCODING_FILE
             kept = json.loads(path.read_text()) if path.exists() else encoding
@@ -165,12 +165,12 @@ class EncodedText(TextCondition):
                 values = "" if field == "encoders" else f" {encoding[field]!r}, not {kept.get(field)!r}"
                 raise UserError(
                     f"texts are encoded with other {field}{values} than those of the run in {run} ({path.name}); use "
-                    "the same throughout"
+                    "the same for training and sampling"
                 )
 
 
 def _no_encoders(reason: str) -> UserError:
     return UserError(
-        f"{reason}: encode prompts by --mode=encode --prompts=FILE --out=DIR and give config.data.text=DIR, or name "
+        f"{reason}: encode prompts with --mode=encode --prompts=FILE --out=DIR and give config.data.text=DIR, or name "
         "the encoders in config.model.text.pretrained"
     )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Labels(Condition):
-    """int32 [B], 0 .. num_classes - 1; num_classes stands for none."""
+    """int32 [B], 0 .. num_classes - 1; the null label is num_classes."""
 
     name = "label"
     draws = LABELS
@@ -31,7 +31,7 @@ class Labels(Condition):
         data = config.data
         if data.text:
             raise UserError(
-                "config.data.text is for config.model.architecture mmdit with config.model.text.encoder encoded"
+                "config.data.text needs config.model.architecture mmdit with config.model.text.encoder encoded"
             )
         if data.source in CAPTIONED_SOURCES or data.num_classes < 1:
             raise UserError(

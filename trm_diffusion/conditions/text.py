@@ -1,4 +1,4 @@
-"""What both kinds of text share: prompts and captions in, images of an MMDiT out."""
+"""What both kinds of text conditions of an MMDiT share."""
 
 import abc
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from trm_diffusion.runtime.logging import say
 if TYPE_CHECKING:
     from trm_diffusion.config import Config
 
-# Fields of `models.mmdit.JointConfig` that a manifest of weights names.
+# Fields of `models.mmdit.JointConfig` that a weights manifest stores.
 JOINT_FIELDS = ("dual_attention_blocks", "position_max_size", "position_base_size")
 
 
@@ -36,7 +36,7 @@ class TextCondition(Condition):
         if grid > model.mmdit.position_max_size:
             raise UserError(
                 f"config.model.mmdit.position_max_size {model.mmdit.position_max_size} is less than the {grid} tokens "
-                "a side of config.data.image_size over config.model.patch"
+                "a side that config.data.image_size and config.model.patch give"
             )
 
     @property
@@ -50,12 +50,12 @@ class TextCondition(Condition):
         """A few captions of the run's own data, for its grids."""
 
     def problem(self, text: str) -> str:
-        """Which part of a text is not read, as a message, or ""."""
+        """A message about what the model cannot read of a text, or ""."""
         del text
         return ""
 
     def encoding(self) -> dict | None:
-        """What decides how texts are encoded, for the record of an export; None where the run itself decides."""
+        """How texts are encoded, for the record of an export; None if the run itself determines it."""
         return None
 
     def request(self, prompts: Sequence[str] = ()) -> SampleRequest:

@@ -22,18 +22,18 @@ from trm_diffusion.runtime.processes import is_main_process
 if TYPE_CHECKING:
     from trm_diffusion.config import Config
 
-WORDS_FILE = "words.json"  # of a run's directory
+WORDS_FILE = "words.json"  # in a run's directory
 
 
 class RunWords(NamedTuple):
-    """What a run remembers of its captions."""
+    """What a run saves about its captions."""
 
     vocabulary: tuple[str, ...]
-    captions: tuple[str, ...]  # a few of its data, for the grids
+    captions: tuple[str, ...]  # a few captions of its data, for the grids
 
 
 class Words(TextCondition):
-    """Word ids int32 [B, L]. The vocabulary is the data's; a run keeps it, and reads prompts by it."""
+    """Word ids int32 [B, L]. The data define the vocabulary; a run saves it and tokenizes prompts with it."""
 
     name = "caption in words"
 
@@ -46,12 +46,12 @@ class Words(TextCondition):
         text, source = config.model.text, config.data.source
         if config.data.text:
             raise UserError(
-                "config.data.text is for config.model.architecture mmdit with config.model.text.encoder encoded"
+                "config.data.text needs config.model.architecture mmdit with config.model.text.encoder encoded"
             )
         if source not in CAPTIONED_SOURCES:
             raise UserError(
-                f"config.model.text.encoder learned needs captions; config.data.source {source} has none, "
-                f"{', '.join(CAPTIONED_SOURCES)} have"
+                f"config.model.text.encoder learned needs captions; config.data.source {source} has none: "
+                f"choose one of {', '.join(CAPTIONED_SOURCES)}"
             )
         if text.features % text.heads or text.features % 2:
             raise UserError(
@@ -76,14 +76,14 @@ class Words(TextCondition):
         model, name = self.config.model, self.config.data.source
         if not source.vocabulary:
             raise UserError(
-                f"config.data.source {name} has captions of open text; config.model.text.encoder learned needs a "
-                "closed vocabulary, such as that of scenes"
+                f"config.data.source {name} has free-text captions; config.model.text.encoder learned needs a closed "
+                "vocabulary, such as that of scenes"
             )
         needed = len(source.vocabulary) + len(SPECIAL_WORDS)
         if needed > model.text.vocabulary:
             raise UserError(
                 f"config.model.text.vocabulary is {model.text.vocabulary}; the captions of config.data.source {name} "
-                f"have {len(source.vocabulary)} words, which with {len(SPECIAL_WORDS)} special ones need {needed} rows"
+                f"have {len(source.vocabulary)} words, which with {len(SPECIAL_WORDS)} special words need {needed} rows"
             )
         return TokenizedSource(source, Tokenizer(source.vocabulary, model.text.length))
 
@@ -112,7 +112,7 @@ class Words(TextCondition):
         tokenizer = self._tokenizer
         if unknown := tokenizer.unknown_words(text):
             named, known = ", ".join(f'"{word}"' for word in unknown), " ".join(tokenizer.words)
-            return f'this run knows no word {named} (in "{text}"); known are {known}'
+            return f'this run knows no word {named} (in "{text}"); it knows {known}'
         return f'only the first {tokenizer.length - 1} words of "{text}" are read' if _is_cut(text, tokenizer) else ""
 
     def check(self, source: Source) -> None:
@@ -135,7 +135,7 @@ class Words(TextCondition):
 
     @functools.cached_property
     def _tokenizer(self) -> Tokenizer:
-        """In the words that the run knows."""
+        """The tokenizer with the run's vocabulary."""
         return Tokenizer(self._words.vocabulary, self.config.model.text.length)
 
 

@@ -1,4 +1,4 @@
-"""The configuration of a run: its fields (schema), the way to it from a config file (resolve), and its rules."""
+"""The configuration of a run: its fields (schema), how a config file becomes one (resolve), and its rules (rules)."""
 
 from trm_diffusion.config.resolve import (
     default_config,

@@ -1,6 +1,6 @@
-"""From a ConfigDict to a checked `Config`, and back.
+"""Converts a ConfigDict to a validated `Config`, and back.
 
-Experiments under configs/ start from `default_config()` and change fields; every mistake ends in one line (`UserError`)
+Experiments under configs/ start from `default_config()` and change fields. Every mistake raises a one-line `UserError`
 before any device is touched.
 """
 
@@ -24,7 +24,8 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def _to_config_dict(cls) -> ml_collections.ConfigDict:
-    result, hints = ml_collections.ConfigDict(), typing.get_type_hints(cls)
+    result = ml_collections.ConfigDict()
+    hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(hints[field.name]):
             result[field.name] = _to_config_dict(hints[field.name])
@@ -36,14 +37,14 @@ def _to_config_dict(cls) -> ml_collections.ConfigDict:
 
 
 def _plain_type(hint) -> type:
-    """int for `int`, and for `int | None`."""
+    """The type without `None`: int for `int` and for `int | None`."""
     if isinstance(hint, types.UnionType):
         return next(arg for arg in typing.get_args(hint) if arg is not type(None))
     return hint
 
 
 def resolve(config: ml_collections.ConfigDict) -> Config:
-    """ConfigDict -> validated `Config`. Raises UserError with one line for any mistake."""
+    """Converts a ConfigDict to a validated `Config`. Raises a one-line UserError for any mistake."""
     resolved = _build(Config, config, "config")
     rules.check(resolved)
     return resolved
@@ -64,12 +65,12 @@ def _build(cls, values, where: str):
             raise UserError(f"{path} is a group of fields, not {values[name]!r}")
     try:
         return cls(**fields)
-    except ValueError as error:  # a field's value, or two of this group; the message begins with the field's name
+    except ValueError as error:  # one field, or two fields of this group; the message begins with the field's name
         raise UserError(f"{where}.{error}") from None
 
 
 def _typed(value, hint, path: str):
-    """The value as the field's type; an int passes for a float and a list for a tuple, nothing else does."""
+    """The value in the field's type. Converts an int to a float and a list to a tuple, and refuses any other type."""
     wanted = _plain_type(hint)
     if value is None and wanted is not hint:
         return None
@@ -85,7 +86,7 @@ def _typed(value, hint, path: str):
 
 
 def fields_of(cls=Config, where: str = "config") -> Iterator[tuple[str, dataclasses.Field]]:
-    """Every field with its path, "config.optim.lr", groups before the fields they hold."""
+    """Yields every field with its path, such as "config.optim.lr"; a group comes before its fields."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         yield f"{where}.{field.name}", field
@@ -94,17 +95,18 @@ def fields_of(cls=Config, where: str = "config") -> Iterator[tuple[str, dataclas
 
 
 def field_exists(path: str) -> bool:
-    """Is "config.optim.lr" a field?"""
+    """Whether a path, such as "config.optim.lr", names a field."""
     return any(path == known for known, _ in fields_of())
 
 
 def unknown_field(path: str) -> UserError:
-    """The error for a field that does not exist: ml_collections' guess at the name, or fields called so elsewhere."""
-    group, where = default_config(), "config"
+    """The error for a field that does not exist; suggests ml_collections' near name or same-named fields elsewhere."""
+    group = default_config()
+    where = "config"
     names = path.split(".")[1:]
     for depth, name in enumerate(names):
         if not isinstance(group, ml_collections.ConfigDict):
-            return UserError(f"{path} is not a field; {where} is one, without fields below it")
+            return UserError(f"{path} is not a field; {where} is one and has no fields of its own")
         try:
             group, where = group[name], f"{where}.{name}"
         except KeyError as error:
@@ -118,17 +120,17 @@ def unknown_field(path: str) -> UserError:
 
 
 def variant(argument: str | None, **defaults: str) -> dict[str, str]:
-    """The options of a config file's argument, "model=S/2,recursion=off", over their defaults."""
+    """Parses a config file's argument, such as "model=S/2,recursion=off"; options it omits keep their defaults."""
     options = dict(defaults)
     for part in filter(None, (argument or "").split(",")):
         name, equals, value = part.partition("=")
         if not equals or name not in defaults:
             known = ", ".join(f"{key}={value}" for key, value in defaults.items())
-            raise UserError(f'config argument "{part}" is not one of this file\'s options, which are {known}')
+            raise UserError(f'config argument "{part}" is not an option of this file; it has {known}')
         options[name] = value
     return options
 
 
 def to_dict(config: Config) -> dict:
-    """Plain nested dictionaries and lists, for JSON."""
+    """The config as nested dictionaries of plain values, for JSON."""
     return dataclasses.asdict(config)

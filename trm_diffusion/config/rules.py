@@ -1,8 +1,8 @@
-"""Rules between fields of several parts of the configuration.
+"""Rules that relate fields of several parts of the configuration.
 
-What a single field takes is stated in its dataclass, and relations within one part (DiffusionConfig, RecursionConfig)
-are checked there as well, for whoever uses that part alone. Everything here is checked before any device is touched,
-except the batch, which must also fit the devices that are found.
+A dataclass states what each of its fields may hold, and checks relations within that part (DiffusionConfig,
+RecursionConfig), so that the part can be used on its own. The rules here are checked before any device is touched. The
+batch size is checked again once the devices are known.
 """
 
 import functools
@@ -17,7 +17,7 @@ from trm_diffusion.models.recursion.config import recursive_blocks
 
 
 def check(config: Config) -> None:
-    """Raises UserError, in one line, for the first rule that the config breaks."""
+    """Raises a one-line UserError for the first rule that the config breaks."""
     _check_model(config)
     _check_recursion(config)
     kind_of(config).check_config(config)
@@ -32,7 +32,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _require_multiple(config: Config, path: str, of: str) -> None:
-    """The field at `path` is a multiple of the field `of`. A mesh axis of -1 is settled later, and allows any."""
+    """Requires the field `path` to be a multiple of the field `of`. A mesh axis of -1 (decided later) accepts any."""
     value, divisor = (functools.reduce(getattr, name.split("."), config) for name in (path, of))
     _require(
         value % max(1, divisor) == 0,
@@ -78,23 +78,23 @@ def _check_training(config: Config) -> None:
 
 
 def check_batch(config: Config, shards: int) -> None:
-    """Raises UserError unless batches divide over shards and accumulated parts, and these over routing groups."""
+    """Raises UserError unless batches divide into shards and accumulation parts, and these into routing groups."""
     train, recursion = config.train, config.model.recursion
     parts = shards * train.accumulate
     _require(
         train.batch_size % parts == 0,
-        f"config.train.batch_size {train.batch_size} does not divide over {shards} devices x "
-        f"{train.accumulate} accumulated parts",
+        f"config.train.batch_size {train.batch_size} is not divisible by {shards} devices x "
+        f"config.train.accumulate {train.accumulate}",
     )
     _require(
         config.sample.batch_size % shards == 0,
-        f"config.sample.batch_size {config.sample.batch_size} does not divide over {shards} devices",
+        f"config.sample.batch_size {config.sample.batch_size} is not divisible by {shards} devices",
     )
     part = train.batch_size // parts
     _require(
         recursion.blocks == "none" or part % recursion.routing_group == 0,
         f"config.model.recursion.routing_group {recursion.routing_group} does not divide the {part} images that a "
-        "device holds at a time (config.train.batch_size over devices and accumulated parts)",
+        "device processes at a time (config.train.batch_size over devices and config.train.accumulate)",
     )
 
 
@@ -118,10 +118,11 @@ def _check_sampling(config: Config) -> None:
         all(isinstance(label, int) and label < data.num_classes for label in sample.classes),
         f"config.sample.classes is {sample.classes}; labels go from 0 to {data.num_classes - 1}",
     )
-    averages = tuple(map(str, config.optim.ema_decays))
+    decays = tuple(map(str, config.optim.ema_decays))
+    parameters = ("ema", "raw", *decays) if decays else ("raw",)
     _require(
-        sample.parameters in (("ema", "raw", *averages) if averages else ("raw",)),
-        f"config.sample.parameters is {sample.parameters!r}; this run keeps {', '.join(('raw', *averages))}",
+        sample.parameters in parameters,
+        f"config.sample.parameters is {sample.parameters!r}; choose one of {', '.join(parameters)}",
     )
 
 
@@ -132,7 +133,7 @@ def _check_evaluation(config: Config) -> None:
     judge = judge_class(kind)
     _require(
         config.data.source in judge.sources,
-        f"config.evaluate.kind {kind} is for images of config.data.source {' or '.join(judge.sources)} only",
+        f"config.evaluate.kind {kind} needs config.data.source {' or '.join(judge.sources)}, not {config.data.source}",
     )
     _require(
         judge.condition == kind_of(config).name,

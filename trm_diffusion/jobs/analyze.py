@@ -1,9 +1,9 @@
-"""The analysis job: how a trained run's tokens are routed, and how long they recurse, while it samples.
+"""The analysis job: how a trained run routes its tokens, and how long they recurse, while it samples.
 
-One batch of `sample.batch_size` images is drawn, of the classes or texts of the run's grids in turn, and the gates'
-reports of every diffusion step are kept. They are means over all tokens that the network sees, the unconditional half
-of guidance included; with Heun's sampler they are the predictor's. With halting, the same batch is also drawn without
-it, and both are timed in turn.
+The job draws one batch of `sample.batch_size` images, cycling through the classes or texts of the run's grids, and
+records the gates' reports at every diffusion step. Reports are means over all tokens that the network sees, including
+the unconditional half of guidance; with Heun's sampler they are those of the predictor. With halting, the job also
+draws the same batch without it and times both in turn.
 """
 
 import dataclasses
@@ -32,12 +32,12 @@ from trm_diffusion.runtime.processes import is_main_process
 from trm_diffusion.runtime.signals import StopRequest
 from trm_diffusion.runtime.timing import interleaved_seconds
 
-REPEATS = 9  # draws with and without halting, of whose seconds the median is reported
-DIGITS = 5  # decimals of the figures in the report
+REPEATS = 9  # timed draws with and without halting each; medians are reported
+DIGITS = 5  # decimal places of the numbers in the report
 
 
 def analyze(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
-    """Writes analysis.json of the run in `workdir`; prints it as one line, without the figures by diffusion step."""
+    """Writes analysis.json of the run in `workdir`; prints it as one line, without the part by diffusion step."""
     if config.model.recursion.blocks == "none":
         raise UserError("config.model.recursion.blocks is none: no block recurses, so there is nothing to analyze")
     experiment, state = load_run(config, workdir)
@@ -62,26 +62,26 @@ def analyze(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
 
 
 def _condition_of_batch(experiment: Experiment, request: SampleRequest):
-    """The condition of the run's grids, cut or repeated to `sample.batch_size` images."""
+    """The condition of the run's grids, truncated or repeated to `sample.batch_size` images."""
     size = experiment.config.sample.batch_size
     return jax.tree.map(lambda leaf: np.resize(leaf, (size, *leaf.shape[1:])), request.condition)
 
 
 def _draw_batch_fn(experiment: Experiment, parameters: Parameters, condition, stop, *, with_reports: bool = False):
-    """A function that draws the batch."""
+    """A function that draws the batch. Raises Interrupted when a stop was requested."""
     draw = make_sample_fn(experiment, with_reports=with_reports)
     indices = np.arange(experiment.config.sample.batch_size)
 
     def once():
         if stop.reached():
-            raise Interrupted("stopped before the analysis was complete; nothing of it is written")
+            raise Interrupted("stopped before the analysis was complete; nothing was written")
         return draw(parameters, condition, indices)
 
     return once
 
 
 def _routing(reports: RoutingReport) -> dict:
-    """What the gates did, by block [R], averaged over diffusion steps and the latent steps that ran."""
+    """Routing of each block [R], averaged over diffusion steps and the latent steps that ran."""
     ran = reports.ran / reports.ran.sum((0, 2), keepdims=True)  # [S, R, T]
     return {
         "expert_load": _rounded(np.einsum("srt,srtpm->rpm", ran, reports.load)),
@@ -90,7 +90,7 @@ def _routing(reports: RoutingReport) -> dict:
 
 
 def _halting(experiment: Experiment, parameters: Parameters, condition, images, reports: RoutingReport, stop) -> dict:
-    """What halting saved, and what it changed, against the same parameters without it."""
+    """What halting saves and changes, compared with the same parameters without it."""
     config = experiment.config
     recursion = dataclasses.replace(config.model.recursion, halting="none")
     model = dataclasses.replace(config.model, recursion=recursion)
@@ -108,14 +108,14 @@ def _halting(experiment: Experiment, parameters: Parameters, condition, images, 
         "saved": saving(rows),
         "seconds_a_batch_with": _rounded(statistics.median(seconds["with"])),
         "seconds_a_batch_without": _rounded(statistics.median(seconds["without"])),
-        "seconds_ratio": _rounded(statistics.median(ratios)),  # of draws next to each other
+        "seconds_ratio": _rounded(statistics.median(ratios)),  # of neighbouring draws
         "timed_draws_of_each": REPEATS,
         "root_mean_square_change_of_images": _rounded(change),
     }
 
 
 def _by_diffusion_step(experiment: Experiment, reports: RoutingReport) -> list[dict]:
-    """For each diffusion step, its normalized time (1 noise, 0 clean), mean latent steps [R] and load [R, T, P, M]."""
+    """For each diffusion step: normalized time (1 noise, 0 clean), mean latent steps [R] and load [R, T, P, M]."""
     objective, steps = experiment.objective, experiment.config.sample.diffusion_steps
     times = objective.normalized(jnp.asarray(objective.time_grid(steps)[:-1], jnp.float32))
     return [
@@ -125,5 +125,5 @@ def _by_diffusion_step(experiment: Experiment, reports: RoutingReport) -> list[d
 
 
 def _rounded(values):
-    """A number or a nested list for JSON."""
+    """Rounds to a number or a nested list for JSON."""
     return np.round(np.asarray(values, np.float64), DIGITS).tolist()

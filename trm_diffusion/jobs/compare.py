@@ -1,4 +1,4 @@
-"""The comparison job: several evaluations on one page, or a refusal where they were not measured alike."""
+"""The comparison job: several evaluations on one page; refuses evaluations with different settings."""
 
 import base64
 import html
@@ -16,7 +16,7 @@ from trm_diffusion.runtime.logging import say
 
 METRICS = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "precision", "recall": "recall"}
 FIELDS = ("num_images", "fid_name", "intervals_95", "images", "protocol", "sampling")
-# What evaluations may differ in and still be compared: where files lie, and the models themselves.
+# Fields in which compared evaluations may differ: file locations and the models themselves.
 FREE_PROTOCOL = ("reference",)
 SHOWN = ("latent_steps", "recursive_blocks", "update", "train_seed")
 FREE_SAMPLING = (*SHOWN, "version", "git_commit", "jax", "device")
@@ -30,10 +30,10 @@ figure { margin: 0 } img { image-rendering: pixelated; max-width: 36em }
 
 
 def compare(paths: list[str], out: str) -> None:
-    """Writes one self-contained page: metrics with their intervals, what differs, sample grids side by side.
+    """Writes one self-contained page: metrics with confidence intervals, the models' settings, and sample grids.
 
     Raises:
-      UserError: fewer than two evaluations, files that are none, or another protocol, number of images or sampling.
+      UserError: fewer than two evaluations, a file that is not one, or settings that differ.
     """
     if len(paths) < 2:
         raise UserError("--evaluations needs two files or more, separated by commas")
@@ -52,19 +52,21 @@ def compare(paths: list[str], out: str) -> None:
 
 
 def read_evaluation(path: str) -> dict:
-    """An evaluation.json of the ADM protocol. Raises UserError for anything else."""
+    """Reads an evaluation.json of the ADM protocol. Raises UserError for any other file."""
     try:
         report = json.loads(epath.Path(path).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as an evaluation ({error})") from error
     missing = [field for field in (*METRICS, *FIELDS) if field not in report]
     if missing:
-        raise UserError(f"{path} is not an evaluation of images (no {missing[0]}); make one with --mode=evaluate")
+        raise UserError(
+            f"{path} is not an evaluation of images (no {missing[0]}); make one with --mode=evaluate --images"
+        )
     return report
 
 
 def conditions(report: dict) -> dict:
-    """All that the figures depend on besides the model."""
+    """Everything that the metrics depend on, except the model."""
     measuring, sampling = report["protocol"].items(), report["sampling"].items()
     return (
         {"num_images": report["num_images"]}
@@ -74,7 +76,7 @@ def conditions(report: dict) -> dict:
 
 
 def page(reports: dict[str, dict]) -> str:
-    """The page as HTML, pictures included."""
+    """The page as HTML with embedded pictures."""
     first = next(iter(reports.values()))
     rows = "".join(_row(path, report) for path, report in reports.items())
     figures = "".join(_figure(path, report) for path, report in reports.items())
@@ -89,7 +91,7 @@ def page(reports: dict[str, dict]) -> str:
         f"<h1>{html.escape(first['fid_name'])}</h1><table><tr>{head}</tr>{rows}</table>"
         "<p class=interval>In brackets: 95% bootstrap intervals over the images, not over training seeds."
         f"</p>{''.join(f'<p>{html.escape(warning)}</p>' for warning in warnings)}"
-        f"<div class=grids>{figures}</div><h2>The same for all</h2><table>{same}</table>\n"
+        f"<div class=grids>{figures}</div><h2>Settings of all evaluations</h2><table>{same}</table>\n"
     )
 
 
@@ -103,7 +105,7 @@ def _row(path: str, report: dict) -> str:
 
 
 def _figure(path: str, report: dict) -> str:
-    """The first images of a set, as a picture within the page."""
+    """The first images of a set, as a picture embedded in the page."""
     from PIL import Image
 
     images = open_images(report["images"], report["protocol"]["image_size_cropped_to"] or 0)

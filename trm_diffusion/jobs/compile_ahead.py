@@ -1,17 +1,17 @@
-"""The compile job: the real training or sampling step, compiled for a TPU pod that need not be there.
+"""The compile job: compiles the real training or sampling step for a TPU pod, without needing the pod.
 
-It says what fits before a pod is rented. The compiler runs in a process of its own (runtime/libtpu.py), which is this
-module run as a program; the last line of output is one JSON object.
+It shows what fits before a pod is rented. The compiler runs in its own process (runtime/libtpu.py), which runs this
+module as a program; the last line of output is one JSON object.
 
-    memory        GiB on each device, by kind, against what a program may use there; the state by its parts
-    flops         of one device in one update (or one batch of samples), bodies of loops as often as they run, from the
-                  compiled program (analysis/hlo.py). model_flops are those that the equations ask for: nothing
-                  recomputed, nothing done twice on several devices
+    memory        GiB per device by kind, and the capacity available to a program; the state by its parts
+    flops         per device in one update (or one batch of samples), from the compiled program with loop bodies
+                  multiplied by their trip counts (analysis/hlo.py). model_flops counts only what the equations need:
+                  no recomputation, no work duplicated across devices
     collectives   bytes that one device sends, by kind
-    seconds       arithmetic: the compiler's own cycles, custom kernels as they declare themselves; collectives: bytes
-                  over the published bandwidth of the links. step: their sum, as if nothing overlapped
-    mfu           model_flops over what the chip could have done in `step` seconds
-    compiler_analysis   the compiler's own figures, in which the body of a loop counts once
+    seconds       arithmetic: cycles estimated by the compiler, plus the declared costs of custom kernels; collectives:
+                  bytes over the published link bandwidth; step: their sum, assuming no overlap
+    mfu           model_flops divided by the chip's peak FLOPs in `step` seconds
+    compiler_analysis   the compiler's own totals, which count each loop body once
 """
 
 import dataclasses
@@ -38,24 +38,24 @@ from trm_diffusion.runtime.parameters import device_bytes
 from trm_diffusion.runtime.sharding import batch_sharding, batch_shards
 from trm_diffusion.runtime.topology import GIB, Topology, described_devices, parse_topology
 
-LARGEST = 6  # arrays that are named
-COMFORT = 0.9  # of the memory that advice aims at
+LARGEST = 6  # number of arrays to list
+COMFORT = 0.9  # fraction of the memory that the advice tries to stay within
 
 
 def compile_ahead(config: Config, topology: str, slices: int = 1, job: str = "train") -> bool:
-    """Compiles, prints the report as one line of JSON, and says whether the step fits.
+    """Compiles a step, prints the report as one line of JSON, and returns whether the step fits.
 
-    job: train or sample. Raises UserError for a topology that does not exist, or where there is no compiler.
+    job: train or sample. Raises UserError for a topology that does not exist, or if no compiler is available.
     """
     report = compiler_report(config, topology, slices, job, install=True)
-    for line in _told(report):
+    for line in _summary(report):
         say(line)
     print(json.dumps(report), flush=True)
     return report["fits"]
 
 
 def compiler_report(config: Config, topology: str, slices: int, job: str, *, install: bool) -> dict:
-    """The report of one step. Raises UserError as `compile_ahead`; install: libtpu, where it is not there yet."""
+    """The report of one step; install: install libtpu if it is missing. Raises UserError like `compile_ahead`."""
     pod = parse_topology(topology, slices)
     of_slices = f" in {slices} slices" if slices > 1 else ""
     say(f"compiling the {job} step for {pod.chips} {pod.generation} chips{of_slices}; this may take minutes")
@@ -63,7 +63,8 @@ def compiler_report(config: Config, topology: str, slices: int, job: str, *, ins
     return run_with_libtpu(["-m", __spec__.name], request, install=install)
 
 
-def _told(report: dict) -> list[str]:
+def _summary(report: dict) -> list[str]:
+    """The report in lines for people."""
     memory = report["memory_gib_per_device"]
     verdict = "fits" if report["fits"] else "does NOT fit"
     needs = "" if memory["total"] is None else f"{memory['total']} of "
@@ -80,7 +81,7 @@ def _told(report: dict) -> list[str]:
 
 
 def report_on(config: Config, topology: Topology, job: str) -> dict:
-    """What `compile_ahead` prints, from within the process that holds the compiler."""
+    """The report of `compile_ahead`, made inside the process that runs the compiler."""
     condition = make_condition(config, reads=NOTHING)
     experiment = build(config, described_devices(topology), condition=condition)
     lowered = lowered_step(experiment, job)
@@ -120,14 +121,14 @@ def report_on(config: Config, topology: Topology, job: str) -> dict:
 
 
 def own_analysis(compiled) -> dict:
-    """What the compiler itself says of a step, with the bodies of loops counted once; None where it does not know."""
+    """The compiler's own totals of a step, with each loop body counted once; None for a value it does not give."""
     found = compiled.cost_analysis()
     names = {"flops": "flops", "bytes": "bytes accessed", "seconds": "optimal_seconds"}
     return {name: found[key] if found.get(key, -1) > 0 else None for name, key in names.items()}
 
 
 def lowered_step(experiment: Experiment, job: str) -> jax.stages.Lowered:
-    """The step of a job, for the devices of the experiment's mesh, ready to be compiled."""
+    """The step of a job, lowered for the devices of the experiment's mesh."""
     if job == "train":
         batch = experiment.abstract_batch(experiment.config.train.batch_size)
         return make_train_step(experiment).lower(experiment.abstract_state, batch)
@@ -138,7 +139,7 @@ def lowered_step(experiment: Experiment, job: str) -> jax.stages.Lowered:
 
 
 def memory_report(experiment: Experiment, topology: Topology, job: str, compiled) -> dict:
-    """GiB on each device, by kind; of a program that could not be compiled the state alone."""
+    """GiB per device by kind; only the state if the program could not be compiled."""
     state = experiment.abstract_state
     parts = {"parameters": state.parameters}
     if job == "train":
@@ -160,7 +161,7 @@ def memory_report(experiment: Experiment, topology: Topology, job: str, compiled
 
 
 def largest_of_state(experiment: Experiment, job: str) -> list[dict]:
-    """The arrays of the state that take most memory on a device."""
+    """The arrays of the state that use the most memory on a device."""
     state = experiment.abstract_state
     leaves = jax.tree_util.tree_leaves_with_path(state if job == "train" else state.parameters)
     sizes = [
@@ -174,7 +175,7 @@ def largest_of_state(experiment: Experiment, job: str) -> list[dict]:
 
 
 def cost_report(experiment: Experiment, topology: Topology, job: str, cost: Cost) -> dict:
-    """FLOPs, bytes, collectives and the time they are predicted to take; see the top of this file."""
+    """FLOPs, bytes, collectives and predicted times; see the top of this file."""
     chip = topology.chip
     kernels = max(cost.kernel_flops / chip.flops, cost.kernel_bytes / chip.memory_bandwidth)
     arithmetic = cost.cycles / chip.cycles + kernels
@@ -184,7 +185,7 @@ def cost_report(experiment: Experiment, topology: Topology, job: str, cost: Cost
     )
     try:
         wanted = model_flops(experiment, job) / experiment.mesh.size
-    except UnknownTurns:  # tokens may halt, and how many latent steps run is not known before
+    except UnknownTurns:  # with halting, the number of latent steps is not known in advance
         wanted = None
     step = arithmetic + collectives
     return {
@@ -200,7 +201,7 @@ def cost_report(experiment: Experiment, topology: Topology, job: str, cost: Cost
 
 
 def model_flops(experiment: Experiment, job: str) -> float:
-    """FLOPs that the equations of one step ask for, over all devices: nothing is computed again to save memory."""
+    """FLOPs that the equations of one step need, over all devices, without rematerialisation."""
     config = experiment.config
     recursion = dataclasses.replace(config.model.recursion, remat="none")
     model = dataclasses.replace(config.model, remat="none", attention="xla", recursion=recursion)
@@ -216,27 +217,29 @@ def model_flops(experiment: Experiment, job: str) -> float:
 
 
 def advice(experiment: Experiment, topology: Topology, job: str, state: float, temporaries: float) -> list[dict]:
-    """Flags that would make a step smaller, most useful first; what changes the run comes last.
+    """Flags that would reduce the memory of a step, most useful first.
 
-    state, temporaries: GiB on each device; those of a program that was refused are what the compiler says it needs.
+    Of those that reduce temporaries, the smaller batch comes last, because it changes the run.
+
+    state, temporaries: GiB per device; if compilation failed, `temporaries` is what the compiler says it needs.
     """
     config, shards = experiment.config, batch_shards(experiment.mesh)
     per_device = (config.train if job == "train" else config.sample).batch_size // shards
     room = COMFORT * topology.chip.memory_bytes / GIB - state
     smaller_state = [("--topology", f"more chips: {state:.3g} GiB of state on each of these")] if room <= 0 else []
     if experiment.mesh.shape["data"] > topology.slices and config.mesh.fsdp != -1:
-        smaller_state.append(("--config.mesh.data=-1 --config.mesh.fsdp=-1", "as many shards of the state as can be"))
+        smaller_state.append(("--config.mesh.data=-1 --config.mesh.fsdp=-1", "shards the state as much as possible"))
     if config.train.trainable != "all" and config.train.frozen_dtype == "float32":
-        smaller_state.append(("--config.train.frozen_dtype=bfloat16", "halves the parameters that are not trained"))
+        smaller_state.append(("--config.train.frozen_dtype=bfloat16", "halves the memory of non-trainable parameters"))
     if job == "train" and len(config.optim.ema_decays) > 1:
-        smaller_state.append((f"--config.optim.ema_decays={config.optim.ema_decays[0]},", "one moving average"))
+        smaller_state.append((f"--config.optim.ema_decays={config.optim.ema_decays[0]},", "keeps only one EMA"))
 
     smaller_step = []
     if config.model.attention == "xla":
-        smaller_step.append(("--config.model.attention=auto", "attention that writes no logits"))
+        smaller_step.append(("--config.model.attention=auto", "attention that does not store its logits"))
     if job == "train":
         if config.model.remat != "full":
-            smaller_step.append(("--config.model.remat=full", "keeps each block's inputs alone; a third more FLOPs"))
+            smaller_step.append(("--config.model.remat=full", "stores only each block's inputs; a third more FLOPs"))
         if parts := more_parts(config, per_device, temporaries / max(room, 1e-3)):
             smaller_step.append((f"--config.train.accumulate={parts}", f"{per_device // parts} images at a time"))
     if per_device > 1:
@@ -249,7 +252,7 @@ def advice(experiment: Experiment, topology: Topology, job: str, state: float, t
 
 
 def more_parts(config: Config, per_device: int, times: float) -> int | None:
-    """Of how many parts an update must be for `times` less memory, at least; None where it cannot be more."""
+    """The fewest accumulation parts for `times` less memory, or else the most possible; None if there are none."""
     recursion, parts = config.model.recursion, config.train.accumulate
     group = 1 if recursion.blocks == "none" else recursion.routing_group
     able = [n for n in range(parts + 1, per_device + 1) if per_device % n == 0 and per_device // n % group == 0]
@@ -257,13 +260,13 @@ def more_parts(config: Config, per_device: int, times: float) -> int | None:
 
 
 def gib_in(text: str) -> float:
-    """The first amount of memory that the compiler names, "(55.78G)", in GiB; 0 where there is none."""
+    """The first amount of memory in a compiler message, such as "(55.78G)", in GiB; 0 if there is none."""
     found = re.search(r"([\d.]+)([KMGT])", text)
     return float(found[1]) * 2.0 ** {"K": -20, "M": -10, "G": 0, "T": 10}[found[2]] if found else 0.0
 
 
 def main() -> None:
-    """Answers one request on standard input; see `compile_ahead`."""
+    """Reads one request from standard input and prints its report; see `compiler_report`."""
     request = json.load(sys.stdin)
     try:
         config = resolve(ml_collections.ConfigDict(request["config"]))

@@ -1,4 +1,4 @@
-"""The conversion job: published weights into a directory of ours, and a run's or a directory's weights out again."""
+"""The conversion job: published weights to our format, and the weights of a run or a directory to published formats."""
 
 import dataclasses
 from pathlib import Path
@@ -21,19 +21,17 @@ from trm_diffusion.weights.source import open_source
 from trm_diffusion.weights.store import holds_weights, load_weights, new_directory, save_weights
 
 DIFFUSERS_FILE, PLAIN_FILE = "diffusion_pytorch_model.safetensors", "model.safetensors"
-
-
-ADAPTER = "adapter"  # in place of a layout's name: the gates and experts alone
+ADAPTER = "adapter"  # given instead of a layout: only gates and experts
 
 
 def convert(
     source: str, destination: str, layout: str = "", to_layout: str = "", dtype: str = "", merge: bool = False
 ) -> None:
-    """Reads `source`, a run, a directory of ours or published weights, and writes the directory `destination`.
+    """Reads a run, a directory of weights in our format, or published weights, and writes the directory `destination`.
 
-    to_layout "" writes a directory of ours, that `config.init.workdir` can start a run from; "adapter" one of the gates
-    and experts alone, for `config.init.adapter`; else safetensors with that layout's names. merge: put the experts into
-    the base weights first. Raises UserError in one line, and then has written nothing.
+    to_layout: "" writes our format, which `config.init.workdir` can start from; "adapter" writes only gates and
+    experts, for `config.init.adapter`; a layout writes safetensors with its names. merge: first merge experts into the
+    base weights. Raises a one-line UserError, and then writes nothing.
     """
     if not source or not destination:
         raise UserError("--mode=convert needs --from=PATH_OR_HUB_ID and --to=DIR")
@@ -71,7 +69,7 @@ def _open(source: str, layout: str) -> Weights:
 
 
 def _of_run(workdir: Path) -> Weights:
-    """A run's parameters (first average)."""
+    """A run's sampling parameters (by default the first EMA)."""
     path = epath.Path(workdir)
     weights, spec = weights_of(load_config(path), layers_of_run(path), str(workdir)), kept_spec(path)
     latent = {"latent": dataclasses.asdict(spec)} if spec else {}
@@ -79,7 +77,7 @@ def _of_run(workdir: Path) -> Weights:
 
 
 def weights_of(config: Config, layers: Parameters, source: str) -> Weights:
-    """Parameters of the model that a config describes, each block on its own."""
+    """Wraps parameters of the config's model; layers: unstacked into blocks."""
     values = {name: np.asarray(value) for name, value in layers.items()}
     specs = {name: TensorSpec(value.shape, value.dtype) for name, value in values.items()}
     return Weights(config.model.architecture, model_of(config), specs, values.__getitem__, {"source": source})

@@ -1,4 +1,4 @@
-"""--mode=doctor: what this machine has, what is missing, and whether the package can run here."""
+"""The doctor job: reports what this machine has, what is missing, and whether the package can run here."""
 
 import importlib.metadata
 import json
@@ -22,7 +22,7 @@ OPTIONAL = {  # package: what it is for
 
 
 def doctor() -> bool:
-    """Prints versions, devices and memory, then one JSON line; True if everything needed is here."""
+    """Prints versions, devices and memory, then one JSON line; returns whether all requirements are met."""
     report = {"python": platform.python_version(), "cpus": os.cpu_count()}
     report["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     report["disk_free_gib"] = round(shutil.disk_usage(".").free / 2**30, 1)

@@ -1,4 +1,4 @@
-"""The encoding job: captions, or prompts, to a directory of encoded text (data/encodings.py), shard by shard."""
+"""The encoding job: encodes captions or prompts into a directory of shards (data/encodings.py)."""
 
 import dataclasses
 import os
@@ -16,7 +16,7 @@ from trm_diffusion.run.prompts import read_prompts
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.signals import StopRequest
 
-SOURCES = tuple(source for source in CAPTIONED_SOURCES if source != "scenes")  # which has no end
+SOURCES = tuple(source for source in CAPTIONED_SOURCES if source != "scenes")  # scenes never end
 
 
 def encode(
@@ -29,31 +29,29 @@ def encode(
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> None:
-    """Encodes the captions of `config.data`, or the prompts of a file, by the encoders of `config.model.text`.
+    """Encodes the captions of `config.data`, or the prompts of a file, with the encoders of `config.model.text`.
 
     Args:
-      prompts: a file for `read_prompts`.
-      items_per_shard: images, or prompts, of each shard but the last.
-      process_index, process_count: this process makes every process_count-th shard from process_index on; JAX's own by
-        default.
+      prompts: a file for `read_prompts`; "" encodes captions.
+      items_per_shard: images or prompts per shard; the last shard may have fewer.
+      process_index, process_count: this process makes every process_count-th shard, starting at process_index; JAX's
+        own by default.
 
     Raises:
-      UserError: no captions, no encoders, or `out` holds shards that were made otherwise.
-      Interrupted: asked to stop; the shards that are complete stay.
+      UserError: no captions, no encoders, or `out` holds shards made with other settings.
+      Interrupted: asked to stop; complete shards are kept.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs the GPU's memory
     if not out:
-        raise UserError("--mode=encode needs --out=DIR, where the encoded texts go")
+        raise UserError("--mode=encode needs --out=DIR, the directory to write")
     if config.model.text.encoder != "encoded":
-        raise UserError(
-            "--mode=encode is for config.model.text.encoder=encoded; other models read words, and need no cache"
-        )
+        raise UserError("--mode=encode needs config.model.text.encoder=encoded; other models do not use encoded text")
     share = process_share(process_index, process_count, items_per_shard)
     items = [NONE, *(_prompts(prompts) if prompts else _captions(config))]
     job = TextJob(items, PretrainedEncoder(config.model.text), pathlib.Path(out), items_per_shard)
     manifest = make_shards(job, share, stop)
     if manifest is not None:
-        say(f"wrote {out}: {manifest['records']:,} texts of {manifest['items'] - 1:,} items, and of none")
+        say(f"wrote {out}: {manifest['records']:,} texts of {manifest['items'] - 1:,} items, and the empty text")
 
 
 def _captions(config: Config) -> list[Item]:
@@ -71,7 +69,7 @@ def _prompts(path: str) -> list[Item]:
 
 
 class TextJob(ShardedJob):
-    """Shards of encoded text, from consecutive items, of which the first is the empty text."""
+    """Shards of encoded text from consecutive items; the first item is the empty text."""
 
     contents, unit = "texts", "text"
 

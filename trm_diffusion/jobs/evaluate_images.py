@@ -1,4 +1,4 @@
-"""Jobs on image files: measuring samples by the ADM protocol, and making the reference that they are compared with."""
+"""Jobs on image files: evaluating samples with the ADM protocol, and making the reference they are compared with."""
 
 import importlib.metadata
 import json
@@ -27,7 +27,7 @@ from trm_diffusion.runtime.processes import is_main_process
 from trm_diffusion.weights.inception import load_inception
 
 BATCH_SIZE = 64
-# What a figure depends on and the images do not tell; null where no record lies beside them.
+# Settings that metrics depend on and images do not show; null if there is no record beside the images.
 SAMPLING_FIELDS = (
     "sampler",
     "diffusion_steps",
@@ -47,15 +47,17 @@ SAMPLING_FIELDS = (
 def evaluate_images(
     images: str, reference: str, inception: str, out: str = "", image_size: int = 0, precision_dtype: str = "float32"
 ) -> dict:
-    """Measures a folder or npz of samples; writes one JSON file with every figure and how it was taken, and prints it.
+    """Evaluates a folder or npz of samples; writes and prints one JSON object with all metrics and their settings.
 
     Args:
-      images: folder of pictures or .npz; `sampling.json` beside them tells how they were drawn.
-      reference: reference file of ADM's layout.
+      images: folder of pictures or .npz; `sampling.json` beside them records how they were drawn.
+      reference: reference .npz in ADM's layout.
       inception: weights of the FID Inception network.
       out: the JSON file to write; evaluation.json beside the images by default.
-      image_size: crop pictures to this size first; 0 leaves them as they are.
-      precision_dtype: float32 or float16, of precision and recall.
+      image_size: crop pictures to this size first; 0 keeps them as they are.
+      precision_dtype: dtype of the pairwise feature distances in precision and recall, float32 or float16.
+
+    Raises UserError for files that cannot be read or measured.
     """
     samples = open_images(images, image_size)
     target = read_reference(reference)
@@ -74,7 +76,7 @@ def evaluate_images(
     reference_pool = concatenated(features_of(weights, target.images, BATCH_SIZE, "reference")).pool
     try:
         figures = adm_metrics(measured, target, reference_pool, precision_dtype)
-    except ValueError as error:  # features that are not finite, or too large for float16
+    except ValueError as error:  # features that are non-finite or too large for float16
         raise UserError(f"{images} cannot be measured: {error}") from error
     report = {
         **figures,
@@ -105,13 +107,13 @@ def evaluate_images(
 
 
 def make_reference(images: str, inception: str, out: str, image_size: int = 0) -> None:
-    """Writes a reference file from all images of a folder or npz; see `metrics.adm`."""
+    """Writes a reference .npz of all images of a folder or npz; see `metrics.adm`."""
     path = epath.Path(out)
     if path.suffix != ".npz":
-        raise UserError(f"--out={out}: a reference is an .npz file")
+        raise UserError(f"--out={out} must end in .npz, the format of a reference")
     source = open_images(images, image_size)
     if len(source) < 2:
-        raise UserError(f"--images={images} holds one image; a reference needs a whole data set")
+        raise UserError(f"--images={images} holds one image; a reference needs at least 2, usually a whole data set")
     weights, _ = load_inception(inception)
     arrays = reference_arrays(weights, source, BATCH_SIZE)
     if not is_main_process():
@@ -122,14 +124,14 @@ def make_reference(images: str, inception: str, out: str, image_size: int = 0) -
 
 
 def sampling_record(samples: ImageSet) -> dict:
-    """How the samples were drawn: sampling.json beside them, or each of its fields as None."""
+    """How the samples were drawn: `SAMPLING_FIELDS` from sampling.json beside them, None for those it lacks."""
     path = beside(samples, "sampling.json")
     record = json.loads(path.read_text()) if path.exists() else {}
     return {field: None for field in SAMPLING_FIELDS} | record
 
 
 def beside(samples: ImageSet, name: str) -> epath.Path:
-    """Where a file about the samples lies: in their folder, or next to their npz under its name."""
+    """The path of a file about the samples: in their folder, or next to their npz and prefixed with its name."""
     if samples.path.is_dir():
         return samples.path / name
     return samples.path.with_name(f"{samples.path.stem}.{name}")

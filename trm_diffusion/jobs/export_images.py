@@ -1,11 +1,11 @@
-"""The export job: many images of a run as PNG files, which `--mode=evaluate --images` measures.
+"""The export job: writes many images of a run as PNG files, for `--mode=evaluate --images`.
 
-An image depends on its index, its label and `sample.seed` alone. Every file appears whole or not at all, and a job that
-is started again draws the batches of which a file is missing, so a set that was interrupted ends with the same bytes.
-Of several processes, each decodes and writes the images that its own devices draw.
+An image depends only on its index, its label and `sample.seed`. Files are written atomically, and a restarted job draws
+every batch that lacks a file, so an interrupted export ends with the same bytes. Each process decodes and writes the
+images that its own devices draw.
 
 NUMBER.png       the images, by index
-labels.npy       [N] int32, the classes that were asked for
+labels.npy       [N] int32, the requested classes
 sampling.json    how they were drawn
 """
 
@@ -35,19 +35,24 @@ from trm_diffusion.runtime.processes import barrier, is_main_process
 from trm_diffusion.runtime.sharding import own_shards
 from trm_diffusion.runtime.signals import StopRequest
 
-PLACE = ("version", "git_commit", "jax", "device")  # of the record: where it ran, which may change between two starts
+PLACE = (
+    "version",
+    "git_commit",
+    "jax",
+    "device",
+)  # fields of the record that may change on resume: software and device
 
 
 def export(config: Config, workdir: epath.Path, stop: StopRequest, count: int, out: str = "") -> None:
-    """Draws `count` images of the run in `workdir`, labels as `evaluate.label_rule` says, sampling as `sample` says.
+    """Draws `count` images from the run in `workdir`; `evaluate.label_rule` gives the labels, `sample` the settings.
 
     Args:
-      out: the folder to write; workdir/samples/images_UPDATE by default. FILE.npz is written beside the folder FILE,
-        in ADM's layout: arr_0 uint8 [N, H, W, C], arr_1 labels [N].
+      out: the folder to write; workdir/samples/images_UPDATE by default. FILE.npz writes the folder FILE and the .npz
+        beside it, in ADM's layout: arr_0 uint8 [N, H, W, C], arr_1 labels [N].
 
     Raises:
-      UserError: a model of texts, latents without their autoencoder, or a folder that holds images drawn otherwise.
-      Interrupted: asked to stop; what was drawn stays.
+      UserError: a model of texts, latents without an autoencoder, or a folder of images drawn with other settings.
+      Interrupted: asked to stop; the images drawn so far are kept.
     """
     kind_of(config).require(LABELS, "--num")
     require_images(config)
@@ -81,11 +86,11 @@ def export(config: Config, workdir: epath.Path, stop: StopRequest, count: int, o
 
 
 def require_images(config: Config) -> None:
-    """Raises UserError where samples would be latents that nothing decodes."""
+    """Raises UserError if samples are latents and the config names no autoencoder to decode them."""
     if config.data.channels not in (1, 3) and not config.data.vae:
         raise UserError(
-            f"config.data.channels={config.data.channels}: latents are exported as images, by the autoencoder that "
-            "config.data.vae names"
+            f"config.data.channels={config.data.channels}: latents are exported as images; name their autoencoder in "
+            "config.data.vae"
         )
 
 
@@ -94,20 +99,22 @@ def image_path(folder: epath.Path, index: int) -> epath.Path:
 
 
 def unfinished_batches(folder: epath.Path, count: int, size: int) -> list[np.ndarray]:
-    """Indices of each batch of which an image is not there yet, as process 0 sees it."""
-    there = {file.name for file in folder.iterdir()} if folder.exists() else set()
+    """The indices of each batch that lacks an image, as process 0 sees the folder."""
+    existing = {file.name for file in folder.iterdir()} if folder.exists() else set()
     batches = [np.arange(first, min(first + size, count)) for first in range(0, count, size)]
-    lacking = as_first_sees([any(image_path(folder, index).name not in there for index in batch) for batch in batches])
+    lacking = as_first_sees(
+        [any(image_path(folder, index).name not in existing for index in batch) for batch in batches]
+    )
     return [batch for batch, lacks in zip(batches, lacking, strict=True) if lacks]
 
 
 def as_first_sees(flags: Sequence[bool]) -> np.ndarray:
-    """What process 0 says, in all of them; so none of them writes before it has looked."""
+    """Broadcasts the flags of process 0 to all processes; none starts to write before process 0 has looked."""
     return np.asarray(multihost_utils.broadcast_one_to_all(np.array(flags, np.int32))).astype(bool)
 
 
 def start(folder: epath.Path, labels: np.ndarray, record: dict) -> None:
-    """Writes labels and record. Raises UserError where the folder's own record tells of other images."""
+    """Writes the labels and the record. Raises UserError if the folder's record has other settings."""
     if keep_record(folder / "sampling.json", folder, record) and is_main_process():
         with replacing(folder / "labels.npy") as partial, partial.open("wb") as file:
             np.save(file, labels)
@@ -115,9 +122,9 @@ def start(folder: epath.Path, labels: np.ndarray, record: dict) -> None:
 
 
 def keep_record(path: epath.Path, folder: epath.Path, record: dict) -> bool:
-    """Writes how the images in `folder` are drawn to `path`; False where that tells the same already.
+    """Writes the record of the images in `folder` to `path`; returns False if it is there already.
 
-    Raises UserError where it tells of other images.
+    Raises UserError if the record there has other settings.
     """
     if path.exists():
         before, now = ({k: v for k, v in r.items() if k not in PLACE} for r in (json.loads(path.read_text()), record))
@@ -135,7 +142,7 @@ def keep_record(path: epath.Path, folder: epath.Path, record: dict) -> bool:
 
 
 def pack(folder: epath.Path, target: epath.Path, labels: np.ndarray) -> None:
-    """Writes the folder's images and labels as one npz file, a batch at a time, and its record beside it."""
+    """Writes the folder's images and labels as one npz, a batch at a time, and its record beside it."""
     images = FolderImages(folder)
     first = next(images.batches(1))
     with replacing(target) as partial, partial.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
@@ -149,9 +156,9 @@ def pack(folder: epath.Path, target: epath.Path, labels: np.ndarray) -> None:
 
 @contextlib.contextmanager
 def _array(archive: zipfile.ZipFile, name: str, shape: tuple, dtype) -> Iterator[io.BufferedIOBase]:
-    """A stream for the values of an array in an npz file."""
+    """Yields a stream for the bytes of one array of an npz file."""
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
-    # ZipInfo by name alone has a fixed date, so the same images make the same bytes.
+    # ZipInfo with only a name has a fixed date, so the same images give the same bytes.
     with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as stream:
         np.lib.format.write_array_header_1_0(stream, header)
         yield stream

@@ -1,10 +1,10 @@
-"""The export job of benchmarks of prompts: four images of each, in the layout that the benchmark's evaluator reads.
+"""The export job for prompt benchmarks: four images per prompt, in the layout that the benchmark's evaluator reads.
 
-Image i of prompt p depends on the prompt, on `sample.seed` and on its index 4 p + i alone. Prompts are drawn in groups,
-the same in every start of the job. A file appears whole or not at all, and a group of which one is missing is drawn
-again: an export that was interrupted ends with the same bytes.
+Image i of prompt p depends only on the prompt, `sample.seed` and its index 4 p + i. Prompts are drawn in groups, the
+same in every start of the job. Files are written atomically, and a group that lacks a file is drawn again, so an
+interrupted export ends with the same bytes.
 
-OUT                  the images, as `metrics/geneval.py` and `metrics/dpg.py` say
+OUT                  the images, in the layout of `metrics/geneval.py` or `metrics/dpg.py`
 OUT.sampling.json    how they were drawn
 """
 
@@ -32,15 +32,15 @@ from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.processes import is_main_process
 from trm_diffusion.runtime.signals import StopRequest
 
-IMAGES = 4  # of a prompt, in either benchmark
+IMAGES = 4  # images per prompt, in both benchmarks
 
 
 class Benchmark(NamedTuple):
-    """A benchmark's prompts, and its layout in a folder of images."""
+    """The prompts of a benchmark, and its layout of a folder of images."""
 
     texts: list[str]
-    unfinished: Callable[[pathlib.Path], set[int]]  # prompts of which something is missing
-    write: Callable[[pathlib.Path, int, np.ndarray], None]  # the images uint8 [4, H, W, 3] of a prompt
+    unfinished: Callable[[pathlib.Path], set[int]]  # the prompts that lack a file
+    write: Callable[[pathlib.Path, int, np.ndarray], None]  # writes the images uint8 [4, H, W, 3] of a prompt
     check: Callable[[pathlib.Path], object]  # raises UserError for a missing or an extra file
 
 
@@ -77,7 +77,7 @@ def _dpg(path: str) -> Benchmark:
 def export_prompts(
     config: Config, workdir: epath.Path, stop: StopRequest, *, benchmark: str, prompts: str, out: str = ""
 ) -> None:
-    """Draws the images of a benchmark from the run in `workdir`, sampling as `sample` says.
+    """Draws the images of a benchmark from the run in `workdir`, with the settings of `sample`.
 
     Args:
       benchmark: geneval or dpg.
@@ -85,14 +85,16 @@ def export_prompts(
       out: the folder to write; workdir/samples/BENCHMARK_UPDATE by default.
 
     Raises:
-      UserError: a model of labels, latents without their autoencoder, prompts that are malformed, or a folder that
-        holds something else.
-      Interrupted: asked to stop; what was drawn stays.
+      UserError: a model of labels, latents without an autoencoder, malformed prompts, or a folder that holds something
+        else.
+      Interrupted: asked to stop; the images drawn so far are kept.
     """
     kind_of(config).require(TEXTS, f"--export={benchmark}")
     require_images(config)
     if "://" in (out or str(workdir)):
-        raise UserError(f"--export={benchmark} writes files for an evaluator: give --out=DIR, a local directory")
+        raise UserError(
+            f"--export={benchmark} writes local files for the benchmark's evaluator: give --out=DIR, a local directory"
+        )
     suite = {"geneval": _geneval, "dpg": _dpg}[benchmark](prompts)
     experiment, state = load_run(config, workdir, reads=PROMPTS)
     texts, decoder = experiment.condition, load_decoder(experiment, workdir)
@@ -101,7 +103,7 @@ def export_prompts(
     start(folder, benchmark, suite.texts, record)
     problems = [problem for problem in map(texts.problem, suite.texts) if problem]
     if problems:
-        say(f"warning: of {len(problems)} of {len(suite.texts)} prompts not all is read; the first: {problems[0]}")
+        say(f"warning: {len(problems)} of {len(suite.texts)} prompts are not fully read; the first: {problems[0]}")
 
     draw, parameters = make_sample_fn(experiment, decoder), sampling_parameters(experiment, state)
     size, count = max(1, config.sample.batch_size // IMAGES), len(suite.texts)
@@ -124,13 +126,13 @@ def export_prompts(
 
 
 def start(folder: pathlib.Path, benchmark: str, texts: list[str], record: dict) -> None:
-    """Keeps how the images are drawn beside them, and clears what a killed job left half-written.
+    """Writes the record of the images beside them, and removes the partial files of a killed job.
 
-    Raises UserError where the folder holds images drawn otherwise, or of unknown origin.
+    Raises UserError if the folder holds images drawn with other settings, or files without a record.
     """
     path = folder.with_name(f"{folder.name}.sampling.json")
     if not path.exists() and folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty, and no {path.name} beside it says of what: give another --out")
+        raise UserError(f"{folder} is not empty and has no {path.name} beside it: give another --out")
     del record["label_rule"]
     keep_record(path, folder, {**record, "samples": IMAGES * len(texts), benchmark: sha256_of_json(texts)})
     if is_main_process():

@@ -1,6 +1,6 @@
-"""The preparation job: images to a directory of latents (data/latents.py), which `--mode=verify` checks.
+"""The preparation job: encodes images into a directory of latents (data/latents.py), which `--mode=verify` checks.
 
-Images are cropped as ADM does, encoded to mean and standard deviation, and written in shards of consecutive images
+Images are cropped as in ADM, encoded to mean and standard deviation, and written in shards of consecutive images
 (data/sharded.py).
 """
 
@@ -43,26 +43,25 @@ def prepare(
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> None:
-    """Encodes the images of `config.data` by the autoencoder `data.vae` into the directory `out`.
+    """Encodes the images of `config.data` with the autoencoder `data.vae` into the directory `out`.
 
-    `data.image_size` counts latent cells, as it does in training; `data.flip` stores each image's mirror image as a
-    record of its own, after it. An image that cannot be read has no record; the manifest names it. Captions are for
-    `--mode=encode`.
+    `data.image_size` counts latent cells, as in training. `data.flip` stores the mirror image of each image as the next
+    record. An image that cannot be read has no record and is listed in the manifest. Captions need `--mode=encode`.
 
     Args:
-      images_per_shard: images, not records, of each shard but the last.
-      process_index, process_count: this process makes every process_count-th shard from process_index on; JAX's own by
-        default.
+      images_per_shard: images (not records) per shard; the last shard may have fewer.
+      process_index, process_count: this process makes every process_count-th shard, starting at process_index; JAX's
+        own by default.
 
     Raises:
-      UserError: data that hold no images, no autoencoder, or `out` holds shards that were made otherwise.
-      Interrupted: asked to stop; the shards that are complete stay.
+      UserError: data without images, no autoencoder, or `out` holds shards made with other settings.
+      Interrupted: asked to stop; complete shards are kept.
     """
     if not out:
-        raise UserError("--mode=prepare needs --out=DIR, where the latents go")
+        raise UserError("--mode=prepare needs --out=DIR, the directory to write")
     share = process_share(process_index, process_count, images_per_shard)
     if not config.data.vae:
-        raise UserError("--mode=prepare needs --config.data.vae=DIR, an autoencoder that --mode=convert has written")
+        raise UserError("--mode=prepare needs --config.data.vae=DIR, an autoencoder written by --mode=convert")
     manifest = make_shards(LatentJob(config, pathlib.Path(out), images_per_shard), share, stop)
     if manifest is None:
         return
@@ -73,7 +72,7 @@ def prepare(
 
 
 def image_source(config: Config, vae: VAE, spec: LatentSpec) -> Source:
-    """The images of `config.data`, cropped to what the autoencoder makes latents of `data.image_size` cells of."""
+    """The images of `config.data`, cropped to the size whose latents have `data.image_size` cells a side."""
     if config.data.source not in IMAGE_FILE_SOURCES:
         raise UserError(
             f"--mode=prepare encodes images; set config.data.source to one of {', '.join(IMAGE_FILE_SOURCES)}, "
@@ -84,7 +83,7 @@ def image_source(config: Config, vae: VAE, spec: LatentSpec) -> Source:
 
 
 def preparation_of(config: Config, source: Source, spec: LatentSpec, images_per_shard: int) -> dict:
-    """Everything that the bytes of a shard depend on, for its record and the manifest."""
+    """All settings that the bytes of a shard depend on, for its record and the manifest."""
     record = load_weights(config.data.vae).record
     return {
         "data": config.data.source,
@@ -101,7 +100,7 @@ def preparation_of(config: Config, source: Source, spec: LatentSpec, images_per_
 
 
 class LatentJob(ShardedJob):
-    """Shards of latents, from consecutive images. Raises UserError for data or an autoencoder that do not serve."""
+    """Shards of latents of consecutive images. Raises UserError if the data or the autoencoder cannot be used."""
 
     contents, unit = "latents", "image"
 
@@ -110,8 +109,10 @@ class LatentJob(ShardedJob):
         self._source = image_source(config, vae, self._spec)
         self._preparation = preparation_of(config, self._source, self._spec, images_per_shard)
         self._images = consecutive_ranges(len(self._source), images_per_shard)
-        self._flip, self._encode = config.data.flip, Encoder(vae, self._spec)
-        self.directory, self.sizes = directory, [*map(len, self._images)]
+        self._flip = config.data.flip
+        self._encode = Encoder(vae, self._spec)
+        self.directory = directory
+        self.sizes = [*map(len, self._images)]
         self.made_with = self._preparation | dataclasses.asdict(self._spec)
 
     def read_record(self, index: int) -> dict | None:
@@ -156,7 +157,7 @@ class LatentJob(ShardedJob):
 
 
 class Encoder:
-    """Up to `batch_size` images [N, H, W, C] to mean and standard deviation [N, h, w, c] each, over local devices."""
+    """Encodes up to `batch_size` images [N, H, W, C], on local devices, to mean and std [N, h, w, c]."""
 
     def __init__(self, vae: VAE, spec: LatentSpec):
         devices = jax.local_devices()
@@ -171,7 +172,7 @@ class Encoder:
 
 
 def read_ahead(source: Source, indices: range, ahead: int) -> Iterator[tuple[int, Element | UnreadableImage]]:
-    """Index and element of each image in order, or what is wrong with it; threads read `ahead` of them beforehand."""
+    """Yields the index and the element (or read error) of each image in order; threads read up to `ahead` more."""
 
     def read(index: int) -> tuple[int, Element | UnreadableImage]:
         try:
@@ -179,7 +180,8 @@ def read_ahead(source: Source, indices: range, ahead: int) -> Iterator[tuple[int
         except UnreadableImage as error:
             return index, error
 
-    pool, pending = ThreadPoolExecutor(min(MAX_READERS, os.cpu_count() or 1)), collections.deque()
+    pool = ThreadPoolExecutor(min(MAX_READERS, os.cpu_count() or 1))
+    pending = collections.deque()
     try:
         for index in indices:
             pending.append(pool.submit(read, index))

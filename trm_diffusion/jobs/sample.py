@@ -1,4 +1,4 @@
-"""The sampling job: from a checkpoint to images, and what training and evaluation share of it."""
+"""The sampling job: draws images from a checkpoint; training and evaluation share its functions."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -27,20 +27,20 @@ from trm_diffusion.runtime.sharding import batch_sharding, distribute, replicate
 from trm_diffusion.runtime.signals import StopRequest
 from trm_diffusion.runtime.state import TrainState
 
-GRID_PIXELS = 64  # images narrower than this are shown enlarged
-CAPTIONED_PIXELS = 160  # and with captions than this
+GRID_PIXELS = 64  # narrower images are enlarged to about this width
+CAPTIONED_PIXELS = 160  # the same, for images with captions
 
 
 def make_sample_program(
     experiment: Experiment, *, with_reports: bool = False, gathered: bool = True
 ) -> jax.stages.Wrapped:
-    """program(parameters, condition [B, ...], indices [B]) -> images or latents [B, H, W, C] float32, over the mesh.
+    """Jits program(parameters, condition [B, ...], indices [B]) -> images or latents [B, H, W, C] float32.
 
-    The result is on every device, or divided over them like the batch if not `gathered`.
+    The batch is sharded over the mesh; the result is replicated if `gathered`, else sharded like the batch.
 
-    An image depends on its condition (conditions/base.py), its index and `sample.seed` alone, not on its
-    batch or the number of devices. With `with_reports` it also returns the gates' `RoutingReport` of every diffusion
-    step, [S, R, T, ...].
+    An image depends only on its condition (conditions/base.py), its index and `sample.seed`, not on its batch or the
+    number of devices. With `with_reports` the program also returns the gates' `RoutingReport` of every diffusion step,
+    [S, R, T, ...].
     """
     sample, data, objective = experiment.config.sample, experiment.config.data, experiment.objective
     shape = (data.image_size, data.image_size, data.channels)
@@ -81,9 +81,9 @@ def make_sample_program(
 def make_sample_fn(
     experiment: Experiment, decoder: Decoder | None = None, *, with_reports: bool = False, gathered: bool = True
 ) -> Callable:
-    """`make_sample_program` for a condition and indices that every process holds whole, as NumPy arrays.
+    """`make_sample_program` for NumPy arrays: every process passes the whole condition and all indices.
 
-    decoder: turns the latents that the model denoises into images; not together with reports.
+    decoder: decodes the sampled latents to images; cannot be combined with reports.
     """
     program = make_sample_program(experiment, with_reports=with_reports, gathered=gathered)
     batch = batch_sharding(experiment.mesh)
@@ -103,14 +103,14 @@ def draw_all(
     stop: StopRequest | None = None,
     first_index: int = 0,
 ) -> Iterator[np.ndarray]:
-    """Images of a condition [N, ...], batch by batch, in order; their indices count from the first.
+    """Yields the images of a condition [N, ...] in order, a batch at a time; their indices start at `first_index`.
 
-    Raises Interrupted if asked to.
+    Raises Interrupted when a stop was requested.
     """
     size, count = config.sample.batch_size, len(jax.tree.leaves(condition)[0])
     for first in range(0, count, size):
         if stop is not None and stop.reached():
-            raise Interrupted(f"stopped after {first} of {count} images; they are drawn again next time")
+            raise Interrupted(f"stopped after {first} of {count} images, which will be redrawn")
         rows = np.arange(first, min(first + size, count))
         padded = np.resize(rows, size)  # one shape, one compilation
         part = jax.tree.map(lambda leaf, rows=padded: leaf[rows], condition)
@@ -121,14 +121,14 @@ def draw_all(
 def save_grid(
     draw: Callable, experiment: Experiment, state: TrainState, request: SampleRequest, path: epath.Path
 ) -> np.ndarray:
-    """Draws what is asked for and writes it as one PNG; returns it, uint8 [H, W, 3]."""
+    """Draws a request and writes it as one PNG grid; returns the grid, uint8 [H, W, 3]."""
     parameters = sampling_parameters(experiment, state)
     images = np.concatenate(list(draw_all(draw, experiment.config, parameters, request.condition)))
     return write_grid(path, images, experiment.config, request.captions)
 
 
 def write_grid(path: epath.Path, images: np.ndarray, config: Config, captions: Sequence[str] | None = None):
-    """Lays [N, H, W, C] out, `per_class` images in a row and captions under them, and writes a PNG; returns it."""
+    """Writes images [N, H, W, C] as a PNG grid, `per_class` in a row with captions below; returns the grid."""
     size, columns = images.shape[2], config.sample.per_class
     if captions:
         grid = captioned_grid(images, captions, columns, scale=max(1, CAPTIONED_PIXELS // size))
@@ -143,14 +143,15 @@ def write_grid(path: epath.Path, images: np.ndarray, config: Config, captions: S
 def sample(config: Config, workdir: epath.Path, stop: StopRequest, prompts: Sequence[str] = ()) -> None:
     """Draws the grid of the config, or of the prompts, from the run in `workdir`.
 
-    Writes a PNG and the images as an npz beside it; for prompts, each image as a PNG of its own too.
+    Writes a PNG and an npz of the images; for prompts, also each image as its own PNG.
     """
     experiment, state = load_run(config, workdir, reads=PROMPTS if prompts else DATA)
     request = experiment.condition.request(prompts)
     parameters = sampling_parameters(experiment, state)
     draw = make_sample_fn(experiment, load_decoder(experiment, workdir))
     images = np.concatenate(list(draw_all(draw, config, parameters, request.condition, stop)))
-    directory, step = workdir / "samples", f"{int(state.step):07d}"
+    directory = workdir / "samples"
+    step = f"{int(state.step):07d}"
     path = directory / f"{'prompts' if prompts else 'grid'}_{step}.png"
     write_grid(path, images, config, request.captions)
     arrays = path.with_suffix(".npz")
@@ -161,11 +162,11 @@ def sample(config: Config, workdir: epath.Path, stop: StopRequest, prompts: Sequ
             write_images(directory / f"prompts_{step}", images, request.captions)
     say(f"drew {len(images)} images with {config.sample.parameters} parameters: {path} and {arrays}")
     if prompts:
-        say(f"each image by its prompt: {directory / f'prompts_{step}'}")
+        say(f"each image, named after its prompt: {directory / f'prompts_{step}'}")
 
 
 def write_images(directory: epath.Path, images: np.ndarray, captions: Sequence[str]) -> None:
-    """Each image as "NUMBER_WORDS-OF-ITS-CAPTION.png", pixel by pixel."""
+    """Writes each image, not enlarged, as "NUMBER_WORDS-OF-ITS-CAPTION.png"."""
     directory.mkdir(parents=True, exist_ok=True)
     for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
         name = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:80]

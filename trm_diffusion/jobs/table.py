@@ -1,7 +1,7 @@
 """The table of jobs: what each --mode runs.
 
-A job's function takes the parsed flags, by name (flags.py), and returns the exit code. Jobs are imported when they run,
-so that a mode loads nothing of the others.
+Each function takes the parsed flags (flags.py) and returns the exit code. Jobs are imported when they run, so that a
+mode does not load the others.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from trm_diffusion.errors import EXIT_USER_ERROR, UserError
 
 class Job(NamedTuple):
     run: Callable[[Any], int]
-    one_process: bool = False  # process 0 alone does it
-    shared: bool = False  # processes may share it without a coordinator, by --process_index and --process_count
+    one_process: bool = False  # only process 0 runs it
+    shared: bool = False  # --process_index and --process_count can share it without a coordinator
 
 
 def _config(options):
@@ -23,22 +23,20 @@ def _config(options):
     from trm_diffusion.config import resolve
 
     if options.config is None:
-        raise UserError(
-            f"--mode={options.mode} needs --config, an experiment: configs/digits.py, or another file of configs/"
-        )
+        raise UserError(f"--mode={options.mode} needs --config=FILE, an experiment such as configs/digits.py")
     return resolve(options.config)
 
 
 def _require(options, *names: str) -> list:
-    """The values of these flags, all of which the mode needs."""
+    """The values of these flags. Raises UserError if one is missing."""
     for name in names:
         if not options[name].value:
-            raise UserError(f"--mode={options.mode} needs --{name}; see --help")
+            raise UserError(f"--mode={options.mode} on files needs --{name}; see --help")
     return [options[name].value for name in names]
 
 
 def _on_run(options, *jobs: Callable) -> int:
-    """Runs jobs of (config, workdir, stop), one after the other."""
+    """Runs jobs, functions of (config, workdir, stop), one after the other."""
     from trm_diffusion.runtime.devices import use_compilation_cache
     from trm_diffusion.runtime.signals import StopRequest
 

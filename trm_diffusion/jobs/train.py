@@ -1,6 +1,6 @@
-"""The training job: the loop around the update, which logs, samples, saves, and stops when asked to.
+"""The training job: the loop over updates, which logs, samples, saves checkpoints and stops on request.
 
-run/restore.py has the rule by which a run resumes or starts; jobs/train_step.py has the update.
+run/restore.py decides how a run resumes or starts; jobs/train_step.py has the update.
 """
 
 import time
@@ -29,7 +29,7 @@ from trm_diffusion.runtime.window import Window
 
 
 def train(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
-    """Trains to `train.updates`, from wherever the run stands. Raises Interrupted after saving, when asked to stop."""
+    """Trains the run up to `train.updates`, resuming if it can. On a stop request, saves and raises Interrupted."""
     condition = make_condition(config, workdir)
     experiment = build(config, condition=condition)
     source = condition.source()
@@ -61,32 +61,33 @@ def _describe(experiment: Experiment, state: TrainState) -> None:
         f"on {devices.size} {devices.flat[0].device_kind} device{'s' if devices.size > 1 else ''}"
     )
     parts = {"parameters": state.parameters, "gradients": state.trainable, "optimiser": state.optimizer}
-    megabytes = {name: device_bytes(part) / 1e6 for name, part in (parts | {"averages": state.ema}).items()}
+    megabytes = {name: device_bytes(part) / 1e6 for name, part in (parts | {"EMA": state.ema}).items()}
     capacity = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    of_all = f" of {capacity / 1e6:,.0f} MB" if capacity else ""
+    of_capacity = f" ({capacity / 1e6:,.0f} MB)" if capacity else ""
     listed = ", ".join(f"{name} {size:,.1f} MB" for name, size in megabytes.items())
-    say(f"memory of each device{of_all}, activations apart: {listed}")
+    say(f"memory of each device{of_capacity}, without activations: {listed}")
 
 
 def _loop(experiment, workdir, stop, checkpoints, iterator, state, loop) -> None:
-    config, start = experiment.config, int(state.step)
-    total = config.train.updates
-    train_step, sharding = make_train_step(experiment), batch_sharding(experiment.mesh)
+    config = experiment.config
+    start, total = int(state.step), config.train.updates
+    train_step = make_train_step(experiment)
+    sharding = batch_sharding(experiment.mesh)
     window = Window(loop, config.train.batch_size)
     logger = None
     if is_main_process():
         logger = RunLogger(workdir, config.log, name=config.name, total_steps=total, resume_step=start)
 
     def record(step: int, metrics: dict) -> None:
-        """Reads the metrics of update `step`, logs a line when one is due, and gives up when nothing is finite."""
+        """Reads the metrics of update `step`, logs a line when due, and raises UserError at `train.nonfinite_limit`."""
         window.add({name: np.asarray(value) for name, value in metrics.items()})
         if window.skipped_in_a_row:
-            say(f"update {step}: not finite, skipped; {_first_bad(metrics, state)}")
+            say(f"update {step}: skipped, because {_first_bad(metrics, state)} is not finite")
         if window.skipped_in_a_row >= config.train.nonfinite_limit:
             raise UserError(
-                f"{window.skipped_in_a_row} updates in a row up to {step} were not finite, first in "
+                f"{window.skipped_in_a_row} updates in a row up to {step} were not finite, the last in "
                 f"{_first_bad(metrics, state)}; lower config.optim.lr or set config.optim.clip_norm. "
-                f"The last good checkpoint is kept in {checkpoints.directory}"
+                f"The last good checkpoint is in {checkpoints.directory}"
             )
         if step % config.log.every == 0 or step == total:
             line = window.line()
@@ -96,12 +97,12 @@ def _loop(experiment, workdir, stop, checkpoints, iterator, state, loop) -> None
     if config.log.samples_every:
         draw = make_sample_fn(experiment, load_decoder(experiment, workdir))
         request = experiment.condition.request()
-    unread = None  # the metrics of the update before, read while the present one runs
+    unread = None  # the previous update and its metrics, read while the current update runs
     try:
         for step in range(start + 1, total + 1):
-            waited = time.perf_counter()
+            wait_start = time.perf_counter()
             batch = next(iterator)
-            window.data_wait_seconds += time.perf_counter() - waited
+            window.data_wait_seconds += time.perf_counter() - wait_start
             batch = {
                 name: global_batch(sharding, value, config.train.batch_size)
                 for name, value in batch.items()
@@ -132,7 +133,7 @@ def _loop(experiment, workdir, stop, checkpoints, iterator, state, loop) -> None
 
 
 def _first_bad(metrics: dict, state: TrainState) -> str:
-    """Where a non-finite update went wrong: the first parameter whose gradient's norm is not finite, by path."""
+    """What is not finite in a skipped update: the first parameter gradient with a non-finite norm, or the loss."""
     flags = np.asarray(metrics["nonfinite_gradients"])
     names = [name for name, bad in zip(sorted(state.trainable), flags, strict=True) if bad]
     return f"the gradient of {names[0]} ({len(names)} of {len(flags)} gradients)" if names else "the loss"

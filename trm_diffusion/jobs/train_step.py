@@ -23,11 +23,11 @@ from trm_diffusion.runtime.window import routing_metrics
 def loss_and_metrics(
     experiment: Experiment, parameters: Parameters, images: jax.Array, condition: Any, key: jax.Array
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], RoutingReport | None]]:
-    """The loss to minimise on one batch, float32 []; the metrics to log, and the gates' reports [R, T, ...].
+    """The total loss on one batch, float32 []; the metrics to log, and the gates' reports [R, T, ...].
 
-    images [B, H, W, C] in [-1, 1] or scaled latents; condition: see conditions/base.py. `key` draws times,
-    noise, dropped conditions, the gates' noise and, where the config gives a range, the number of latent steps.
-    metrics["loss"] is the diffusion loss, without the terms that the config adds to it.
+    images: [B, H, W, C] in [-1, 1], or normalised latents; condition: see conditions/base.py. `key` draws times, noise,
+    dropped conditions, the gates' noise and, if the config gives a range, the number of latent steps. metrics["loss"]
+    is the diffusion loss, without the auxiliary terms of the config.
     """
     config, objective = experiment.config, experiment.objective
     time_key, noise_key, drop_key, gate_key, depth_key = jax.random.split(key, 5)
@@ -50,7 +50,7 @@ def loss_and_metrics(
     quarter = jax.nn.one_hot(jnp.clip(objective.normalized(times) * 4, 0, 3).astype(jnp.int32), 4)  # [B, 4]
     metrics = {
         "loss": jnp.mean(losses),
-        "quarter_loss_sum": losses @ quarter,  # [4], by normalized time, clean first
+        "quarter_loss_sum": losses @ quarter,  # [4], by quarter of normalized time, clean first
         "quarter_images": jnp.sum(quarter, axis=0),
         **routing_metrics(reports),
     }
@@ -73,14 +73,14 @@ def draw_latent_steps(latent_steps: tuple, key: jax.Array) -> int | jax.Array | 
 
 
 def make_train_step(experiment: Experiment) -> Callable:
-    """(state, batch) -> (state, metrics), pure, jitted over the mesh, with the state donated.
+    """Jits a pure function (state, batch) -> (state, metrics) over the mesh, with the state donated.
 
-    A batch is {"image": [B, H, W, C]} and what the condition's `from_batch` reads. An update whose loss or gradient
-    norm is not finite changes nothing but the update number, and says so in metrics["skipped"]. Of each trained
-    parameter, by path, metrics["nonfinite_gradients"] says whether the norm of its gradient is not finite.
+    A batch is {"image": [B, H, W, C]} and what the condition's `from_batch` reads. An update with a non-finite loss or
+    gradient norm changes only the update number and sets metrics["skipped"]. metrics["nonfinite_gradients"], in order
+    of path, tells which trainable parameters have a gradient of non-finite norm.
 
-    Every gradient is read once for both the norm and that check, and the averages take the parameters as they are kept,
-    so that no program writes out the others to read them again.
+    Each gradient is read once for both the norm and this check. The EMA reads the parameters after the skip is applied,
+    so that no program also stores those that a skip discards.
     """
     config, optimizer = experiment.config, experiment.optimizer
     parts = config.train.accumulate
@@ -122,8 +122,8 @@ def make_train_step(experiment: Experiment) -> Callable:
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
         trainable = kept(optax.apply_updates(state.trainable, updates), state.trainable)
         ema = {
-            decay: update_ema(average, trainable, ema_decay(float(decay), state.step, config.optim.ema_warmup))
-            for decay, average in state.ema.items()
+            decay: update_ema(previous, trainable, ema_decay(float(decay), state.step, config.optim.ema_warmup))
+            for decay, previous in state.ema.items()
         }
         biases = {name: value for name, value in state.frozen.items() if is_balance_bias(name)}
         moved = moved_biases(biases, reports, stack_layout(config.model), config.model.recursion)

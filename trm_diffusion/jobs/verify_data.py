@@ -1,4 +1,4 @@
-"""The verification job: is a directory of prepared latents, or of encoded text, complete and what its manifest says?"""
+"""The verification job: checks that a directory of latents or encoded text is complete and matches its manifest."""
 
 import json
 import pathlib
@@ -20,18 +20,18 @@ from trm_diffusion.runtime.logging import say
 
 
 def verify(directory: str, config: Config | None = None) -> bool:
-    """Re-reads everything in the directory; prints a line for each finding, or one JSON line where there is none.
+    """Re-reads the whole directory; prints a line for each finding, or one JSON line if there is none.
 
-    config: checked too where there is one: of latents the classes, sizes, and the autoencoder `data.vae` if it names
-    one; of text the sizes, and the encoders if `model.text` names them.
+    config: if given, latents must match its classes, sizes and autoencoder (if `data.vae` names one), and text its
+    sizes and encoders (if `model.text` names them). Returns whether there is no finding.
     """
     if not directory:
-        raise UserError("--mode=verify needs --out=DIR, a directory that --mode=prepare or --mode=encode has written")
+        raise UserError("--mode=verify needs --out=DIR, a directory written by --mode=prepare or --mode=encode")
     findings, report = (_verify_texts if _holds_texts(directory) else _verify_latents)(directory, config)
     for finding in findings:
         print(f"error: {finding}", file=sys.stderr)
     if findings:
-        say(f"{len(findings)} findings in {directory}; remove what is damaged and make it again by the same command")
+        say(f"{len(findings)} findings in {directory}; remove damaged files and run the command that made them again")
     else:
         print(json.dumps({"directory": directory, **report, "pass": True}), flush=True)
     return not findings
@@ -41,16 +41,16 @@ def _holds_texts(directory: str) -> bool:
     try:
         return "encoding" in json.loads((pathlib.Path(directory) / MANIFEST_NAME).read_text())
     except (OSError, ValueError, TypeError):
-        return False  # reading it as the manifest of latents says why
+        return False  # reading it as a manifest of latents raises the right error
 
 
 def _verify_latents(directory: str, config: Config | None) -> tuple[list[str], dict]:
     """Findings, and the report where there are none."""
     manifest, root = latents.read_manifest(directory), pathlib.Path(directory)
     spec, shards = manifest["latent"], manifest["shards"]
-    about = [latents.read_shard_record(root, index) for index in range(len(shards))]
-    findings = list(_manifest_findings(root, shards, about, latents.assemble_manifest))
-    if None not in about:
+    shard_records = [latents.read_shard_record(root, index) for index in range(len(shards))]
+    findings = list(_manifest_findings(root, shards, shard_records, latents.assemble_manifest))
+    if None not in shard_records:
         findings += _image_count_findings(root, manifest)
     if config is not None:
         findings += _latent_config_findings(directory, spec, config)
@@ -59,7 +59,7 @@ def _verify_latents(directory: str, config: Config | None) -> tuple[list[str], d
     def check(record: bytes) -> str | None:
         return _latent_finding(record, spec, counts)
 
-    findings += _shard_findings(root, shards, about, check)
+    findings += _shard_findings(root, shards, shard_records, check)
     if not findings and counts.tolist() != manifest["class_counts"]:
         label = int(np.flatnonzero(counts != manifest["class_counts"])[0])
         findings.append(
@@ -79,13 +79,13 @@ def _verify_texts(directory: str, config: Config | None) -> tuple[list[str], dic
     """Findings, and the report where there are none."""
     manifest, root = encodings.read_manifest(directory), pathlib.Path(directory)
     shards, sizes = manifest["shards"], [manifest["encoding"][name] for name in encodings.SIZES]
-    about = [encodings.read_shard_record(root, index) for index in range(len(shards))]
-    findings = list(_manifest_findings(root, shards, about, encodings.assemble_manifest))
-    for shard, record in zip(shards, about, strict=True):
+    shard_records = [encodings.read_shard_record(root, index) for index in range(len(shards))]
+    findings = list(_manifest_findings(root, shards, shard_records, encodings.assemble_manifest))
+    for shard, record in zip(shards, shard_records, strict=True):
         captions = None if record is None else sum(len(captions) for _, captions in record["items"])
         if captions not in (None, shard["records"]):
             findings.append(f"{root / shard['file']} holds {shard['records']} records of {captions} captions")
-    findings += _shard_findings(root, shards, about, lambda record: _text_finding(record, sizes))
+    findings += _shard_findings(root, shards, shard_records, lambda record: _text_finding(record, sizes))
     if config is not None and not findings:
         try:
             encodings.open_encodings(directory, config.model.text)
@@ -101,28 +101,28 @@ def _verify_texts(directory: str, config: Config | None) -> tuple[list[str], dic
 
 
 def _manifest_findings(
-    root: pathlib.Path, shards: list[dict], about: list[dict | None], assemble: Callable[[list[dict]], dict]
+    root: pathlib.Path, shards: list[dict], shard_records: list[dict | None], assemble: Callable[[list[dict]], dict]
 ) -> Iterator[str]:
-    """Shards that the manifest does not list, and fields that differ from what the files about the shards make."""
+    """Yields shards that the manifest does not list, and its fields that differ from the records of the shards."""
     listed = {shard["file"] for shard in shards}
     for file in sorted(root.glob("*.array_record")):
         if file.name not in listed:
             yield f"{file} is not in the manifest"
-    if None in about:
-        return  # a file is missing or damaged, which has a line of its own
+    if None in shard_records:
+        return  # a missing or damaged file has its own finding
     written = json.loads((root / MANIFEST_NAME).read_text())
-    for field, value in assemble(about).items():
+    for field, value in assemble(shard_records).items():
         if value != written.get(field):
             yield f"{root / MANIFEST_NAME}: {field} is not what the records of its shards say"
 
 
 def _shard_findings(
-    root: pathlib.Path, shards: list[dict], about: list[dict | None], check: Callable[[bytes], str | None]
+    root: pathlib.Path, shards: list[dict], shard_records: list[dict | None], check: Callable[[bytes], str | None]
 ) -> Iterator[str]:
-    """Damaged shards, and the first record of each in which `check` finds something."""
+    """Yields damaged shards, and the first record of each shard in which `check` finds a problem."""
     from array_record.python.array_record_module import ArrayRecordReader
 
-    for shard, record in zip(tqdm.tqdm(shards, unit="shard", disable=None), about, strict=True):
+    for shard, record in zip(tqdm.tqdm(shards, unit="shard", disable=None), shard_records, strict=True):
         path = root / shard["file"]
         if not path.is_file():
             yield f"{path} is missing"
@@ -135,8 +135,8 @@ def _shard_findings(
             yield f"{path} holds {reader.num_records()} records, the manifest says {shard['records']}"
             continue
         if record is None:
-            said = path.with_suffix(".json")
-            yield f"{said} is {'damaged' if said.is_file() else 'missing'}"
+            record_path = path.with_suffix(".json")
+            yield f"{record_path} is {'damaged' if record_path.is_file() else 'missing'}"
         for position in range(shard["records"]):
             if finding := check(reader.read([position])[0]):
                 yield f"{path}: record {position} {finding}"
@@ -144,13 +144,13 @@ def _shard_findings(
 
 
 def _latent_finding(record: bytes, spec: LatentSpec, counts: np.ndarray) -> str | None:
-    """What is wrong with one record of latents; adds it to the counts of classes [K]."""
+    """The problem of one record of latents, or None; adds its label to the counts of classes [K]."""
     try:
         mean, std, label = latents.decode_record(record, spec)
     except ValueError as error:
         return str(error)
     if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std >= 0).all()):
-        return "holds values that are not finite, or a negative deviation"
+        return "holds values that are not finite, or a negative standard deviation"
     if not 0 <= label < max(1, len(counts)):
         return f"has the label {label} of {len(counts)} classes"
     if len(counts):
@@ -159,7 +159,7 @@ def _latent_finding(record: bytes, spec: LatentSpec, counts: np.ndarray) -> str 
 
 
 def _text_finding(record: bytes, sizes: list[int]) -> str | None:
-    """What is wrong with one record of encoded text."""
+    """The problem of one record of encoded text, or None."""
     try:
         text = encodings.decode_record(record, *sizes)
     except ValueError as error:
@@ -170,17 +170,17 @@ def _text_finding(record: bytes, sizes: list[int]) -> str | None:
 
 
 def _image_count_findings(root: pathlib.Path, manifest: dict) -> Iterator[str]:
-    """Does the manifest account for every image of the data?"""
+    """Checks that the manifest accounts for every image of the data."""
     preparation = manifest["preparation"]
     if preparation:
         views = 2 if preparation["flip"] else 1
         wanted = views * (preparation["images"] - len(manifest["bad_images"]))
         if manifest["records"] != wanted:
-            yield f"{root} has {manifest['records']} records; images without the bad ones make {wanted}"
+            yield f"{root} has {manifest['records']} records; its readable images give {wanted}"
 
 
 def _latent_config_findings(directory: str, spec: LatentSpec, config: Config) -> Iterator[str]:
-    """Are these the latents that the config asks for?"""
+    """Checks that the latents are those of the config."""
     try:
         check_matches_config(latents.LatentSource(directory), config.data)
         wanted = config_vae(config)[1] if config.data.vae else spec

@@ -1,6 +1,6 @@
-"""The autoencoder under a run: which latents the run was trained on, and how its samples become images.
+"""The autoencoder of a run: which latents the run was trained on, and how its samples become images.
 
-A run that trains on latents keeps their `LatentSpec` in its workdir, and goes on, or is drawn from, with no other.
+A run that trains on latents saves their `LatentSpec` in its workdir; resuming and sampling refuse any other spec.
 """
 
 import dataclasses
@@ -25,18 +25,18 @@ from trm_diffusion.runtime.processes import is_main_process
 from trm_diffusion.runtime.sharding import BATCH_AXES, batch_shards, distribute
 from trm_diffusion.weights.store import holds_weights, load_vae, load_weights
 
-SPEC_FILE = "latent.json"  # of a workdir
-PIXELS_AT_ONCE = 2**19  # a device encodes or decodes so many, which bounds its memory
-WHOLE_CELLS = 128  # a side; larger latents are decoded by tiles
+SPEC_FILE = "latent.json"  # in a workdir
+PIXELS_AT_ONCE = 2**19  # pixels that a device encodes or decodes at a time, to bound its memory
+WHOLE_CELLS = 128  # cells a side; larger latents are decoded in tiles
 
 
 def images_at_once(image_size: int) -> int:
-    """How many images a device encodes or decodes at a time: 8 of 256 x 256."""
+    """How many images a device encodes or decodes at a time: 8 for 256 x 256 pixels."""
     return int(np.clip(PIXELS_AT_ONCE // image_size**2, 1, 32))
 
 
 def sharded_over_batch(vae: VAE, mesh: Mesh, axes, call: Callable[[VAE, jax.Array], jax.Array]) -> Callable:
-    """`call` of the autoencoder and a batch, jitted, the batch divided over mesh axes; products in full float32."""
+    """Jits call(vae, batch) with the batch sharded over mesh axes; matmuls have full float32 precision."""
     whole, batch = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(axes))
     graphdef, state = nnx.split(vae)
     state = distribute(state, whole)
@@ -50,7 +50,7 @@ def sharded_over_batch(vae: VAE, mesh: Mesh, axes, call: Callable[[VAE, jax.Arra
 
 
 class Decoder:
-    """Samples of a diffusion model [B, H / f, W / f, C], scaled, to images [B, H, W, 3] float32, about -1 .. 1."""
+    """Decodes normalised latents [B, H / f, W / f, C] to images [B, H, W, 3] float32, about -1 .. 1."""
 
     def __init__(self, vae: VAE, spec: LatentSpec, mesh: Mesh):
         self.spec = spec
@@ -71,14 +71,14 @@ class Decoder:
         return np.concatenate(images)
 
     def record(self) -> dict:
-        """What an evaluation says of how latents became images."""
+        """How latents became images, for the record of an evaluation."""
         return {"id": self.spec.vae_id, "scale": self.spec.scale, "shift": self.spec.shift}
 
 
 def load_decoder(experiment: Experiment, workdir: epath.Path, mesh: Mesh | None = None) -> Decoder | None:
-    """The decoder that `data.vae` names, on the experiment's mesh or another, None where it names none.
+    """The decoder that `data.vae` names, or None if it names none; mesh: the experiment's by default.
 
-    Raises UserError where its latents are not what the run in `workdir`, or the one it starts from, was trained on.
+    Raises UserError if its latents differ from those that the run in `workdir`, or the run it starts from, trained on.
     """
     config = experiment.config
     if not config.data.vae:
@@ -89,13 +89,13 @@ def load_decoder(experiment: Experiment, workdir: epath.Path, mesh: Mesh | None 
         if kept not in (None, spec):
             raise UserError(
                 f"config.data.vae {config.data.vae} has latents of {difference(spec, kept)} of the run in {run}; "
-                "give the autoencoder that it was trained with"
+                "give the autoencoder that the run was trained with"
             )
     return Decoder(vae, spec, mesh or experiment.mesh)
 
 
 def config_vae(config: Config) -> tuple[VAE, LatentSpec]:
-    """The autoencoder that `data.vae` names. Raises UserError where the config's latents have other channels."""
+    """Loads the autoencoder that `data.vae` names. Raises UserError if the config has another number of channels."""
     vae, spec = load_vae(config.data.vae, config.data.image_size)
     if spec.channels != config.data.channels:
         raise UserError(
@@ -106,7 +106,7 @@ def config_vae(config: Config) -> tuple[VAE, LatentSpec]:
 
 
 def check_latents(config: Config, source: Source, workdir: epath.Path) -> None:
-    """Raises UserError where the data's latents are not those of the run, the one it starts from, or `data.vae`."""
+    """Raises UserError if the data's latents differ from those of the run, the run it starts from, or `data.vae`."""
     spec, where = source.spec, f"config.data.source {config.data.source}"
     kept = kept_spec(workdir)
     if kept and spec is None:
@@ -125,13 +125,13 @@ def check_latents(config: Config, source: Source, workdir: epath.Path) -> None:
 
 
 def keep_spec(source: Source, workdir: epath.Path) -> None:
-    """Writes what latents a run trains on to its workdir."""
+    """Saves the spec of a run's latents, if it trains on any, to its workdir."""
     if source.spec is not None and is_main_process():
         write_json(workdir / SPEC_FILE, dataclasses.asdict(source.spec))
 
 
 def kept_spec(workdir: epath.Path) -> LatentSpec | None:
-    """What latents a run, or a directory of its weights, was trained on; None for pixels or where nothing tells."""
+    """The latents that a run, or a directory of weights, was trained on; None for pixels or if not recorded."""
     path = workdir / SPEC_FILE
     if path.exists():
         fields = json.loads(path.read_text())

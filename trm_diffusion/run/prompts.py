@@ -1,4 +1,4 @@
-"""Prompts of the user's, from a file or a folder."""
+"""Reads the user's prompts from a file or a folder."""
 
 from etils import epath
 
@@ -8,13 +8,13 @@ from trm_diffusion.metrics.exports import read_json_lines
 
 
 def read_prompts(path: str) -> list[str]:
-    """The prompts in a file, one a line, or a JSON object with "prompt" a line (.jsonl), or in a folder of .txt files.
+    """Prompts of a text file (one per line), a .jsonl file (one "prompt" per line) or a folder of .txt files.
 
-    Raises UserError where there are none.
+    Raises UserError if there are none.
     """
     file = epath.Path(path)
     if not file.exists():
-        raise UserError(f"--prompts={path}: no such file; it holds one prompt a line")
+        raise UserError(f"--prompts={path}: no such file; give a file with one prompt per line")
     if file.is_dir():
         return list(dpg.read_prompts(path).values())
     if file.suffix == ".jsonl":
@@ -22,5 +22,5 @@ def read_prompts(path: str) -> list[str]:
     else:
         prompts = [line.strip() for line in file.read_text().splitlines() if line.strip()]
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise UserError(f"--prompts={path} is empty, or not all text; it holds one prompt a line")
+        raise UserError(f"--prompts={path} is empty or has a prompt that is not text; give one prompt per line")
     return prompts

@@ -1,4 +1,4 @@
-"""The evaluation settings that are stored with every measure, and the labels that are drawn to take it."""
+"""The evaluation settings stored with the metrics, and the labels of the images to generate."""
 
 import importlib.metadata
 import subprocess
@@ -19,7 +19,7 @@ def evaluation_labels(config: Config, number: int) -> np.ndarray:
 
 
 def protocol(config: Config, update: int, decoder: Decoder | None = None) -> dict:
-    """What the measures of a run at this update depend on: how it was sampled, its seeds, and the software."""
+    """What the metrics of a run at this update depend on: sampling settings, seeds, software and device."""
     sample = config.sample
     decay = config.optim.ema_decays[0] if sample.parameters == "ema" else sample.parameters
     return {
@@ -46,7 +46,7 @@ def protocol(config: Config, update: int, decoder: Decoder | None = None) -> dic
 
 
 def git_commit() -> str | None:
-    """The commit of the source tree, None outside one."""
+    """The git commit of this source tree; None outside a repository."""
     try:
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,9 +1,9 @@
-"""A run's state: restored from its checkpoint, or as it is configured to start.
+"""The state of a run: restored from a checkpoint, or initialised as the config says.
 
-Where a run starts from, in this order:
-    1. its own workdir, if that holds a checkpoint: everything, to the bit, the data iterator included;
-    2. `config.init.workdir`, another run (its first average) or a directory of weights (weights/store.py), with gates
-       and experts from `config.init.adapter` if there are any: parameters, with a fresh optimiser;
+A run starts from, in this order:
+    1. the latest checkpoint in its own workdir: resumes bit-exactly, including the data iterator;
+    2. `config.init.workdir`, another run (its first EMA) or a directory of weights (weights/store.py), plus the gates
+       and experts of `config.init.adapter` if given: loads parameters only, with a fresh optimiser state;
     3. scratch.
 """
 
@@ -32,21 +32,20 @@ from trm_diffusion.runtime.state import TrainState
 from trm_diffusion.weights.adapters import base_sha256, check_adapter
 from trm_diffusion.weights.store import holds_weights, load_weights
 
-# Fields that must match to load weights, beyond what their shapes show; the image size may differ.
+# Config fields that must match to load weights, besides array shapes; the image size may differ.
 FIXED = {"depth", "width", "heads", "patch", "mlp_ratio", "qk_norm", "in_channels", "out_channels", *JOINT_FIELDS}
 
 
 def load_run(config: Config, workdir: epath.Path, reads: str = DATA) -> tuple[Experiment, TrainState]:
-    """The latest checkpoint of the run in `workdir`, for a config that may differ in how it samples and evaluates.
+    """Restores the latest checkpoint of the run in `workdir`; the config may sample and evaluate in another way.
 
-    Where nothing was trained there, what `config.init` names. reads: what the condition is read from, conditions.DATA
-    or conditions.PROMPTS.
+    Without a run there, loads what `config.init` names. reads: where conditions come from, conditions.DATA or PROMPTS.
     """
     condition = make_condition(config, workdir, reads)
     if config.init.workdir and not (workdir / "checkpoints").exists():
         experiment = build(config, condition=condition)
         return experiment, state_from_pretrained(experiment)
-    changed_fields(workdir, config)  # refuses another model
+    changed_fields(workdir, config)  # raises if the model differs
     experiment = build(config, condition=condition)
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         latest = checkpoints.latest_step()
@@ -57,7 +56,7 @@ def load_run(config: Config, workdir: epath.Path, reads: str = DATA) -> tuple[Ex
 
 
 def sampling_parameters(experiment: Experiment, state: TrainState) -> Parameters:
-    """The parameters that `sample.parameters` names."""
+    """The raw or EMA parameters, as `sample.parameters` says."""
     which = experiment.config.sample.parameters
     if which == "raw":
         return state.parameters
@@ -66,7 +65,7 @@ def sampling_parameters(experiment: Experiment, state: TrainState) -> Parameters
 
 
 def layers_of_run(workdir: epath.Path) -> Parameters:
-    """The parameters (first average) of a run, each block on its own, as `models.stack.per_layer` names them."""
+    """A run's sampling parameters (by default the first EMA), unstacked into blocks by `models.stack.per_layer`."""
     experiment, state = load_run(load_config(workdir), workdir)
     return per_layer(sampling_parameters(experiment, state), stack_layout(experiment.config.model))
 
@@ -74,19 +73,20 @@ def layers_of_run(workdir: epath.Path) -> Parameters:
 def restore_or_init(
     experiment: Experiment, workdir: epath.Path, checkpoints: Checkpoints, iterator: BatchIterator
 ) -> tuple[TrainState, dict]:
-    """The state to train from and the loop's record, by the rule at the top of this file.
+    """The state to train from and the loop's record, by the order at the top of this file.
 
-    Moves the iterator to where the run stopped, and keeps the config in the workdir.
+    Restores the position of the iterator, and saves the config to the workdir.
     """
-    config, latest = experiment.config, checkpoints.latest_step()
+    config = experiment.config
+    latest = checkpoints.latest_step()
     if latest is not None:
         changes = changed_fields(workdir, config)
         state, loop = checkpoints.restore(latest, experiment.abstract_state, iterator)
         say(f"resuming {workdir} at update {latest}" + (f" with {'; '.join(changes)}" if changes else ""))
     elif config.init.workdir:
         state, loop = state_from_pretrained(experiment), {}
-        laid = f" with {config.init.adapter}" if config.init.adapter else ""
-        say(f"starting {workdir} from the parameters of {config.init.workdir}{laid}")
+        added = f" with {config.init.adapter}" if config.init.adapter else ""
+        say(f"starting {workdir} from the parameters of {config.init.workdir}{added}")
     else:
         state, loop = experiment.init_state(), {}
         say(f"starting {workdir} from scratch")
@@ -96,9 +96,9 @@ def restore_or_init(
 
 
 def state_from_pretrained(experiment: Experiment) -> TrainState:
-    """A fresh state with every parameter that `config.init` has; one it lacks must be named by `init.missing`.
+    """A fresh state with the parameters that `config.init` names; `init.missing` must match each one they lack.
 
-    Raises UserError where something is lacking, or belongs to another model or another base.
+    Raises UserError for a missing parameter, or for parameters of another model or an adapter of another base.
     """
     config, model = experiment.config, experiment.model
     layout, adapter = stack_layout(config.model), config.init.adapter
@@ -119,7 +119,7 @@ def state_from_pretrained(experiment: Experiment) -> TrainState:
         more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
         raise UserError(
             f"config.init.workdir {config.init.workdir} has no fitting {', '.join(lacking[:3])}{more}; "
-            "name what may start fresh in config.init.missing"
+            "name parameters to initialise in config.init.missing"
         )
 
     def put(current: Parameters) -> Parameters:
@@ -133,14 +133,14 @@ def state_from_pretrained(experiment: Experiment) -> TrainState:
     if adapter and base_sha256(per_layer({**trainable, **frozen}, layout)) != added.record["base_sha256"]:
         raise UserError(
             f"config.init.adapter {adapter} was trained on other weights than {config.init.workdir}, "
-            "or on the same in another config.train.frozen_dtype"
+            "or with another config.train.frozen_dtype; give the weights it was trained on"
         )
     ema = {decay: jax.tree.map(jnp.copy, trainable) for decay in state.ema}
     return dataclasses.replace(state, trainable=trainable, frozen=frozen, ema=ema)
 
 
 def _pretrained_layers(path: epath.Path, config: Config) -> dict:
-    """The parameters of a run or a directory of weights, each block on its own."""
+    """The parameters of a run or a directory of weights, unstacked into blocks."""
     if not holds_weights(path):
         return layers_of_run(path)
     weights, wanted = load_weights(path), model_of(config)
@@ -153,7 +153,7 @@ def _pretrained_layers(path: epath.Path, config: Config) -> dict:
 
 
 def model_of(config: Config) -> dict:
-    """What a manifest says of the model that a config describes."""
+    """The fields that a weights manifest stores about the model of a config."""
     model, condition = config.model, make_condition(config)
     fields = {name: getattr(model, name) for name in ("depth", "width", "heads", "patch", "mlp_ratio")}
     fields |= dict(

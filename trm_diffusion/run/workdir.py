@@ -1,15 +1,15 @@
-"""A run's directory: what lies where, and the config that was resolved for it.
+"""A run's directory: its files, and saving, loading and comparing its config.
 
-config.json        the resolved config, with format and library versions
-latent.json        what the latents are, of a model of latents
-text.json          what encoded the texts, of a model whose texts are encoded before
-words.json         the vocabulary of a model that reads words, and the captions of its grids
+config.json        the resolved config, with the format and the package version
+latent.json        the latent spec, for a model of latents
+text.json          how texts were encoded, for a model of encoded text
+words.json         the vocabulary and the captions of grids, for a model of words
 checkpoints/       Orbax checkpoints, by update number
 metrics.jsonl      one line of metrics every `log.every` updates
-tensorboard/       the same as event files
+tensorboard/       the same metrics as event files
 samples/           grids drawn during training and by --mode=sample
-evaluation.json    measures, with the protocol they were taken under
-analysis.json      routing and halting by diffusion step, of --mode=analyze
+evaluation.json    metrics, with their evaluation settings
+analysis.json      routing and halting by diffusion step, from --mode=analyze
 """
 
 import json
@@ -22,8 +22,8 @@ from trm_diffusion.config import Config, resolve, to_dict
 from trm_diffusion.errors import UserError
 from trm_diffusion.files import write_json
 
-FORMAT = 1  # of a run's directory and checkpoints
-# A run that is continued keeps these; other fields may change, and a line says so.
+FORMAT = 1  # version of the directory's and the checkpoints' format
+# Config fields that must not change when a run resumes; changes of other fields are reported.
 STRUCTURE = (
     "model",
     "diffusion",
@@ -35,8 +35,8 @@ STRUCTURE = (
     "optim.ema_decays",
 )
 
-# Except these, which decide how the model is computed, when its tokens stop, or where its text encoders are (text.json
-# says which these must be), and not what it was trained to be.
+# Exceptions that do not change the trained model: how it is computed, when tokens halt, and where its text encoders are
+# (text.json records which encoders these must be).
 FREE = (
     "model.remat",
     "model.attention",
@@ -56,7 +56,7 @@ def save_config(workdir: epath.Path, config: Config) -> None:
 
 
 def load_config(workdir: epath.Path) -> Config:
-    """The config a run was started with. Raises UserError where there is no run, or one of a newer format."""
+    """The config of a run. Raises UserError if there is no run, or one of a newer format."""
     path = workdir / "config.json"
     if not path.exists():
         raise UserError(f"{workdir} holds no run (no config.json); train first, or give the right --workdir")
@@ -69,7 +69,7 @@ def load_config(workdir: epath.Path) -> Config:
 
 
 def changed_fields(workdir: epath.Path, config: Config) -> list[str]:
-    """Fields in which `config` differs from the run's own. Raises UserError where one of `STRUCTURE` does."""
+    """Fields in which `config` differs from the run's. Raises UserError if one of `STRUCTURE`, less `FREE`, does."""
     before, now = (dict(_leaves(to_dict(c))) for c in (load_config(workdir), config))
     changed = [path for path in now if before.get(path) != now[path]]
     free = {*FREE, "model.recursion.halting"} if _same_halting_parameters(before, now) else FREE
@@ -84,7 +84,7 @@ def changed_fields(workdir: epath.Path, config: Config) -> list[str]:
 
 
 def _same_halting_parameters(before: dict, now: dict) -> bool:
-    """The convergence rule has no parameters, so it may be switched on and off."""
+    """Whether both have the same halting parameters; only the rule "learned" has any, so the others may be switched."""
     return "learned" not in (before["model.recursion.halting"], now["model.recursion.halting"])
 
 
