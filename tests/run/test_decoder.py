@@ -117,9 +117,9 @@ def test_the_decoder_divides_batches_and_cuts_large_latents_into_tiles(kind, tmp
     mesh = make_mesh(MeshConfig())
     z = np.random.default_rng(0).standard_normal((5, SIZE, SIZE, spec.channels)).astype(np.float32)
     expected = jax.jit(vae.decode)(z / spec.scale + spec.shift)
-    np.testing.assert_allclose(decoder.Decoder(vae, spec, mesh)(z), expected, atol=1e-3)
+    np.testing.assert_allclose(decoder.LatentDecoder(vae, spec, mesh)(z), expected, atol=1e-3)
     monkeypatch.setattr(decoder, "images_at_once", lambda size: 2)
-    np.testing.assert_allclose(decoder.Decoder(vae, spec, mesh)(z), expected, atol=1e-3)
+    np.testing.assert_allclose(decoder.LatentDecoder(vae, spec, mesh)(z), expected, atol=1e-3)
     monkeypatch.setattr(decoder, "WHOLE_CELLS", 6)
-    tiled = decoder.Decoder(vae, spec, mesh)(z)
+    tiled = decoder.LatentDecoder(vae, spec, mesh)(z)
     assert tiled.shape == expected.shape and np.abs(tiled - expected).max() > 1e-3  # tiles were cut

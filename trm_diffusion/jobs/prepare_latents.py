@@ -110,7 +110,7 @@ class LatentJob(ShardedJob):
         self._preparation = preparation_of(config, self._source, self._spec, images_per_shard)
         self._images = consecutive_ranges(len(self._source), images_per_shard)
         self._flip = config.data.flip
-        self._encode = Encoder(vae, self._spec)
+        self._encode = LatentEncoder(vae, self._spec)
         self.directory = directory
         self.sizes = [*map(len, self._images)]
         self.made_with = self._preparation | dataclasses.asdict(self._spec)
@@ -156,7 +156,7 @@ class LatentJob(ShardedJob):
         return {name: importlib.metadata.version(name) for name in packages}
 
 
-class Encoder:
+class LatentEncoder:
     """Encodes up to `batch_size` images [N, H, W, C], on local devices, to mean and std [N, h, w, c]."""
 
     def __init__(self, vae: VAE, spec: LatentSpec):

@@ -16,7 +16,7 @@ from trm_diffusion.diffusion.samplers import draw_initial_noise
 from trm_diffusion.diffusion.samplers import sample as run_sampler
 from trm_diffusion.errors import Interrupted
 from trm_diffusion.experiment import Experiment
-from trm_diffusion.run.decoder import Decoder, load_decoder
+from trm_diffusion.run.decoder import LatentDecoder, load_decoder
 from trm_diffusion.run.restore import load_run, sampling_parameters
 from trm_diffusion.runtime.devices import compiler_options
 from trm_diffusion.runtime.logging import say
@@ -79,7 +79,7 @@ def make_sample_program(
 
 
 def make_sample_fn(
-    experiment: Experiment, decoder: Decoder | None = None, *, with_reports: bool = False, gathered: bool = True
+    experiment: Experiment, decoder: LatentDecoder | None = None, *, with_reports: bool = False, gathered: bool = True
 ) -> Callable:
     """`make_sample_program` for NumPy arrays: every process passes the whole condition and all indices.
 

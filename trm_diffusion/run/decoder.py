@@ -49,7 +49,7 @@ def sharded_over_batch(vae: VAE, mesh: Mesh, axes, call: Callable[[VAE, jax.Arra
     return lambda x: jitted(state, distribute(x, batch))
 
 
-class Decoder:
+class LatentDecoder:
     """Decodes normalised latents [B, H / f, W / f, C] to images [B, H, W, 3] float32, about -1 .. 1."""
 
     def __init__(self, vae: VAE, spec: LatentSpec, mesh: Mesh):
@@ -75,7 +75,7 @@ class Decoder:
         return {"id": self.spec.vae_id, "scale": self.spec.scale, "shift": self.spec.shift}
 
 
-def load_decoder(experiment: Experiment, workdir: epath.Path, mesh: Mesh | None = None) -> Decoder | None:
+def load_decoder(experiment: Experiment, workdir: epath.Path, mesh: Mesh | None = None) -> LatentDecoder | None:
     """The decoder that `data.vae` names, or None if it names none; mesh: the experiment's by default.
 
     Raises UserError if its latents differ from those that the run in `workdir`, or the run it starts from, trained on.
@@ -91,7 +91,7 @@ def load_decoder(experiment: Experiment, workdir: epath.Path, mesh: Mesh | None 
                 f"config.data.vae {config.data.vae} has latents of {difference(spec, kept)} of the run in {run}; "
                 "give the autoencoder that the run was trained with"
             )
-    return Decoder(vae, spec, mesh or experiment.mesh)
+    return LatentDecoder(vae, spec, mesh or experiment.mesh)
 
 
 def config_vae(config: Config) -> tuple[VAE, LatentSpec]:

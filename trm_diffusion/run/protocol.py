@@ -10,7 +10,7 @@ import numpy as np
 import trm_diffusion
 from trm_diffusion.config import Config
 from trm_diffusion.metrics.judges import draw_labels
-from trm_diffusion.run.decoder import Decoder
+from trm_diffusion.run.decoder import LatentDecoder
 
 
 def evaluation_labels(config: Config, number: int) -> np.ndarray:
@@ -18,7 +18,7 @@ def evaluation_labels(config: Config, number: int) -> np.ndarray:
     return draw_labels(config.evaluate.label_rule, number, config.data.num_classes, config.sample.seed)
 
 
-def protocol(config: Config, update: int, decoder: Decoder | None = None) -> dict:
+def protocol(config: Config, update: int, decoder: LatentDecoder | None = None) -> dict:
     """What the metrics of a run at this update depend on: sampling settings, seeds, software and device."""
     sample = config.sample
     decay = config.optim.ema_decays[0] if sample.parameters == "ema" else sample.parameters

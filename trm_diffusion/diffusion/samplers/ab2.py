@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from trm_diffusion.diffusion.samplers.base import Sampler
 
 
-class Carry(NamedTuple):
+class AB2Carry(NamedTuple):
     z: jax.Array  # [B, ..., C]
     direction: jax.Array  # [B, ..., C], of the previous diffusion step
 
 
-class Evaluation(NamedTuple):
+class AB2Evaluation(NamedTuple):
     """Leaves [n]."""
 
     time: jax.Array
@@ -32,12 +32,12 @@ class AB2(Sampler):
     """
 
     def init(self, noise):
-        return Carry(noise / self._scale[0], jnp.zeros_like(noise))
+        return AB2Carry(noise / self._scale[0], jnp.zeros_like(noise))
 
     def evaluations(self):
         moves = jnp.diff(self.objective.clock(self.grid))  # [n]
         weight = jnp.concatenate([jnp.zeros((1,), self.grid.dtype), 0.5 * moves[1:] / moves[:-1]])
-        return Evaluation(self.grid[:-1], self._scale[:-1], moves, weight)
+        return AB2Evaluation(self.grid[:-1], self._scale[:-1], moves, weight)
 
     def evaluation_point(self, carry, row):
         return row.scale * carry.z, jnp.full((len(carry.z),), row.time)
@@ -45,7 +45,7 @@ class AB2(Sampler):
     def step(self, carry, row, prediction, draw_noise):
         direction = self.objective.direction(prediction)
         z = carry.z + row.move * (direction + row.weight * (direction - carry.direction))
-        return Carry(z, direction)
+        return AB2Carry(z, direction)
 
     def result(self, carry):
         return self._scale[-1] * carry.z

@@ -9,7 +9,7 @@ from trm_diffusion.diffusion.objective import per_sample
 from trm_diffusion.diffusion.samplers.base import Sampler
 
 
-class Carry(NamedTuple):
+class HeunCarry(NamedTuple):
     """Positions and slope of z = x / scale, [B, ..., C]."""
 
     begin: jax.Array  # where the diffusion step began
@@ -17,7 +17,7 @@ class Carry(NamedTuple):
     slope: jax.Array  # at `begin`, if the corrector is next
 
 
-class Evaluation(NamedTuple):
+class HeunEvaluation(NamedTuple):
     """Leaves [2n - 1]: alternating predictor and corrector; the last diffusion step has no corrector."""
 
     time: jax.Array  # of the evaluation
@@ -38,12 +38,12 @@ class Heun(Sampler):
 
     def init(self, noise):
         begin = noise / self.objective.scale(self.grid[:1])[0]
-        return Carry(begin, begin, jnp.zeros_like(begin))
+        return HeunCarry(begin, begin, jnp.zeros_like(begin))
 
     def evaluations(self):
         order = jnp.arange(2 * len(self.grid) - 3)
         step = order // 2
-        return Evaluation(self.grid[(order + 1) // 2], self.grid[step], self.grid[step + 1], order % 2 == 1)
+        return HeunEvaluation(self.grid[(order + 1) // 2], self.grid[step], self.grid[step + 1], order % 2 == 1)
 
     def evaluation_point(self, carry, row):
         times = jnp.full((len(carry.point),), row.time)
@@ -54,7 +54,7 @@ class Heun(Sampler):
         duration = jnp.diff(self.objective.clock(jnp.stack([row.start, row.end])))[0]
         slope = jnp.where(row.is_corrector, 0.5 * (carry.slope + direction), direction)
         point = carry.begin + duration * slope
-        return Carry(jnp.where(row.is_corrector, point, carry.begin), point, slope)
+        return HeunCarry(jnp.where(row.is_corrector, point, carry.begin), point, slope)
 
     def result(self, carry):
         return self.objective.scale(self.grid[-1:])[0] * carry.point
