@@ -86,46 +86,11 @@ def test_prompts_are_not_encoded_beside_the_null_of_synthetic_text():
         make_condition(text_config(**ENCODED), reads=PROMPTS).request(["a cat"])
 
 
-ENLARGE = """
-import sys
-from pathlib import Path
-import numpy as np
-from etils import epath
-from tests.jobs.tiny import tiny_config
-import trm_diffusion
-from trm_diffusion.config import resolve
-from trm_diffusion.errors import UserError
-from trm_diffusion.experiment import build
-from trm_diffusion.jobs.analyze import analyze
-from trm_diffusion.jobs.export_images import export
-from trm_diffusion.jobs.sample import sample
-from trm_diffusion.jobs.train import train
-from trm_diffusion.runtime.signals import StopRequest
-
-assert Path(trm_diffusion.__file__).is_relative_to(Path.cwd())
-config = tiny_config(name="enlarge", data__flip=True, train__updates=2, sample__guidance=3.0)
-workdir, stop = epath.Path("run"), StopRequest()
-assert build(config).model.shapes["patch_embed/kernel"].shape[0] == 4 * 4 * 2
-train(config, workdir, stop)
-sample(config, workdir, stop)
-analyze(config, workdir, stop)
-drawn = np.load("run/samples/grid_0000002.npz")
-assert drawn["images"].shape == (10, 8, 8, 1) and drawn["small"].shape == (10, 8, 8, 1)
-assert np.isfinite(drawn["images"]).all()
-try:
-    export(config, workdir, stop, 4)
-except UserError as error:
-    assert "--num draws labels; this model draws small images" in str(error)
-else:
-    raise AssertionError("labels were drawn")
-"""
-
-
 def test_a_new_kind_is_one_file_and_one_entry(tmp_path):
     """In a copy of the package, a model with an image as its condition is trained, guided, sampled and analysed."""
     ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "trm_diffusion", tmp_path / "trm_diffusion", ignore=ignored)
-    shutil.copytree(ROOT / "tests" / "jobs", tmp_path / "tests" / "jobs", ignore=ignored)
+    for part in ("trm_diffusion", "tests/jobs", "tests/conditions"):
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=ignored)
     conditions = tmp_path / "trm_diffusion" / "conditions"
     shutil.copy(ROOT / "tests" / "conditions" / "low_resolution.py", conditions)
     table = (conditions / "__init__.py").read_text()
@@ -134,7 +99,7 @@ def test_a_new_kind_is_one_file_and_one_entry(tmp_path):
     table = table.replace(before, before + '    "trm_diffusion.conditions.low_resolution:LowResolution",\n')
     (conditions / "__init__.py").write_text(table)
     child = subprocess.run(
-        [sys.executable, "-c", ENLARGE],
+        [sys.executable, "-m", "tests.conditions.enlarge"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,

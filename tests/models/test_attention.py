@@ -1,4 +1,4 @@
-"""Our attention against JAX's: values, gradients, where they run, and on several devices."""
+"""Our attention against JAX's: values and gradients, the kernel for each platform, and several devices."""
 
 import os
 import subprocess
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
+from tests.jobs.tiny import ROOT
 from trm_diffusion.models.attention import dot_product_attention, xla_attention
 from trm_diffusion.models.kernels.fused_attention import fits, fused_attention
 from trm_diffusion.models.kernels.splash_attention import splash_attention
@@ -54,7 +55,7 @@ def splash(q, k, v, mask=None):
         (xla_attention, dict(n=64, m=64, d=72, dtype="bfloat16"), 0.03),
         (fused, dict(n=16, m=16), 1e-5),
         (fused, dict(n=21, m=35, heads=3, masked=True), 1e-5),
-        (fused, dict(n=300, m=1100, heads=4, masked=True), 1e-5),  # queries in parts, heads in groups
+        (fused, dict(n=300, m=1100, heads=4, masked=True), 1e-5),  # queries split into parts, heads into groups
         (fused, dict(n=64, m=64, d=72, dtype="bfloat16"), 0.03),
         (splash, dict(n=40, m=40), 1e-5),  # less than a block
         (splash, dict(n=512, m=600, d=64, masked=True), 1e-5),
@@ -69,7 +70,7 @@ def test_the_kernel_is_attention(kernel, shape, tolerance):
 
 
 def lowered(platform: str, n: int, d: int, dtype="bfloat16", implementation="auto", masked=False) -> str:
-    """The program of attention and its gradients for a platform that need not be here."""
+    """The lowered program of attention and its gradients; the platform need not be present."""
 
     def loss(q, k, v, mask):
         return dot_product_attention(q, k, v, mask, implementation=implementation).astype(jnp.float32).sum()
@@ -95,7 +96,7 @@ def test_one_program_text_takes_each_platforms_kernel():
 
 
 def test_the_program_for_nvidia_gpus_calls_cudnn(monkeypatch):
-    """JAX asks the GPU for its versions; here the test answers, and nothing is compiled."""
+    """JAX queries the GPU's versions; here the test fakes the answers, and nothing is compiled."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91200)
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda least: True)
@@ -106,39 +107,7 @@ def test_the_program_for_nvidia_gpus_calls_cudnn(monkeypatch):
         assert "cudnn" not in lowered("cuda", **xla)
 
 
-SHARDED = """
-import functools, jax, numpy as np
-from jax.sharding import NamedSharding, PartitionSpec as P
-from tests.models.test_attention import fused, operands, reference_attention, splash, value_and_gradients
-from trm_diffusion.models.attention import _divided
-from trm_diffusion.runtime.sharding import MESH_AXES, models_over
-
-mesh = jax.make_mesh((1, 2, 2, 2), MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4)
-batch = ("data", "fsdp", "expert")
-heads, images = NamedSharding(mesh, P(batch, None, "tensor")), NamedSharding(mesh, P(batch))
-for kernel in (fused, splash):
-    q, k, v, mask, cotangent = operands(16, 24, heads=4, masked=True, images=4)
-    expected = value_and_gradients(reference_attention, q, k, v, mask, cotangent)
-    q, k, v, cotangent = jax.device_put((q, k, v, cotangent), heads)
-    mask = jax.device_put(mask, images)
-
-    def step(*operands):
-        with models_over(mesh):
-            return value_and_gradients(functools.partial(_divided, kernel), *operands)
-
-    step = jax.jit(step).lower(q, k, v, mask, cotangent).compile()
-    for a, b in zip(step(q, k, v, mask, cotangent), expected, strict=True):
-        assert a.sharding.is_equivalent_to(heads, 4), a.sharding
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    assert "all-" not in step.as_text() and "collective" not in step.as_text()
-
-q, k, v, mask, cotangent = operands(16, 24, heads=3, masked=True, images=3)  # neither divides: whole everywhere
-with models_over(mesh):
-    found = jax.jit(functools.partial(_divided, fused))(q, k, v, mask)
-np.testing.assert_allclose(found, reference_attention(q, k, v, mask), rtol=1e-5, atol=1e-5)
-"""
-
-
 def test_each_device_runs_the_kernel_on_its_own_images_and_heads():
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
-    subprocess.run([sys.executable, "-c", SHARDED], env={**os.environ, "XLA_FLAGS": flags}, check=True)
+    command = [sys.executable, "-m", "tests.models.sharded_attention"]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "XLA_FLAGS": flags}, check=True)

@@ -38,7 +38,7 @@ def tiny(recursion: dict | None = RECURSION, **fields) -> DiTConfig:
 
 
 def randomized(model: PureModel, *, keep_zero=(), seed=0) -> dict:
-    """Every parameter random, so that nothing hides behind a zero, but for names that end in one of `keep_zero`."""
+    """Random parameters, so that no zero hides anything; names that end in one of `keep_zero` stay zero."""
     rng = np.random.default_rng(seed)
     return {
         name: jnp.zeros(shape.shape)
@@ -71,7 +71,7 @@ def published_count(depth, width, patch) -> int:
     ("S/2", 33), ("B/2", 130), ("L/2", 458), ("XL/2", 675), ("XL/8", 676), ("B/4", 130),
 ])  # fmt: skip
 def test_published_sizes(name, millions):
-    """DiT, table 4 and appendix A; the fixed position table, a buffer of the published model, is no parameter here."""
+    """DiT, table 4 and appendix A; the fixed position table, a buffer of the published model, is not a parameter."""
     size = dit_size(name)
     model = pure(DiTConfig(**size), size=32, channels=4, out=8, classes=1000)
     total = count(model.shapes)
@@ -108,7 +108,7 @@ def test_parameters_and_output_are_float32_whatever_the_computation(dtype):
 
 
 def test_the_computation_is_in_the_configs_dtype():
-    """Of the same weights, bfloat16 gives the float32 answer to bfloat16's precision, and not to float32's."""
+    """With the same weights, bfloat16 agrees with float32 to bfloat16's precision, but not to float32's."""
     (single, _), (half, _) = (run(pure(tiny(dtype=d)), randomized(pure(tiny()))) for d in ("float32", "bfloat16"))
     error = float(jnp.max(jnp.abs(single - half)) / jnp.max(jnp.abs(single)))
     assert 1e-5 < error < 0.1
@@ -140,7 +140,7 @@ def test_an_untrained_block_is_the_identity():
     del final
 
 
-FORMS = {  # forms of the recursion that must leave the base model as it is while the experts' second map is zero
+FORMS = {  # variants of the recursion that must equal the base model while the experts' second map is zero
     "one_latent_step": dict(latent_steps=1),
     "two_of_five_experts": dict(latent_steps=5, experts=5, experts_per_token=2, dispatch="one_hot"),
     "after_norm": dict(residual="after_norm", modulation=False, routing_scope="per_projection", dispatch="capacity"),
@@ -154,7 +154,7 @@ FORMS = {  # forms of the recursion that must leave the base model as it is whil
 
 @functools.cache
 def base_answer(training: bool):
-    """The base model's answer with the weights that `randomized` gives a recursive one, as they are per layer."""
+    """The base model's output with the weights, layer by layer, that `randomized` gives a recursive model."""
     config = tiny(None)
     model, layers = pure(config), per_layer(randomized(pure(tiny()), keep_zero=["experts/up"]), stack_layout(tiny()))
     parameters = from_per_layer(layers, list(model.shapes), stack_layout(config))
@@ -166,7 +166,7 @@ def base_answer(training: bool):
 
 
 def recursive_answers(fields: dict, training: bool):
-    """A recursive model's answers with the base's weights: its experts' second map zero, and at work."""
+    """A recursive model's outputs with the base's weights: with the experts' second map zero, and random."""
     config = tiny(RECURSION | fields)
     model, at_start = pure(config), randomized(pure(tiny()), keep_zero=["experts/up"])
     base = per_layer(at_start, stack_layout(tiny()))
@@ -199,7 +199,7 @@ def test_the_carry_form_does_not_start_from_the_base_model(latent_steps):
 
 
 def test_qk_norm_bounds_the_logits():
-    """Queries and keys of unit size: a thousandfold projection changes values alone, not where the model looks."""
+    """Queries and keys are normalised, so that scaling their projections by 1,000 changes nothing."""
     config = tiny(qk_norm=True)
     model = pure(config)
     parameters = randomized(model)
@@ -236,7 +236,7 @@ def test_every_gradient_is_finite_in_bfloat16(qk_norm):
 
 
 def test_remat_computes_again_what_it_says_and_changes_no_gradient():
-    """Of a block's products: modulation, q, k, v, logits, values, output, and the MLP's two."""
+    """A block's products are the modulation, q, k, v, logits, values, output, and the MLP's two."""
     depth, again = 2, {"none": 0, "dots": 2, "selective": 5, "full": 9}
     jaxprs, gradients = {}, {}
     for remat in POLICIES:
@@ -261,7 +261,7 @@ def test_times_and_labels_matter():
 
 @pytest.mark.parametrize("scan_blocks", [True, False])
 def test_scanned_and_unrolled_jitted_and_not_are_one_model(scan_blocks):
-    """A tiny config of everything runs with nothing compiled, for a person with a debugger."""
+    """A tiny config of everything also runs without jit, for use with a debugger."""
     scanned, config = tiny(), tiny(scan_blocks=scan_blocks)
     parameters = randomized(pure(scanned))
     model, layers = pure(config), per_layer(parameters, stack_layout(scanned))
@@ -274,7 +274,7 @@ def test_scanned_and_unrolled_jitted_and_not_are_one_model(scan_blocks):
 
 
 def test_a_longer_recursion_than_it_was_built_for():
-    """One pool and gate serve every latent step, so T at inference is free."""
+    """One pool and gate serve every latent step, so any T can be used at inference."""
     model = pure(tiny())
     parameters = randomized(model)
     outputs = [run(model, parameters, latent_steps=steps) for steps in (2, 4)]
@@ -284,7 +284,7 @@ def test_a_longer_recursion_than_it_was_built_for():
 
 @pytest.mark.parametrize("halting", ["none", "convergence", "learned"])
 def test_an_image_at_inference_depends_on_no_other(halting):
-    """To the bit, whatever images lie beside it, and in any order, also where the others recurse for longer."""
+    """Bitwise equal whatever the batch's other images are, even if they recurse for longer; order does not matter."""
     fields = dict(experts=3, latent_steps=4, halting=halting, halting_epsilon=0.2, routing_group=4)
     model = pure(tiny(RECURSION | fields))
     parameters = randomized(model)

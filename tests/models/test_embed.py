@@ -1,4 +1,4 @@
-"""Patches, positions, times and labels against what the formulas give by hand."""
+"""Patches, positions, times and labels against formulas evaluated by hand."""
 
 import chex
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from trm_diffusion.models.embed import LabelEmbedder, TimestepEmbedder, patchify
 class PatchTest(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True)
     def test_patches_are_in_raster_order(self):
-        """Image 4 x 6 of one channel counted off row by row: the patches of side 2 hold what a person reads off."""
+        """The 2 x 2 patches of a 4 x 6 image, numbered row by row, are those that one reads off by hand."""
         image = jnp.arange(24.0).reshape(1, 4, 6, 1)
         patches = self.variant(lambda x: patchify(x, 2))(image)
         chex.assert_shape(patches, (1, 6, 4))

@@ -1,4 +1,4 @@
-"""The MMDiT: the published size, a block in plain NumPy, and what its recursion computes and leaves alone."""
+"""The MMDiT: the published size, a block against plain NumPy, and what its recursion computes and what not."""
 
 import dataclasses
 
@@ -73,7 +73,7 @@ def run(model: PureModel, parameters: dict, inputs=None, **options):
 
 
 def test_sd3_medium_has_the_published_parameters():
-    """Added up by hand from the published shapes. The position table, 192 x 192 x 1536 more, is no parameter here."""
+    """Added up by hand from the published shapes. The position table, 192 x 192 x 1536 more, is not a parameter."""
     d, depth = SD3_MEDIUM["width"], SD3_MEDIUM["depth"]
 
     def linear(inside, outside):
@@ -155,12 +155,6 @@ def reference_block(weights, kind, config, x, text, conditioning):
     return x, text
 
 
-def block_inputs():
-    rng = np.random.default_rng(3)
-    x, text = rng.standard_normal((IMAGES, TOKENS, WIDTH)), rng.standard_normal((IMAGES, TEXT, WIDTH))
-    return x, text, rng.standard_normal((2, IMAGES, WIDTH))
-
-
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("kind", [
     BlockKind(recursive=True, dual=False, last=False),
@@ -168,7 +162,7 @@ def block_inputs():
     BlockKind(recursive=False, dual=True, last=False),
 ], ids=str)  # fmt: skip
 def test_a_block_equals_plain_numpy(kind, qk_norm):
-    """Its recursion too, over the text's keys and values; and masked padding is as if it were not there."""
+    """Including its recursion over the text's keys and values; masked padding has no effect."""
     config = config_of(qk_norm=qk_norm)
     block = PureModel(lambda key: MMDiTBlock(config, kind, rngs=nnx.Rngs(key)))
     weights = randomized(block)
@@ -192,7 +186,7 @@ def test_a_block_equals_plain_numpy(kind, qk_norm):
 
 
 def equations(jaxpr, loops=0):
-    """Every equation of a jaxpr with the number of loops that it lies in."""
+    """Every equation of a jaxpr, with the number of loops around it."""
     for equation in jaxpr.eqns:
         yield equation, loops
         for inner in jax.extend.core.jaxprs_in_params(equation.params):
@@ -201,7 +195,7 @@ def equations(jaxpr, loops=0):
 
 @pytest.mark.parametrize("last", [False, True])
 def test_latent_steps_compute_nothing_of_the_text(last):
-    """Its projection runs once, outside the loop over latent steps; in the loop only visual queries attend."""
+    """The text's projection runs once, outside the loop over latent steps; in it only visual queries attend."""
     kind = BlockKind(recursive=True, dual=False, last=last)
     block = PureModel(lambda key: MMDiTBlock(config_of(), kind, rngs=nnx.Rngs(key)))
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((IMAGES, TOKENS, WIDTH), (IMAGES, TEXT, WIDTH))]
@@ -227,7 +221,7 @@ def test_latent_steps_compute_nothing_of_the_text(last):
 
 
 def test_recursion_starts_from_the_base_model():
-    """While the experts' second map is zero the whole model is its base, whatever T, at inference and in training."""
+    """While the experts' second map is zero, the model equals its base for any T, at inference and in training."""
     config = config_of(dataclasses.replace(RECURSION, latent_steps=5), dual_attention_blocks=1)
     base_config = dataclasses.replace(config, recursion=RecursionConfig())
     model, base = pure(config), pure(base_config)
@@ -305,7 +299,7 @@ def test_every_gradient_is_finite_in_bfloat16():
     chex.assert_trees_all_equal_shapes_and_dtypes(found, randomized(model))
     chex.assert_tree_all_finite(found)
     still = {name for name, value in found.items() if not np.any(np.asarray(value))}
-    # The last block's text is not queried with.
+    # The last block does not use its text queries.
     assert all("text/attention/query_norm" in name for name in still) and len(still) == 1
 
 

@@ -1,4 +1,4 @@
-"""Config fields refuse what they do not take, and say in one line what they do."""
+"""Config fields reject values that they do not accept, and say in one line which they do."""
 
 import dataclasses
 

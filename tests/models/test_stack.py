@@ -1,4 +1,4 @@
-"""A scanned stack is the unrolled one: weights, values, gradients, reports; and its block is traced once."""
+"""A scanned stack equals the unrolled one in weights, values, gradients, reports; its block is traced once."""
 
 import chex
 import jax
@@ -14,7 +14,7 @@ WIDTH = 4
 
 
 class FakeBlock(nnx.Module):
-    """x <- x + tanh(x W + b + noise); its report is the mean of what came in. `traces` counts the traces."""
+    """x <- x + tanh(x W + b + noise); its report is the mean of x. `traces` lists the traces."""
 
     traces: list[bool] = []
 
@@ -34,7 +34,7 @@ class FakeBlock(nnx.Module):
 
 
 class Wrapper(nnx.Module):
-    """Gives the stack the place in the paths that it has in a model."""
+    """Puts the stack at the parameter path that it has in a model."""
 
     def __init__(self, depth, recursive, scan, remat, key):
         self.stack = BlockStack(FakeBlock, kinds_of(depth, recursive), scan=scan, remat=remat, rngs=nnx.Rngs(key))
@@ -146,7 +146,7 @@ def test_from_per_layer_undoes_per_layer(scan):
     layers = per_layer(parameters, layout)
     chex.assert_trees_all_equal(from_per_layer(layers, list(parameters), layout), parameters)
     assert "patch_embed/kernel" in layers and not any("segments" in name for name in layers)
-    # A parameter with one of its layers gone is left out, and the others are there still.
+    # A parameter with a missing layer is omitted; the others remain.
     lacking = {name: value for name, value in layers.items() if name != "stack/blocks/4/extra"}
     found = from_per_layer(lacking, list(parameters), layout)
     (gone,) = parameters.keys() - found.keys()

@@ -21,7 +21,7 @@ def test_words_become_ids_in_the_order_of_the_vocabulary():
     assert ids.dtype == np.int32 and ids.tolist() == [3, 6, 6, 5, END, PAD]
     assert tokenizer.encode("a reddish square").tolist() == [3, UNKNOWN, 7, END, PAD, PAD]
     assert tokenizer.unknown_words("A reddish square, 7 times") == ["reddish", "7", "times"]
-    assert tokenizer.encode("a red square a blue circle").tolist() == [3, 6, 7, 3, 4, END]  # the last word is lost
+    assert tokenizer.encode("a red square a blue circle").tolist() == [3, 6, 7, 3, 4, END]  # the last word is cut
     assert tokenizer.encode("").tolist() == null_tokens(6).tolist() == [END, *[PAD] * 5]
     assert len(tokenizer) == 8
 
@@ -41,7 +41,7 @@ def test_padding_changes_nothing_and_order_and_words_do():
     np.testing.assert_allclose(long.pooled[0], short.pooled[0], rtol=1e-5, atol=1e-6)
     assert np.abs(short.pooled[0] - short.pooled[1]).max() > 1e-2
     other = encode(parameters, model, [3, 5, END])
-    assert np.abs(other.states - short.states[:1]).max(axis=-1).min() > 1e-3  # every token hears of it
+    assert np.abs(other.states - short.states[:1]).max(axis=-1).min() > 1e-3  # every token's state changes
 
 
 def test_untrained_words_are_of_unit_scale_and_apart():

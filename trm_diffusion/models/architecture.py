@@ -1,8 +1,8 @@
-"""Which model a config describes, and how to build it.
+"""Builds the model that a config describes.
 
-Every model is model(images, times, condition, latent_steps=..., key=...) -> (prediction, routing reports). Its
-condition is a class label [B] for a DiT, and for an MMDiT word ids [B, L] or, where the text is encoded beforehand, a
-`Text`.
+Every model is model(images, times, condition, latent_steps=..., key=...) -> (prediction, routing reports). The
+condition of a DiT is a class label [B]. That of an MMDiT is word ids [B, L], or a `Text` if the text is encoded
+beforehand.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ class ModelConfig(MMDiTConfig):
 
 
 class TextToImage(nnx.Module):
-    """An MMDiT and the encoder of its text, trained together; conditioned on word ids [B, L]."""
+    """An MMDiT trained together with its text encoder, conditioned on word ids [B, L]."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, **sizes):
         self.text_encoder = TextEncoder(config.text, dtype=jnp.dtype(config.dtype), rngs=rngs)
@@ -45,7 +45,7 @@ def _mmdit(config: ModelConfig, **sizes) -> MMDiT:
 def make_network(
     config: ModelConfig, *, image_size: int, in_channels: int, out_channels: int, num_classes: int, rngs: nnx.Rngs
 ) -> nnx.Module:
-    """The model that `config` names, with fresh weights; num_classes is a DiT's alone."""
+    """The model that `config` names, freshly initialised. Only a DiT uses num_classes."""
     sizes = dict(image_size=image_size, in_channels=in_channels, out_channels=out_channels, rngs=rngs)
     if config.architecture == "dit":
         return DiT(config, num_classes=num_classes, **sizes)
@@ -53,5 +53,5 @@ def make_network(
 
 
 def stack_layout(config: ModelConfig) -> StackLayout:
-    """How the blocks lie in the parameters."""
+    """How the model's blocks are stored in its parameters."""
     return layout_of(config, (dit if config.architecture == "dit" else mmdit).block_kinds(config))

@@ -28,24 +28,24 @@ def dot_product_attention(
 ) -> jax.Array:
     """softmax(q k^T / sqrt(d)) v per head. Returns [B, N, H, d] in q's dtype; the softmax runs in float32.
 
-    mask_bm: bool, False for keys that nobody sees; None is all True. implementation: "xla" writes the logits to memory.
-    The others name a kernel that does not; where it does not apply, each is "xla":
+    mask_bm: bool, False for keys that no query attends to; None means all True. implementation: "xla" writes the logits
+    to memory. The others name a kernel that does not, and fall back to "xla" where the kernel does not apply:
 
-        fused   on a TPU, sequences that fit its vector memory, up to 2,048 tokens or so (kernels/fused_attention.py)
-        splash  on a TPU, sequences of any length (kernels/splash_attention.py)
-        cudnn   on an NVIDIA GPU, bfloat16 and float16, sequences of even length, head sizes that are multiples of 8 up
-                to 128
-        auto    on a TPU, in bfloat16, fused, or splash where that does not fit; on an NVIDIA GPU cudnn
+        fused   TPU; sequences that fit in its vector memory, up to about 2,048 tokens (kernels/fused_attention.py)
+        splash  TPU; sequences of any length (kernels/splash_attention.py)
+        cudnn   NVIDIA GPU; bfloat16 and float16, sequences of even length, head sizes that are multiples of 8 up to 128
+        auto    on a TPU, in bfloat16: fused, or splash if the sequence does not fit; on an NVIDIA GPU: cudnn
 
-    One program text serves every platform. Both TPU kernels were run in Pallas's interpreter, and fused was compiled
-    for one TPU chip; neither has run on a TPU yet. cuDNN's ran on an H100, without a mask; with one it was only traced.
+    One program serves every platform. Both TPU kernels have run in Pallas's interpreter, and fused has been compiled
+    for one TPU chip; neither has run on a TPU yet. cuDNN's kernel has run on an H100 without a mask; with a mask it has
+    only been traced.
     """
     operands = q_bnhd, k_bmhd, v_bmhd, mask_bm
     kernels = {}
     if (chosen := chosen_for_tpu(implementation, q_bnhd, k_bmhd)) != "xla":
-        kernels["tpu"] = functools.partial(_divided, _TPU_KERNELS[chosen])
+        kernels["tpu"] = functools.partial(_per_device, _TPU_KERNELS[chosen])
     if implementation in ("auto", "cudnn") and _cudnn_applies(q_bnhd, k_bmhd):
-        kernels["cuda"] = functools.partial(_divided, cudnn_attention)
+        kernels["cuda"] = functools.partial(_per_device, cudnn_attention)
     return jax.lax.platform_dependent(*operands, **kernels, default=xla_attention)
 
 
@@ -53,7 +53,7 @@ _TPU_KERNELS = {"fused": fused_attention, "splash": splash_attention}
 
 
 def chosen_for_tpu(implementation: str, q_bnhd: jax.Array, k_bmhd: jax.Array) -> str:
-    """What runs on a TPU: "xla", "fused" or "splash"."""
+    """The implementation that runs on a TPU: "xla", "fused" or "splash"."""
     if implementation == "auto" and q_bnhd.dtype == jnp.bfloat16:
         return "fused" if fits(q_bnhd, k_bmhd) else "splash"
     applies = {"fused": fits(q_bnhd, k_bmhd), "splash": True}.get(implementation, False)
@@ -61,25 +61,27 @@ def chosen_for_tpu(implementation: str, q_bnhd: jax.Array, k_bmhd: jax.Array) ->
 
 
 def _cudnn_applies(q_bnhd, k_bmhd) -> bool:
-    """JAX traces cuDNN's kernel in a process that has such a GPU alone, and refuses gradients of odd lengths."""
+    """Whether cuDNN's kernel takes these arrays.
+
+    JAX traces it only in a process that has an NVIDIA GPU, and refuses gradients for odd lengths.
+    """
     n, m, head_dim = q_bnhd.shape[1], k_bmhd.shape[1], q_bnhd.shape[-1]
     shapes = head_dim % 8 == 0 and head_dim <= 128 and n % 2 == m % 2 == 0
     return q_bnhd.dtype in HALF and shapes and jax.default_backend() == "gpu"
 
 
-def _divided(kernel: Callable, q_bnhd, k_bmhd, v_bmhd, mask_bm=None) -> jax.Array:
-    """Each device runs the kernel on its own images and heads; sequences are gathered, if they are divided."""
+def _per_device(kernel: Callable, q_bnhd, k_bmhd, v_bmhd, mask_bm=None) -> jax.Array:
+    """Runs the kernel on each device's own images and heads; sharded sequences are gathered first."""
     heads = ("batch", None, "heads", None)
     masks = [] if mask_bm is None else [(mask_bm, ("batch", None))]
     return on_each_device(kernel, (q_bnhd, heads), (k_bmhd, heads), (v_bmhd, heads), *masks)
 
 
 def xla_attention(q_bnhd, k_bmhd, v_bmhd, mask_bm=None) -> jax.Array:
-    """As `dot_product_attention`, in products that any compiler knows.
+    """Like `dot_product_attention`, in operations that every compiler supports.
 
-    Heads come before tokens, so that each product is a plain matmul of whole matrices, and the softmax is normalised
-    after the product with v, where rows are shorter. `jax.nn.dot_product_attention`, which does neither, is slower on a
-    CPU.
+    Heads come before tokens, so that each product is a plain matmul of whole matrices. The softmax is normalised after
+    the product with v, where rows are shorter. `jax.nn.dot_product_attention` does neither and is slower on a CPU.
     """
     q, k, v = (x.swapaxes(1, 2) for x in (q_bnhd, k_bmhd, v_bmhd))
     logits = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32)
@@ -93,7 +95,7 @@ def xla_attention(q_bnhd, k_bmhd, v_bmhd, mask_bm=None) -> jax.Array:
 
 
 def cudnn_attention(q_bnhd, k_bmhd, v_bmhd, mask_bm=None) -> jax.Array:
-    """As `dot_product_attention`, by cuDNN's kernel, which wants a mask to have a row for every query."""
+    """Like `dot_product_attention`, with cuDNN's kernel, which needs a mask with a row for every query."""
     mask = None
     if mask_bm is not None:
         mask = jnp.broadcast_to(mask_bm[:, None, None, :], (len(mask_bm), 1, q_bnhd.shape[1], mask_bm.shape[1]))
@@ -101,18 +103,18 @@ def cudnn_attention(q_bnhd, k_bmhd, v_bmhd, mask_bm=None) -> jax.Array:
 
 
 class Context(NamedTuple):
-    """What one stream of tokens shows to another in joint attention."""
+    """The keys and values of another token stream in joint attention."""
 
     keys: jax.Array  # [B, L, H, d], normalised
     values: jax.Array  # [B, L, H, d]
-    mask: jax.Array | None = None  # [B, L] bool, False for padding; None is all True
+    mask: jax.Array | None = None  # [B, L] bool, False for padding; None means all True
 
 
 class Attention(nnx.Module):
-    """The base projections of one token stream: q, k, v in, heads out.
+    """The attention of one token stream, with its q, k, v and output projections.
 
     Projected tensors are [B, N, 3, H, d] with q, k, v along axis 2, so that low-rank updates of the same shape can be
-    added to them before the heads are normalised and attended.
+    added to them before the heads are normalised.
     """
 
     def __init__(
@@ -126,7 +128,7 @@ class Attention(nnx.Module):
         dtype,
         rngs: nnx.Rngs,
     ):
-        """output: whether anything is attended for this stream; without it there is no output projection."""
+        """output: whether the stream has an output projection; False if its queries are not used."""
         self.heads, self.head_dim, self.implementation = heads, width // heads, implementation
         self.qkv = linear(width, 3 * width, axes=("embed", "heads"), dtype=dtype, rngs=rngs)
         self.out = linear(width, width, axes=("heads", "embed"), dtype=dtype, rngs=rngs) if output else None
@@ -134,10 +136,10 @@ class Attention(nnx.Module):
         self.key_norm = nnx.RMSNorm(self.head_dim, dtype=dtype, rngs=rngs) if qk_norm else None
 
     def project(self, x_bnd: jax.Array, update: jax.Array | None = None) -> jax.Array:
-        """[B, N, D] -> q, k, v before normalisation, [B, N, 3, H, d]; `update` of that shape is added, if given.
+        """[B, N, D] -> q, k, v before normalisation, [B, N, 3, H, d]; adds `update`, of that shape, if given.
 
-        A product for each of the three, and sums before they are stacked: so each is made in the layout in which the
-        attention reads it, and the stack, which is taken apart again, is never written.
+        q, k and v are separate products, and updates are added before they are stacked. So each is computed in the
+        layout in which the attention reads it, and the stack, which is split again, is never written to memory.
         """
         x, kernel, bias = nnx.nn.dtypes.promote_dtype(
             (x_bnd, self.qkv.kernel[...], self.qkv.bias[...]), dtype=self.qkv.dtype
@@ -150,7 +152,7 @@ class Attention(nnx.Module):
         return jnp.stack(qkv, axis=2)
 
     def normalized_heads(self, qkv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[B, N, 3, H, d] -> q, k, v, each [B, N, H, d], with q and k normalised if the model normalises them."""
+        """[B, N, 3, H, d] -> q, k, v, each [B, N, H, d], with q and k normalised if the config says so."""
         q, k, v = _unstacked(qkv)
         if self.query_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
@@ -164,11 +166,12 @@ class Attention(nnx.Module):
         queries: jax.Array | None = None,
         mask_bn: jax.Array | None = None,
     ) -> jax.Array:
-        """This stream's queries over its own keys and values, before the output projection.
+        """Attention of this stream's queries over its own keys and values, before the output projection.
 
         qkv: [B, N, 3, H, d]. context: another stream, whose keys and values are attended to as well (joint attention).
-        queries: the other stream's, [B, L, H, d] and normalised, to be answered in the same pass. mask_bn: bool, False
-        for tokens of this stream that nobody sees. Returns [B, N, D]; with queries [B, N + L, D], the others last.
+        queries: the other stream's normalised queries [B, L, H, d], which attend in the same pass. mask_bn: bool, False
+        for tokens of this stream that no query attends to. Returns [B, N, D], or [B, N + L, D] with `queries`, whose
+        results come last.
         """
         q, k, v = self.normalized_heads(qkv)
         mask = mask_bn
@@ -185,5 +188,5 @@ class Attention(nnx.Module):
 
 
 def _unstacked(qkv: jax.Array) -> list[jax.Array]:
-    """[B, N, 3, H, d] -> three of [B, N, H, d]; a split, since its transpose is a concatenation."""
+    """[B, N, 3, H, d] -> three of [B, N, H, d], by a split because its transpose is a concatenation."""
     return [part.squeeze(2) for part in jnp.split(qkv, 3, axis=2)]

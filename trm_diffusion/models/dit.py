@@ -1,4 +1,4 @@
-"""The class-conditional diffusion transformer (DiT, arXiv 2212.09748) with recursion in the blocks that are named."""
+"""The class-conditional diffusion transformer (DiT, arXiv 2212.09748) with recursion in the configured blocks."""
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,11 @@ PATCHES = (2, 4, 8)
 
 
 class DiTConfig(TransformerConfig):
-    """A DiT has no settings but those of every transformer here."""
+    """A DiT has no settings beyond those that all transformers here share."""
 
 
 def dit_size(name: str) -> dict[str, int]:
-    """The fields of a published size such as "XL/2". Raises ValueError with one clear line."""
+    """The config fields of a published size such as "XL/2". Raises a one-line ValueError for an unknown size."""
     size, _, patch = name.partition("/")
     if size not in SIZES or patch not in map(str, PATCHES):
         raise ValueError(f'model "{name}" is not one of {", ".join(SIZES)} with patch 2, 4 or 8, such as "XL/2"')
@@ -33,7 +33,7 @@ def dit_size(name: str) -> dict[str, int]:
 
 
 def block_kinds(config: TransformerConfig) -> list[bool]:
-    """Of each block, whether it recurses."""
+    """Whether each block recurses."""
     recursive = recursive_blocks(config.recursion.blocks, config.depth)
     return [index in recursive for index in range(config.depth)]
 
@@ -47,7 +47,7 @@ class DiTBlock(Stream):
         self.recursion = recursion_of(config, rngs=rngs) if recursive else None
 
     def __call__(self, x_bnd, *, conditioning: Conditioning, latent_steps=None, key=None):
-        """[B, N, D] -> [B, N, D] and the block's `RoutingReport`, None without recursion."""
+        """[B, N, D] -> [B, N, D] and the block's `RoutingReport` (None without recursion)."""
         shift, scale, *rest = self.modulations(conditioning.vector)
         modulated = modulated_norm(x_bnd, shift, scale)
         if self.recursion is None:
@@ -66,10 +66,10 @@ class DiTBlock(Stream):
 
 
 class DiT(nnx.Module):
-    """Noisy images, times and labels in; the network's prediction and the routing report out.
+    """Maps noisy images, times and labels to the network's prediction and the routing reports.
 
-    image_size and in_channels are those of the latents (or pixels) it denoises; out_channels is the objective's, twice
-    in_channels where it also predicts the variance.
+    image_size and in_channels are those of the latents (or pixels) it denoises. out_channels depends on the objective:
+    twice in_channels if it also predicts the variance.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class DiT(nnx.Module):
     ) -> tuple[jax.Array, RoutingReport | None]:
         """[B, H, W, C], times [B] in 0..1000, labels [B] -> float32 [B, H, W, out_channels], reports [R, T, ...].
 
-        R counts the recursive blocks. `key` is given in training alone: it draws the gates' noise.
+        R is the number of recursive blocks. `key` is passed only in training; it draws the gates' noise.
         """
         config, size = self.config, self.image_size
         x_bnd = self.patch_embed(patchify(images_bhwc.astype(config.dtype), config.patch))

@@ -1,4 +1,4 @@
-"""Into tokens and out again: patches, positions, diffusion timesteps, class labels, pooled text."""
+"""Patches to tokens and back, and embeddings of positions, diffusion timesteps, class labels and pooled text."""
 
 import jax
 import jax.numpy as jnp
@@ -39,10 +39,10 @@ def sincos_positions(width: int, rows: int, columns: int) -> np.ndarray:
 
 
 def cropped_sincos_positions(width: int, rows: int, columns: int, *, max_size: int, base_size: int) -> np.ndarray:
-    """The middle rows x columns of a table of max_size x max_size, [rows * columns, width] float32 (SD3).
+    """The central rows x columns of a max_size x max_size position table, [rows * columns, width] float32 (SD3).
 
-    The whole table's positions go from 0 to base_size in steps of base_size / max_size, so that one table serves every
-    resolution and the centre of an image stays where it was.
+    The whole table's positions go from 0 to base_size in steps of base_size / max_size. So one table serves every
+    resolution, and the centre of an image keeps its position.
     """
     positions = np.arange(max_size) * (base_size / max_size)
     top, left = (max_size - rows) // 2, (max_size - columns) // 2
@@ -57,7 +57,7 @@ def _grid_positions(width: int, rows: np.ndarray, columns: np.ndarray) -> np.nda
 def sinusoid(times_b: jax.Array, features: int, max_period: float = 10000.0, frequency_shift: int = 0) -> jax.Array:
     """Sinusoidal embedding of scalar times, [B] -> [B, features] float32, as [cos, sin] halves (DDPM, DiT).
 
-    Frequencies fall from 1 to 1 / max_period; with a frequency_shift of 1 the last one is exactly that.
+    Frequencies fall from 1 towards 1 / max_period; with a frequency_shift of 1 the last one is exactly 1 / max_period.
     """
     half = features // 2
     exponents = jnp.arange(half, dtype=jnp.float32) / (half - frequency_shift)

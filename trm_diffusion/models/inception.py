@@ -1,8 +1,8 @@
 """The Inception network of the Frechet Inception Distance: images to features.
 
-It is the graph of 2015-12-05 that Heusel et al. (2017) chose and that every published FID is taken with, in float32. It
-differs from the usual Inception v3: it resizes its own input, its average pools leave the padding out of the mean, its
-last block pools by maximum, and it has 1008 outputs. Names are those of the PyTorch port of its weights.
+It is the graph of 2015-12-05 that Heusel et al. (2017) chose and that every published FID uses, in float32. It differs
+from the usual Inception v3: it resizes its own input, its average pools exclude padding from the mean, its last block
+uses max pooling, and it has 1008 outputs. Layer names are those of the PyTorch port of its weights.
 """
 
 from collections.abc import Callable
@@ -19,15 +19,15 @@ NUM_LOGITS, POOL_WIDTH = 1008, 2048
 BATCH_NORM_EPSILON = 1e-3
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var")  # as PyTorch names its tensors
 LAYOUT = ("NHWC", "HWIO", "NHWC")
-EXACT = lax.Precision.HIGHEST  # accelerators round products to fewer bits unless told otherwise
+EXACT = lax.Precision.HIGHEST  # by default, accelerators compute float32 products with fewer bits
 
-Weights = dict[str, dict[str, jax.Array]]  # by layer: kernel [kh, kw, in, out] and bias [out]; "fc" has no bias
+Weights = dict[str, dict[str, jax.Array]]  # per layer: kernel [kh, kw, in, out] and bias [out]; "fc" has no bias
 # convolve(x [N, H, W, in], layer, out, kernel size, stride, padding) -> [N, H', W', out]
 Convolve = Callable[..., jax.Array]
 
 
 class Features(NamedTuple):
-    """What the metrics need of N images, float32."""
+    """The features of N images that the metrics use, float32."""
 
     pool: jax.Array  # [N, 2048] mean over the last feature map: FID, precision, recall
     spatial: jax.Array  # [N, 2023] first 7 channels of Mixed_6d, 17 x 17 x 7 flattened: sFID
@@ -48,10 +48,10 @@ def network_input(images: jax.Array) -> jax.Array:
 
 
 def convolution(weights: Weights) -> Convolve:
-    """Convolution, bias and ReLU with the named layer's weights."""
+    """A `Convolve` that applies the named layer's convolution, bias and ReLU."""
 
     def convolve(x, layer, out, size=1, stride=1, padding="SAME"):
-        del out, size  # the kernel's own
+        del out, size  # given by the kernel's shape
         y = lax.conv_general_dilated(
             x,
             weights[layer]["kernel"],
@@ -68,7 +68,7 @@ def convolution(weights: Weights) -> Convolve:
 def resize_as_tf1(images: jax.Array, size: int) -> jax.Array:
     """Bilinear resize of [N, H, W, C] float32 to [N, size, size, C] as TensorFlow 1 did it.
 
-    Output i reads the input at i * (in / out), in float32: no half-pixel centres, and shrinking does not average.
+    Output i samples the input at i * (in / out), in float32: no half-pixel centres, and no averaging when downscaling.
     """
     for axis in (2, 1):
         length = images.shape[axis]
@@ -82,7 +82,7 @@ def resize_as_tf1(images: jax.Array, size: int) -> jax.Array:
 
 
 def layer_shapes() -> dict[str, tuple[int, int, int, int]]:
-    """Kernel shapes [kh, kw, in, out] of the network's convolutions, by layer, read off the network itself."""
+    """Kernel shapes [kh, kw, in, out] of the network's convolutions per layer, found by tracing the network."""
     shapes = {}
 
     def record(x, layer, out, size=1, stride=1, padding="SAME"):
@@ -106,7 +106,7 @@ def state_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def fold_batch_norms(state: dict[str, np.ndarray]) -> Weights:
-    """Convolution, then batch norm at its running statistics, as one convolution with a bias:
+    """Folds each batch norm, at its running statistics, into its convolution, which gets a bias:
 
     kernel * g / sqrt(var + 1e-3) and bias - mean * g / sqrt(var + 1e-3), in float64, rounded to float32.
     """
@@ -152,7 +152,7 @@ def network(x: jax.Array, convolve: Convolve) -> tuple[jax.Array, jax.Array]:
     x = block_c(x, "Mixed_6b", 128, convolve)
     x = block_c(x, "Mixed_6c", 160, convolve)
     x = block_c(x, "Mixed_6d", 160, convolve)
-    spatial = x[..., :SPATIAL_CHANNELS]  # of branch1x1, which TensorFlow's graph calls mixed_6/conv
+    spatial = x[..., :SPATIAL_CHANNELS]  # from branch1x1, which TensorFlow's graph calls mixed_6/conv
     x = block_c(x, "Mixed_6e", 192, convolve)
     x = block_d(x, "Mixed_7a", convolve)  # [N, 8, 8, 1280]
     x = block_e(x, "Mixed_7b", average_pool, convolve)
@@ -234,13 +234,13 @@ def block_e(x: jax.Array, name: str, pool: Callable, convolve: Convolve) -> jax.
 
 
 def max_pool(x: jax.Array, stride: int) -> jax.Array:
-    """3 x 3; stride 2 shrinks without padding, stride 1 keeps the size."""
+    """3 x 3 max pool; stride 2 has no padding, stride 1 is padded to keep the size."""
     padding = "VALID" if stride == 2 else "SAME"
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, stride, stride, 1), padding)
 
 
 def average_pool(x: jax.Array) -> jax.Array:
-    """3 x 3, stride 1, the mean of the pixels that exist: 9 within, 6 at an edge, 4 in a corner."""
+    """3 x 3 average pool, stride 1, over the pixels that exist: 9 inside, 6 at an edge, 4 in a corner."""
     total = lax.reduce_window(x, 0.0, lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
     rows, columns = (np.convolve(np.ones(length), np.ones(3), mode="same") for length in x.shape[1:3])
     return total / np.outer(rows, columns).astype(np.float32)[None, :, :, None]

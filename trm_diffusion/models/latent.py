@@ -1,22 +1,22 @@
-"""What latents are: a diffusion model and the autoencoder under it must agree on this, wherever either is stored."""
+"""The latent format. A diffusion model and its autoencoder must agree on it, wherever either is stored."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentSpec:
-    """What must agree between preparing, training and decoding: z = (latent - shift) * scale."""
+    """Must be the same for preparing, training and decoding: z = (latent - shift) * scale."""
 
-    vae_id: str  # which weights encoded the images, and decode the samples
+    vae_id: str  # weights that encoded the images and decode the samples
     scale: float
     shift: float
     channels: int
-    size: int  # latent cells a side
+    size: int  # height and width in latent cells
 
     def normalize(self, latent):
-        """What the autoencoder's encoder gives -> what the diffusion model denoises."""
+        """The autoencoder's latents -> the z that the diffusion model denoises."""
         return (latent - self.shift) * self.scale
 
     def denormalize(self, z):
-        """The inverse of `normalize`: what the decoder takes."""
+        """The inverse of `normalize`: z -> the latents that the decoder takes."""
         return z / self.scale + self.shift

@@ -1,7 +1,7 @@
-"""The small pieces every block shares: linear maps with named axes, layer norm, modulation, the MLP.
+"""Layers that all blocks share: linear maps with named axes, layer norm, modulation, the MLP.
 
-Parameters are float32; `dtype` is the dtype of the computation. Each kernel carries `logical_axes`, the names of its
-axes as metadata; which mesh axis each name is laid over is decided outside the models.
+Parameters are float32; `dtype` is the dtype of the computation. Each kernel has metadata `logical_axes`, the names of
+its axes; code outside the models maps the names to mesh axes.
 """
 
 import functools
@@ -52,8 +52,8 @@ def modulate(x_bnd: jax.Array, shift_bd: jax.Array, scale_bd: jax.Array) -> jax.
     return x_bnd * (1 + scale_bd[:, None, :]) + shift_bd[:, None, :]
 
 
-# Cheap to compute again, and dear to keep: a scanned stack would store every float32 intermediate for each layer. What
-# the backward pass needs of these two is their inputs. Where the compiler sees both passes it may still share values.
+# Cheap to recompute, expensive to store: a scanned stack would store every float32 intermediate for each layer. The
+# backward pass of these two needs only their inputs. Where the compiler sees both passes it may still share values.
 _keeping_inputs = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
@@ -65,7 +65,7 @@ def modulated_norm(x_bnd: jax.Array, shift_bd: jax.Array, scale_bd: jax.Array) -
 
 @_keeping_inputs
 def gelu(x: jax.Array) -> jax.Array:
-    """The tanh approximation."""
+    """GELU by its tanh approximation."""
     return jax.nn.gelu(x, approximate=True)
 
 

@@ -1,8 +1,8 @@
 """The text-to-image diffusion transformer of Stable Diffusion 3 (MMDiT, arXiv 2403.03206), with recursion.
 
-Visual and text tokens are two streams with their own weights that attend jointly. In the blocks that recurse, the
-visual q, k, v go through latent steps over the text's keys and values, which are computed once; the text's queries take
-part in the block's own attention alone. The arithmetic is SD3's. Shift comes before scale everywhere, as published; the
+Visual and text tokens are two streams with their own weights that attend jointly. In recursive blocks, the visual
+q, k, v go through latent steps over the text's keys and values, which are computed once; the text's queries take part
+only in the block's own attention. The arithmetic is SD3's. Shift comes before scale everywhere, as published; the
 diffusers library has scale first in the final layer and in the last block's text.
 """
 
@@ -31,13 +31,13 @@ from trm_diffusion.models.transformer import FinalLayer, Stream, TransformerConf
 
 @dataclasses.dataclass(frozen=True)
 class JointConfig(Settings):
-    """What an MMDiT has beside the settings of every transformer here; the defaults are SD3-medium's."""
+    """Settings of an MMDiT beyond those that all transformers here share; the defaults are SD3-medium's."""
 
-    # the first so many blocks have a second attention, over visual tokens alone (SD3.5)
+    # number of blocks, from the first, that have a second attention, over visual tokens only (SD3.5)
     dual_attention_blocks: int = setting(0, least=0)
     position_max_size: int = setting(192, least=1)  # rows and columns of the position table, cropped at its centre
     position_base_size: int = setting(64, least=1)  # the table's positions go from 0 to this
-    mask_padding: bool = False  # keep padding out of the attention; SD3 lets it take part
+    mask_padding: bool = False  # mask padding in the attention; SD3 attends to it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +49,11 @@ SD3_MEDIUM = dict(depth=24, width=1536, heads=24, patch=2)  # fields of `Transfo
 
 
 class BlockKind(NamedTuple):
-    """What sets a block apart from others of the stack."""
+    """What distinguishes a block from the others in the stack."""
 
     recursive: bool
-    dual: bool  # a second attention of the visual tokens alone
-    last: bool  # the text is attended to and ends here
+    dual: bool  # a second attention, over visual tokens only
+    last: bool  # the text stream ends here: it is attended to, and not updated
 
 
 def block_kinds(config: MMDiTConfig) -> list[BlockKind]:
@@ -67,7 +67,7 @@ def block_kinds(config: MMDiTConfig) -> list[BlockKind]:
 class MMDiTBlock(nnx.Module):
     """Two adaLN-Zero streams under one attention, with recursion in the visual q, k, v.
 
-    The last block's text projection has the published query weights too, which nothing reads.
+    The last block's text projection includes the published query weights, although nothing reads them.
     """
 
     def __init__(self, config: MMDiTConfig, kind: BlockKind, *, rngs: nnx.Rngs):
@@ -79,7 +79,7 @@ class MMDiTBlock(nnx.Module):
         self.recursion = recursion_of(config, rngs=rngs) if kind.recursive else None
 
     def __call__(self, tokens, *, conditioning: Conditioning, text_mask=None, latent_steps=None, key=None):
-        """(visual [B, N, D], text [B, L, D]) -> the same, and the block's `RoutingReport`, None without recursion."""
+        """(visual [B, N, D], text [B, L, D]) -> the same, and the block's `RoutingReport` (None without recursion)."""
         x_bnd, text_bld = tokens
         shift, scale, *rest = self.visual.modulations(conditioning.vector)
         text_shift, text_scale, *text_rest = self.text.modulations(conditioning.vector)
@@ -87,7 +87,8 @@ class MMDiTBlock(nnx.Module):
         text_qkv = self.text.attention.project(modulated_norm(text_bld, text_shift, text_scale))
         text_queries, text_keys, text_values = self.text.attention.normalized_heads(text_qkv)
         context = Context(text_keys, text_values, text_mask)
-        attention, modulated = self.visual.attention, modulated_norm(x_bnd, shift, scale)
+        attention = self.visual.attention
+        modulated = modulated_norm(x_bnd, shift, scale)
         if self.recursion is None:
             qkv, report = attention.project(modulated), None
         else:
@@ -114,10 +115,10 @@ class MMDiTBlock(nnx.Module):
 
 
 class MMDiT(nnx.Module):
-    """Noisy images, times and encoded text in; the network's prediction and the routing report out.
+    """Maps noisy images, times and encoded text to the network's prediction and the routing reports.
 
-    image_size and in_channels are those of the latents (or pixels) it denoises; out_channels is the objective's;
-    text_features and pooled_features are the C and P of the text it is given.
+    image_size and in_channels are those of the latents (or pixels) it denoises. out_channels depends on the objective.
+    text_features and pooled_features are C and P of its `Text`.
     """
 
     def __init__(
@@ -157,7 +158,7 @@ class MMDiT(nnx.Module):
     ) -> tuple[jax.Array, RoutingReport | None]:
         """[B, H, W, C], times [B] in 0..1000, text -> float32 [B, H, W, out_channels], reports [R, T, ...].
 
-        R counts the recursive blocks. `key` is given in training alone: it draws the gates' noise.
+        R is the number of recursive blocks. `key` is passed only in training; it draws the gates' noise.
         """
         config, size = self.config, self.image_size
         x_bnd = self.patch_embed(patchify(images_bhwc.astype(config.dtype), config.patch))
@@ -175,7 +176,7 @@ class MMDiT(nnx.Module):
         return unpatchify(patches, config.patch, size, size), reports
 
     def positions(self):
-        """The fixed position table of this image size, [N, D] float32."""
+        """The fixed position table for this image size, [N, D] float32."""
         grid, joint = self.image_size // self.config.patch, self.config.mmdit
         return cropped_sincos_positions(
             self.config.width, grid, grid, max_size=joint.position_max_size, base_size=joint.position_base_size

@@ -1,8 +1,8 @@
-"""Where activations lie on the devices: a model names their axes, and the job that traces it says what the names mean.
+"""Sharding of activations: a model names their axes, and the job that traces it maps the names to mesh axes.
 
-The compiler divides a program over devices by itself, but it may divide activations badly, and it cannot look inside a
-kernel: so a model lays its activations where it matters, and runs its kernels on each device's share. Outside of
-`placed`, as on one device or in a debugger, neither does anything.
+The compiler partitions a program by itself, but it may shard activations badly, and it cannot look inside a kernel. So
+a model constrains its activations where it matters, and runs its kernels on each device's shard. Outside `placed`, as
+on one device or in a debugger, neither has any effect.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ _PLACEMENT = contextvars.ContextVar("placement", default=None)  # (mesh, logical
 
 @contextlib.contextmanager
 def placed(mesh: Mesh, axes: Mapping[str, str | Sequence[str] | None]) -> Iterator[None]:
-    """Models traced inside run over `mesh`, their logical axes divided over the mesh axes that `axes` gives each."""
+    """Models traced inside run on `mesh`; `axes` gives the mesh axes over which each logical axis is sharded."""
     token = _PLACEMENT.set((mesh, axes))
     try:
         yield
@@ -28,7 +28,7 @@ def placed(mesh: Mesh, axes: Mapping[str, str | Sequence[str] | None]) -> Iterat
 
 
 def lay(x: jax.Array, *names: str | None) -> jax.Array:
-    """x, whose leading axes have these logical names (None: divided over nothing)."""
+    """x, sharded by the logical names of its leading axes (None: not sharded)."""
     if _PLACEMENT.get() is None:
         return x
     mesh, axes = _PLACEMENT.get()
@@ -37,17 +37,17 @@ def lay(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def platform() -> str:
-    """Of the devices that the program is traced for: "tpu", "gpu", "cpu"."""
+    """Platform of the devices that the program is traced for: "tpu", "gpu" or "cpu"."""
     placement = _PLACEMENT.get()
     return jax.default_backend() if placement is None else placement[0].devices.flat[0].platform
 
 
 def on_each_device(function: Callable, *operands: tuple[jax.Array, Axes], results: Sequence[Axes] = ()):
-    """function(*arrays) on each device's share of the arrays.
+    """Runs function(*arrays) on each device's shard of the arrays.
 
-    operands: (array, its logical axes) each. results: the axes of each array that the function gives; without them it
-    gives one, which is divided as the first operand. What is named None, or does not divide evenly, every device gets
-    whole.
+    operands: pairs of an array and its logical axes. results: the logical axes of each array that the function returns;
+    without them it returns one array, sharded like the first operand. An axis that is named None, or does not divide
+    evenly, is whole on every device.
     """
     arrays = [array for array, _ in operands]
     if _PLACEMENT.get() is None or _PLACEMENT.get()[0].size == 1:

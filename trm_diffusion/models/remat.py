@@ -1,10 +1,10 @@
-"""Named rematerialisation policies: what the backward pass keeps and what it computes again.
+"""Named rematerialisation policies: what the backward pass keeps and what it recomputes.
 
-For a block without recursion, by arithmetic: what is kept in N D numbers of the computation's dtype (N tokens of D
-features; in DiT-XL/2 with 32 images 18.9 MB each), and what share of the block's forward products is computed again,
-at DiT-XL/2's sizes. `python -m benchmarks.xl2_step` measures time and memory by the TPU compiler.
+The table is for a block without recursion, by arithmetic. Kept: in units of N D numbers of the computation's dtype (N
+tokens of D features; 18.9 MB each in DiT-XL/2 with 32 images). Recomputed: the share of the block's forward products,
+at DiT-XL/2's sizes. `python -m benchmarks.xl2_step` reports the TPU compiler's figures for time and memory.
 
-    policy     kept                                                         computed again
+    policy     kept                                                         recomputed
     none       every intermediate that the compiler cannot do without       nothing
     dots       10: the input, q, k, v, both outputs, the MLP's hidden (4)   attention, 4%
     selective   5: the input, q, k, v, the MLP's output                     attention, its output, the MLP's hidden, 44%
@@ -27,15 +27,15 @@ POLICIES = {  # name -> what may be saved, as `jax.checkpoint` takes it; None is
 
 
 def kept(x: jax.Array) -> jax.Array:
-    """x, which the policy "selective" keeps."""
+    """x, marked to be kept by the policy "selective"."""
     return checkpoint_name(x, _KEPT)
 
 
 def rematerialized(function: Callable, policy: str, *, in_loop: bool) -> Callable:
     """`function` under the named policy.
 
-    in_loop: it is the body of a loop, across whose passes XLA cannot merge what is computed twice; elsewhere barriers
-    must keep it from doing so.
+    in_loop: `function` is the body of a loop. XLA cannot merge what the backward loop recomputes with the original in
+    the forward loop; elsewhere barriers must prevent the merge.
     """
     if policy == "none":
         return function

@@ -1,12 +1,12 @@
-"""Config dataclasses whose fields state the values they take, and refuse all others.
+"""Config dataclasses whose fields declare the values they accept and reject all others.
 
     @dataclasses.dataclass(frozen=True)
     class OptimConfig(Settings):
         schedule: str = setting("constant", choices=SCHEDULES)  # after the warm-up
         b1: float = setting(0.9, least=0, below=1)  # first-moment decay
-        ema_warmup: bool = True  # a field that takes every value of its type needs no `setting`
+        ema_warmup: bool = True  # a field that accepts every value of its type needs no `setting`
 
-Making one with a value out of range raises ValueError in one line, "b1 is 1.5; it must be in [0, 1)".
+Constructing one with a value out of range raises a one-line ValueError, "b1 is 1.5; it must be in [0, 1)".
 """
 
 import dataclasses
@@ -16,11 +16,11 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Allowed:
-    """The values that a field takes. None is always allowed, and of a tuple each entry must be."""
+    """The values that a field accepts. None is always allowed; every entry of a tuple is checked."""
 
     choices: tuple = ()  # one of these
     some_of: tuple[str, ...] = ()  # one or more of these, separated by commas
-    also: tuple = ()  # these, whatever the bounds are
+    also: tuple = ()  # these, whatever the bounds
     least: float | None = None
     most: float | None = None
     above: float | None = None
@@ -42,7 +42,7 @@ class Allowed:
         return within or value in self.also
 
     def __str__(self) -> str:
-        """For people: "one of adamw, muon", "at least 1", "-1 or at least 1", "in [0, 1)"."""
+        """For error messages: "one of adamw, muon", "at least 1", "-1 or at least 1", "in [0, 1)"."""
         if self.choices:
             return f"one of {', '.join(map(str, self.choices))}"
         if self.some_of:
@@ -62,7 +62,7 @@ class Allowed:
         return f"{'at most' if self.below is None else 'below'} {high}" if high is not None else ""
 
     def check(self, name: str, value: Any) -> None:
-        """Raises ValueError, in one line, unless the value is allowed."""
+        """Raises a one-line ValueError unless the value is allowed."""
         entries = value if isinstance(value, tuple) else (value,)
         if all(entry is None or entry in self for entry in entries):
             return
@@ -79,13 +79,13 @@ def setting(
     also: Iterable = (),
     **bounds: float,
 ) -> Any:
-    """A field of a `Settings` with its default and, as metadata, what it takes. See `Allowed` for the keywords."""
+    """A `Settings` field with its default and, as metadata, the values it accepts; for the keywords see `Allowed`."""
     allowed = Allowed(tuple(choices), tuple(some_of), tuple(also), **bounds)
     return dataclasses.field(default=default, metadata={"allowed": allowed})
 
 
 class Settings:
-    """Base of config dataclasses: every field is checked as the object is made."""
+    """Base of config dataclasses: every field is checked at construction."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

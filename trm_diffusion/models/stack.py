@@ -2,7 +2,7 @@
 
 Consecutive blocks of one kind form a *segment*. A scanned segment holds its blocks' parameters stacked along a leading
 layer axis and runs them with `jax.lax.scan`, so that a stack without recursion, or with recursion everywhere, is traced
-once whatever its depth. Unrolled, each block is a segment of its own, which is what a debugger and a FLOP count want.
+once whatever its depth. Unrolled, each block is a segment of its own, for a debugger or a FLOP count.
 The same seed gives the same weights either way, and the base weights do not depend on which blocks recurse.
 """
 
@@ -22,7 +22,7 @@ _SEGMENT = re.compile(r"(.*stack)/segments/(\d+)/blocks/(.*)")
 
 
 class StackLayout(NamedTuple):
-    """How a stack's blocks lie in its parameters."""
+    """How a stack's blocks are stored in its parameters."""
 
     segments: tuple[tuple[int, int], ...]  # (first block, length) of each segment
     recursive: tuple[int, ...]  # indices of the blocks that recurse
@@ -38,7 +38,7 @@ class Segment(nnx.Module):
 
 
 class BlockStack(nnx.Module):
-    """A block of each of `kinds`, in segments; `make_block(kind, key)` builds one."""
+    """One block for each of `kinds`, in segments; `make_block(kind, key)` builds a block."""
 
     def __init__(
         self,
@@ -59,10 +59,10 @@ class BlockStack(nnx.Module):
         self.segments = nnx.List(segments)
 
     def __call__(self, x, *, key: jax.Array | None, **inputs):
-        """Runs x, an array or a tuple of them, through all blocks: `block(x, key=..., **inputs) -> x, report`.
+        """Runs x, an array or a tuple of arrays, through all blocks: `block(x, key=..., **inputs) -> x, report`.
 
-        Returns x and the reports of the recursive blocks stacked along a leading axis, in order of depth, or None
-        where no block recurses. Each block's key is `key` folded with its index.
+        Returns x and the reports of the recursive blocks, stacked along a leading axis in order of depth, or None if
+        no block recurses. Each block's key is `key` folded with its index.
         """
         reports = []
         for segment in self.segments:
@@ -87,7 +87,7 @@ class BlockStack(nnx.Module):
 
 
 def segment_lengths(kinds: Sequence[Hashable], scan: bool) -> list[tuple[int, int]]:
-    """(first block, length) of each segment: runs of blocks of one kind, or every block alone."""
+    """(first block, length) of each segment: runs of blocks of one kind, or single blocks without `scan`."""
     segments = []
     for index, kind in enumerate(kinds):
         if scan and segments and kind == kinds[index - 1]:
@@ -99,14 +99,14 @@ def segment_lengths(kinds: Sequence[Hashable], scan: bool) -> list[tuple[int, in
 
 
 def segment_of(name: str) -> int:
-    """The segment that a block's parameter belongs to, from its path."""
+    """Index of the segment that a block's parameter belongs to, from its path."""
     return int(_SEGMENT.fullmatch(name)[2])
 
 
 def per_layer(parameters: dict, layout: StackLayout) -> dict:
-    """Parameters by path, with each block on its own: "stack/segments/0/blocks/..." -> "stack/blocks/7/...".
+    """Parameters by path, split into single blocks: "stack/segments/0/blocks/..." -> "stack/blocks/7/...".
 
-    Two models of equal depth have equal names here however their blocks are cut into segments.
+    Models of equal depth get equal names, however their blocks are grouped into segments.
     """
     layers = {}
     for name, value in parameters.items():
@@ -116,7 +116,7 @@ def per_layer(parameters: dict, layout: StackLayout) -> dict:
 
 
 def from_per_layer(layers: dict, names: Sequence[str], layout: StackLayout) -> dict:
-    """The inverse of `per_layer` for the parameter paths `names`; one whose layers are not all there is left out."""
+    """The inverse of `per_layer` for the parameter paths `names`; omits a parameter if one of its layers is missing."""
     parameters = {}
     for name in names:
         wanted = _layers_of(name, layout)
@@ -127,7 +127,7 @@ def from_per_layer(layers: dict, names: Sequence[str], layout: StackLayout) -> d
 
 
 def _layers_of(name: str, layout: StackLayout) -> list[tuple[str, int | None]]:
-    """(path with the block on its own, index along the layer axis or None) of each layer in a parameter."""
+    """(path in `per_layer`, index along the layer axis or None) of each layer in a parameter."""
     match = _SEGMENT.fullmatch(name)
     if match is None:
         return [(name, None)]

@@ -1,4 +1,4 @@
-"""Text for a model to follow: one form for every encoder, and a small encoder that is trained with the model."""
+"""Text conditioning: one format for every encoder, and a small encoder that is trained with the model."""
 
 import dataclasses
 from typing import NamedTuple
@@ -13,38 +13,38 @@ from trm_diffusion.models.layers import Mlp, layer_norm
 from trm_diffusion.models.settings import Settings, setting
 from trm_diffusion.models.tokenizer import PAD
 
-CLIP_LENGTH = 77  # tokens of a text in recipe sd3's two CLIP encoders
+CLIP_LENGTH = 77  # tokens per text in the two CLIP encoders of recipe sd3
 UNIT_NORMAL = nnx.initializers.normal(1.0)
 
 
 class Text(NamedTuple):
-    """Encoded texts, whatever encoder they come from."""
+    """Encoded texts, from any encoder."""
 
-    states: jax.Array  # [B, L, C] one vector a token
+    states: jax.Array  # [B, L, C] one vector per token
     mask: jax.Array  # [B, L] bool, False for padding
-    pooled: jax.Array  # [B, P] one vector a text
+    pooled: jax.Array  # [B, P] one vector per text
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig(Settings):
-    # learned from words with the model, or encoded before by pretrained encoders
+    # learned: trained on words with the model; encoded: text encoded beforehand by pretrained encoders
     encoder: str = setting("learned", choices=("learned", "encoded"))
-    length: int = setting(32, least=1)  # L, tokens of a text; longer ones are cut
-    features: int = setting(128, least=2)  # C, of a token's state
-    pooled_features: int = setting(128, least=1)  # P, of a whole text; learned: equal to features
+    length: int = setting(32, least=1)  # L, tokens per text; longer texts are truncated
+    features: int = setting(128, least=2)  # C, width of a token's state
+    pooled_features: int = setting(128, least=1)  # P, width of a text's pooled vector; learned: equal to features
     depth: int = setting(2, least=0)  # learned: transformer blocks
     heads: int = setting(4, least=1)  # learned: attention heads
-    vocabulary: int = setting(256, least=4)  # learned: rows of the word table: the data's words and 3 special ones
+    vocabulary: int = setting(256, least=4)  # learned: embedding rows, for the data's words and 3 special words
     # encoded: by one pretrained encoder, or sd3 (CLIP, CLIP and T5, put together as in SD3)
     recipe: str = setting("single", choices=("single", "sd3"))
-    pretrained: str = ""  # encoded: the encoders, a local path or hub id of the transformers library; sd3: a pipeline's
-    revision: str = ""  # encoded: of the hub id, a branch, tag or commit; "" is its default
-    # encoded: what the encoders compute in
+    pretrained: str = ""  # encoded: local path or hub id (transformers) of the encoder; sd3: of a pipeline
+    revision: str = ""  # encoded: branch, tag or commit of the hub id; "" is its default
+    # encoded: dtype of the encoders' computation
     pretrained_dtype: str = setting("float32", choices=("float32", "float16", "bfloat16"))
 
 
 class TextBlock(nnx.Module):
-    """x + Attn(LN(x)), then x + MLP(LN(x)), over the tokens that are no padding."""
+    """x + Attn(LN(x)), then x + MLP(LN(x)), over the tokens that are not padding."""
 
     def __init__(self, config: TextConfig, *, dtype, rngs: nnx.Rngs):
         self.attention = Attention(config.features, config.heads, qk_norm=False, dtype=dtype, rngs=rngs)
@@ -59,7 +59,7 @@ class TextBlock(nnx.Module):
 class TextEncoder(nnx.Module):
     """Word ids [B, L] -> `Text`: a transformer over word vectors of unit scale and fixed sine-cosine positions.
 
-    The pooled vector is the mean state of the tokens that are no padding.
+    The pooled vector is the mean state of the tokens that are not padding.
     """
 
     def __init__(self, config: TextConfig, *, dtype, rngs: nnx.Rngs):

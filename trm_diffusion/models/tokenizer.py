@@ -1,20 +1,20 @@
-"""Words to numbers: a tokenizer for a small, closed vocabulary, which a run keeps beside its parameters."""
+"""A tokenizer for a small, closed vocabulary, which a run stores beside its parameters."""
 
 import re
 from collections.abc import Sequence
 
 import numpy as np
 
-PAD, UNKNOWN, END = 0, 1, 2  # the ids of the special words; every text closes with END, the empty one too
+PAD, UNKNOWN, END = 0, 1, 2  # ids of the special words; every text ends with END, including the empty one
 SPECIAL_WORDS = ("<pad>", "<unknown>", "<end>")
 _WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")  # punctuation is dropped
 
 
 class Tokenizer:
-    """Lower-case words of a text -> ids [length], closed by END and filled up with PAD.
+    """Maps the lower-case words of a text to ids [length], ended by END and padded with PAD.
 
-    words: the vocabulary, without the special words; a word's id is its place in it after those. A text of more than
-    length - 1 words loses the last ones.
+    words: the vocabulary without the special words, whose ids come first. A text of more than length - 1 words is
+    truncated.
     """
 
     def __init__(self, words: Sequence[str], length: int):
@@ -25,7 +25,7 @@ class Tokenizer:
         return len(self._ids)
 
     def encode(self, text: str) -> np.ndarray:
-        """int32 [length]."""
+        """The ids of a text, int32 [length]."""
         ids = [self._ids.get(word, UNKNOWN) for word in split(text)][: self.length - 1]
         return np.pad(np.array([*ids, END], np.int32), (0, self.length - 1 - len(ids)), constant_values=PAD)
 
@@ -40,5 +40,5 @@ def split(text: str) -> list[str]:
 
 
 def null_tokens(length: int) -> np.ndarray:
-    """The ids of the empty text, which stands for no condition in classifier-free guidance, int32 [length]."""
+    """The ids of the empty text, the null condition of classifier-free guidance, int32 [length]."""
     return Tokenizer((), length).encode("")

@@ -1,4 +1,4 @@
-"""What the diffusion transformers share: their settings, one stream of tokens through a block, the final layer."""
+"""What the diffusion transformers share: settings, one token stream of a block, the final layer."""
 
 import dataclasses
 from collections.abc import Hashable, Sequence
@@ -18,14 +18,14 @@ from trm_diffusion.models.stack import StackLayout, segment_lengths
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig(Settings):
     depth: int = setting(28, least=1)  # transformer blocks
-    width: int = setting(1152, least=4, multiple_of=4)  # D, features of a token; positions take 4 at a time
+    width: int = setting(1152, least=4, multiple_of=4)  # D, features per token; positions need a multiple of 4
     heads: int = setting(16, least=1)  # H, attention heads
-    patch: int = setting(2, least=1)  # pixels (or latent cells) a side of one token
-    mlp_ratio: float = setting(4.0, least=0.01)  # hidden width of the MLP over D
+    patch: int = setting(2, least=1)  # side of a token's patch, in pixels (or latent cells)
+    mlp_ratio: float = setting(4.0, least=0.01)  # hidden width of the MLP, as a multiple of D
     qk_norm: bool = False  # RMS-normalise queries and keys per head
     attention: str = setting("auto", choices=IMPLEMENTATIONS)  # models/attention.py says which runs where
     frequency_shift: int = setting(0, choices=(0, 1))  # DiT's timestep embedding: 0 as published, 1 as in diffusers
-    # of the computation; parameters, norms, softmax and gate are float32
+    # dtype of the computation; parameters, norms, softmax and gate are float32
     dtype: str = setting("bfloat16", choices=("float32", "bfloat16"))
     scan_blocks: bool = True  # run equal blocks under one scan (compiles once); False unrolls them
     remat: str = setting("none", choices=POLICIES)  # what the backward pass of a block keeps
@@ -33,7 +33,7 @@ class TransformerConfig(Settings):
 
 
 def attention_of(config: TransformerConfig, *, output: bool = True, rngs: nnx.Rngs) -> Attention:
-    """The attention of one stream, as the config says."""
+    """The attention of one stream, as configured."""
     return Attention(
         config.width,
         config.heads,
@@ -46,33 +46,34 @@ def attention_of(config: TransformerConfig, *, output: bool = True, rngs: nnx.Rn
 
 
 def recursion_of(config: TransformerConfig, *, rngs: nnx.Rngs) -> Recursion:
-    """The recursion of one block, as the config says."""
+    """The recursion of one block, as configured."""
     return Recursion(config.width, config.heads, config.recursion, dtype=jnp.dtype(config.dtype), rngs=rngs)
 
 
 def layout_of(config: TransformerConfig, kinds: Sequence[Hashable]) -> StackLayout:
-    """How blocks of these kinds lie in the parameters."""
+    """How blocks of these kinds are stored in the parameters."""
     segments = tuple(segment_lengths(kinds, config.scan_blocks))
     return StackLayout(segments, recursive_blocks(config.recursion.blocks, config.depth), config.scan_blocks)
 
 
 class Stream(nnx.Module):
-    """One stream's own weights in an adaLN-Zero block: modulation, the attention's projections, MLP.
+    """One stream's own weights in an adaLN-Zero block: modulation, attention projections, MLP.
 
-    chunks: vectors that the modulation gives, [B, D] each: 6 are shift, scale, gate of the attention and of the MLP; 9
-        have three more for a second attention. 2 are a shift and scale alone, of a stream that ends here: it is
-        attended to, and has neither output projection nor MLP.
+    chunks: number of modulation vectors, [B, D] each. 6: shift, scale, gate of the attention and of the MLP. 9: three
+        more for a second attention. 2: only a shift and a scale, for a stream that ends here: it is attended to, and
+        has neither an output projection nor an MLP.
     """
 
     def __init__(self, config: TransformerConfig, *, chunks: int = 6, rngs: nnx.Rngs):
-        dtype, width, ends = jnp.dtype(config.dtype), config.width, chunks == 2
+        dtype, width = jnp.dtype(config.dtype), config.width
+        ends = chunks == 2
         self.chunks = chunks
         self.modulation = linear(width, chunks * width, axes=("embed", None), init=ZEROS, dtype=dtype, rngs=rngs)
         self.attention = attention_of(config, output=not ends, rngs=rngs)
         self.mlp = None if ends else Mlp(width, int(width * config.mlp_ratio), dtype=dtype, rngs=rngs)
 
     def modulations(self, conditioning_bd: jax.Array) -> list[jax.Array]:
-        """The `chunks` vectors, [B, D] each."""
+        """The `chunks` modulation vectors, [B, D] each."""
         return jnp.split(self.modulation(jax.nn.silu(conditioning_bd)), self.chunks, axis=-1)
 
     def finish(self, x_bnd, attended_bnd, gate_1, shift_2, scale_2, gate_2) -> jax.Array:

@@ -19,19 +19,19 @@ LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
-    channels: tuple = (128, 256, 512, 512)  # features of each level, finest first; each level halves the image
-    blocks: int = 2  # residual blocks of a level in the encoder; the decoder has one more
+    channels: tuple = (128, 256, 512, 512)  # features per level, finest first; each further level halves the image
+    blocks: int = 2  # residual blocks per level in the encoder; the decoder has one more
     image_channels: int = 3
     latent_channels: int = 4
-    groups: int = 32  # of the group norms
+    groups: int = 32  # groups of channels in each group norm
     quant_conv: bool = True  # 1x1 convolutions around the latents; SD3 has none
     scale: float = 0.18215  # see LatentSpec
     shift: float = 0.0
-    dtype: str = "float32"  # of the computation
+    dtype: str = "float32"  # dtype of the computation
 
     @property
     def factor(self) -> int:
-        """Pixels a side of one latent cell."""
+        """f, the side of a latent cell in pixels."""
         return 2 ** (len(self.channels) - 1)
 
     def latent_spec(self, vae_id: str, image_size: int) -> LatentSpec:
@@ -43,7 +43,7 @@ SD3 = VAEConfig(latent_channels=16, quant_conv=False, scale=1.5305, shift=0.0609
 
 
 class GroupNorm(nnx.GroupNorm):
-    """Over groups of channels and all positions, computed in float32, returned in x's dtype."""
+    """Group norm over groups of channels and all positions, computed in float32, returned in x's dtype."""
 
     def __init__(self, features: int, groups: int, *, rngs: nnx.Rngs):
         super().__init__(features, groups, epsilon=1e-6, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
@@ -101,7 +101,7 @@ class Middle(nnx.Module):
 
 
 class Level(nnx.Module):
-    """Residual blocks at one resolution, then, if there is a `resample`, the way to the next."""
+    """Residual blocks at one resolution, then `resample`, if given, to the next resolution."""
 
     def __init__(self, features: int, out: int, blocks: int, resample, *, config: VAEConfig, rngs: nnx.Rngs):
         widths = [features] + [out] * blocks
@@ -117,7 +117,7 @@ class Level(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """[B, H, W, C] -> [B, H / 2, W / 2, C]; the image is padded at its lower and right edges alone."""
+    """[B, H, W, C] -> [B, H / 2, W / 2, C]; only the lower and right edges are padded."""
 
     def __init__(self, features: int, *, config: VAEConfig, rngs: nnx.Rngs):
         self.conv = conv(features, features, strides=2, padding=((0, 1), (0, 1)), config=config, rngs=rngs)
@@ -127,7 +127,7 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """[B, H, W, C] -> [B, 2 H, 2 W, C]: each pixel four times, then a convolution."""
+    """[B, H, W, C] -> [B, 2 H, 2 W, C]: nearest-neighbour upsampling, then a convolution."""
 
     def __init__(self, features: int, *, config: VAEConfig, rngs: nnx.Rngs):
         self.conv = conv(features, features, config=config, rngs=rngs)
@@ -137,7 +137,7 @@ class Upsample(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """[B, H, W, image channels] -> [B, H / f, W / f, 2 C], mean and log-variance."""
+    """[B, H, W, image channels] -> [B, H / f, W / f, 2 C]: mean and log-variance."""
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
         widths, last = config.channels, len(config.channels) - 1
@@ -197,7 +197,7 @@ class Decoder(nnx.Module):
 
 
 class VAE(nnx.Module):
-    """The autoencoder. Latents here are as its encoder gives them; a diffusion model sees them by a `LatentSpec`."""
+    """The autoencoder. Its latents are not normalised; a `LatentSpec` normalises them for a diffusion model."""
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -208,7 +208,7 @@ class VAE(nnx.Module):
         self.post_quant_conv = conv(channels, channels, 1, config=config, rngs=rngs) if quant else None
 
     def encode(self, images_bhwc: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The posterior's mean and standard deviation, [B, H / f, W / f, C] float32 each."""
+        """Mean and standard deviation of the posterior, [B, H / f, W / f, C] float32 each."""
         moments = self.encoder(images_bhwc.astype(self.config.dtype))
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
@@ -228,9 +228,9 @@ def decode_tiled(
 ) -> np.ndarray:
     """Decodes large latents tile by tile, so that memory does not grow with the image; float32 [B, H, W, channels].
 
-    decode: latents to images, such as a jitted `VAE.decode`; it sees tiles of one shape alone, at most `tile` cells a
-    side. Neighbours share at least `overlap` cells, over which one fades linearly into the other. A tile's group norms
-    and attention see that tile alone, so the result equals `decode` of the whole exactly only where one tile is enough.
+    decode: maps latents to images, such as a jitted `VAE.decode`. All tiles have one shape, at most `tile` cells per
+    side. Neighbours share at least `overlap` cells, over which they are blended linearly. Group norms and attention see
+    one tile at a time, so the result equals `decode` of the whole exactly only if a single tile covers it.
     """
     rows, columns = latents_bhwc.shape[1:3]
     height, width = min(tile, rows), min(tile, columns)
@@ -251,11 +251,11 @@ def decode_tiled(
 
 
 def _starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin, so that they cover `length` and neighbours share at least `overlap`."""
+    """Start of each tile, so that the tiles cover `length` and neighbours share at least `overlap`."""
     return [*range(0, length - tile, max(1, tile - overlap)), length - tile]
 
 
 def _fade(length: int, overlap: int) -> np.ndarray:
-    """Weights of a tile along one side [length]: 1 within, down to nearly 0 at its edges."""
+    """Blending weights of a tile along one side, [length]: 1 inside, nearly 0 at its edges."""
     inside = np.arange(length) + 0.5
     return np.minimum(1.0, np.minimum(inside, length - inside) / max(1, overlap)).astype(np.float32)

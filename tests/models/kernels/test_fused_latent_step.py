@@ -1,4 +1,4 @@
-"""The kernels of a latent step, in Pallas's interpreter, against the plain operations that they stand for."""
+"""The kernels of a latent step, in Pallas's interpreter, against the plain operations that they replace."""
 
 import dataclasses
 import os
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.jobs.tiny import ROOT
 from tests.models.recursion.small import INTERPRETED, SMALL, pretend_tpu
 from trm_diffusion.models.kernels import fused_latent_step
 from trm_diffusion.models.kernels.fused_latent_step import fits, fused_token_logits, fused_updates
@@ -22,7 +23,7 @@ from trm_diffusion.models.recursion.pool import Pool
 WIDTH, RANK = 128, 128
 
 
-class UpdatesAlone:
+class UpdatesOnly:
     """An attention without weights: the mean of q, k and v, and no base projection."""
 
     def project(self, x_bnd, update=None):
@@ -59,7 +60,7 @@ def fused(a, shift, scale, gate, weights, down, up):
 
 @pytest.mark.parametrize(
     "images, tokens, choices",
-    [(1, 128, 1), (2, 384, 3)],  # one program; and both halves of the batch, each image in three parts
+    [(1, 128, 1), (2, 384, 3)],  # one program; both halves of the batch, each image in three parts
 )
 def test_values_and_gradients_are_those_of_the_plain_operations(images, tokens, choices):
     arguments, cotangents = operands(images, tokens, choices)
@@ -86,7 +87,7 @@ def test_a_recursion_is_the_same_with_them(monkeypatch, scope):
             shift_bd=shift,
             scale_bd=scale,
             conditioning=Conditioning(*y),
-            attention=UpdatesAlone(),
+            attention=UpdatesOnly(),
             key=jax.random.key(0),
         )
         return jnp.sum(out.qkv * cotangent), out.report
@@ -103,7 +104,7 @@ def test_a_recursion_is_the_same_with_them(monkeypatch, scope):
 
 
 def test_they_lower_for_a_tpu():
-    """Four kernels, in bfloat16 and DiT-XL's sizes; nothing is compiled."""
+    """Four kernels, in bfloat16 at DiT-XL's sizes; nothing is compiled."""
     arguments, _ = jax.eval_shape(lambda: operands(2, 256, 1))
     block, rest = arguments[:3], arguments[3:]
 
@@ -141,34 +142,13 @@ def test_only_a_tpu_takes_them(monkeypatch):
         shift_bd=y,
         scale_bd=y,
         conditioning=Conditioning(y, y),
-        attention=UpdatesAlone(),
+        attention=UpdatesOnly(),
         key=jax.random.key(0),
     )
 
 
-SHARDED = """
-import jax, jax.numpy as jnp, numpy as np
-from tests.models.kernels.test_fused_latent_step import INTERPRETED, fused_by_pool, operands, plain
-from trm_diffusion.models.kernels import fused_latent_step
-from trm_diffusion.runtime.sharding import MESH_AXES, models_over
-
-vars(fused_latent_step).update(INTERPRETED)
-arguments, cotangents = operands(4, 128, 1)
-mesh = jax.make_mesh((1, 2, 2, 1), MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4)
-
-def step(*arguments):
-    with models_over(mesh):
-        return fused_by_pool(*arguments)
-
-expected, pullback = jax.vjp(plain, *arguments)
-found, backward = jax.vjp(jax.jit(step), *arguments)
-for a, b in zip((*found, *backward(cotangents)), (*expected, *pullback(cotangents)), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6 * np.abs(b).max())
-"""
-
-
 def fused_by_pool(a, shift, scale, gate, weights, down, up):
-    """As `fused`, through the methods that divide the work over devices."""
+    """Like `fused`, through the pool's methods that divide the work over devices."""
     config = dataclasses.replace(SMALL, rank=RANK)
     both = nnx.eval_shape(lambda: Pool(WIDTH, config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     both.gate.token_kernel = nnx.Param(gate[:, None, :])
@@ -180,6 +160,7 @@ def fused_by_pool(a, shift, scale, gate, weights, down, up):
 
 
 def test_each_device_runs_them_on_its_own_images_and_heads():
-    """Two parts of the batch, two of the heads: gradients of what all devices hold are summed over them."""
+    """The batch and the heads in two shards each; gradients of what all devices hold are summed over devices."""
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
-    subprocess.run([sys.executable, "-c", SHARDED], env={**os.environ, "XLA_FLAGS": flags}, check=True)
+    command = [sys.executable, "-m", "tests.models.kernels.sharded_latent_step"]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "XLA_FLAGS": flags}, check=True)

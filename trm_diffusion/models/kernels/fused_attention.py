@@ -1,15 +1,15 @@
-"""Softmax attention over short sequences as one TPU kernel a pass, which writes no logits to memory.
+"""Softmax attention over short sequences as one TPU kernel per pass, which writes no logits to memory.
 
-A program of the kernel holds all queries, keys and values of some heads of one image and takes one head after another:
-logits in float32, softmax, and the product with the values, all in the chip's vector memory. The backward pass computes
-logits and softmax again, so that q, k and v are all it needs of the forward pass. For one head, with s = d^-1/2:
+A program of the kernel holds all queries, keys and values of some heads of one image in the chip's vector memory. It
+takes one head at a time: float32 logits, softmax, and the product with the values. The backward pass recomputes logits
+and softmax, so it needs only q, k and v from the forward pass. For one head, with s = d^-1/2:
 
     P = softmax(s q k^T),  o = P v
     dv = P^T do,  dP = do v^T,  dS = P * (dP - rowsum(P * dP)),  dq = s dS k,  dk = s dS^T q
 
-The kernel sees tokens along the last axis, [B, H, d, N], the layout in which XLA likes to leave a projection; an axis
-of d = 72 would be padded to 128 there. Logits are [M, N], so that the softmax reduces over registers, not inside them.
-The cost that a kernel declares is its useful products; the hardware pads d to 128 in those that sum over it.
+The kernel has tokens along the last axis, [B, H, d, N], the layout in which XLA tends to leave a projection; there an
+axis of d = 72 would be padded to 128. Logits are [M, N], so that the softmax reduces across registers, not within them.
+A kernel declares the cost of its useful products only; the hardware pads d to 128 in those that sum over it.
 """
 
 import functools
@@ -20,25 +20,25 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES, SUBLANES = 128, 8  # of a register
-VMEM_BYTES = 48 * 2**20  # of vector memory that a program may take; the smallest chip that this is for has 64 MiB
-LOGITS = 2**18  # computed at a time: a whole head, or part of its queries
-PARTS = 16  # of heads and queries that a program takes at most; they are unrolled
-AHEAD = 2  # parts whose logits are computed before they are needed, so that products of one hide another's softmax
-MASKED = -1e30  # a logit; finite, for a query that sees no key
+LANES, SUBLANES = 128, 8  # of a vector register
+VMEM_BYTES = 48 * 2**20  # vector memory that a program may use; the smallest supported chip has 64 MiB
+LOGITS = 2**18  # logits computed at a time: those of a whole head, or of part of its queries
+PARTS = 16  # most parts (a head and some of its queries) in a program, which unrolls them
+AHEAD = 2  # parts whose logits are computed ahead, so that the products of one overlap with another's softmax
+MASKED = -1e30  # a masked logit; finite, so that a query with every key masked gives no NaN
 TO_BASE_2 = math.log2(math.e)
 
-_ROWS, _INNER, _LANES = (((0,), (0,)), ((), ())), (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))  # contracted
+_ROWS, _INNER, _LANES = (((0,), (0,)), ((), ())), (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))  # contracted axes
 
 
 def fits(q_bnhd: jax.Array, k_bmhd: jax.Array) -> bool:
-    """Whether the kernel takes these shapes: N and M up to 2,048 or so."""
+    """Whether the kernel supports these shapes: N and M up to about 2,048."""
     return _heads_at_a_time(q_bnhd, k_bmhd) > 0
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def fused_attention(q_bnhd, k_bmhd, v_bmhd, mask_bm=None, interpret: bool = False) -> jax.Array:
-    """As `dot_product_attention`, for shapes that `fits` admits, on one TPU; `interpret` runs the kernels elsewhere."""
+    """Like `dot_product_attention`, for shapes that `fits`, on one TPU; `interpret` runs it on other platforms."""
     return _forward(q_bnhd, k_bmhd, v_bmhd, mask_bm, interpret)
 
 
@@ -63,7 +63,7 @@ def _backward(q, k, v, do, mask, interpret: bool):
 
 
 def _call(kernel, products: int, operands, mask, results, interpret: bool):
-    """Runs the kernel over images and groups of heads. products: of [N, d] by [d, M] for each head."""
+    """Runs the kernel over images and groups of heads. products: number of [N, d] by [d, M] products per head."""
     masks = () if mask is None else (mask,)
     batch, n, heads, d = operands[0].shape
     m, group = operands[1].shape[1], _heads_at_a_time(*operands[:2])
@@ -95,11 +95,11 @@ def _queries_at_a_time(n: int, m: int) -> int:
 
 
 def _heads_at_a_time(q_bnhd, k_bmhd) -> int:
-    """The most heads that one program can take, 0 if not even one."""
+    """The most heads that fit in one program, 0 if not even one does."""
     _, n, heads, d = q_bnhd.shape
     m, queries = k_bmhd.shape[1], _queries_at_a_time(n, k_bmhd.shape[1])
-    tokens = 3 * pl.cdiv(n, LANES) + 4 * pl.cdiv(m, LANES)  # read and written by the backward pass, each in two buffers
-    block = 2 * q_bnhd.dtype.itemsize * d * LANES * tokens
+    tokens = 3 * pl.cdiv(n, LANES) + 4 * pl.cdiv(m, LANES)  # inputs and outputs of the backward pass
+    block = 2 * q_bnhd.dtype.itemsize * d * LANES * tokens  # double-buffered
     logits = 4 * m * pl.cdiv(queries, LANES) * LANES
     most = min(PARTS // pl.cdiv(n, queries), (VMEM_BYTES - 8 * logits) // block)
     return max((some for some in range(1, most + 1) if heads % some == 0), default=0)
@@ -138,7 +138,7 @@ def _backward_kernel(q, k, v, do, *refs, masked: bool):
 
 
 def _pipeline(q, k, begin, finish):
-    """begin(head, queries), then finish(head, queries, begun), for all heads and parts of their queries, as indices."""
+    """Calls begin(head, queries), and AHEAD parts later finish(head, queries, begun), for every part, as indices."""
     _, heads, _, n = q.shape
     size = _queries_at_a_time(n, k.shape[3])
     queries = [slice(start, min(start + size, n)) for start in range(0, n, size)]
@@ -156,13 +156,13 @@ def _product(a, b, contracted):
 
 
 def _logits(q, k, mask, head, queries):
-    """[M, queries] float32, to base 2."""
+    """Logits [M, queries] for a softmax to base 2, float32."""
     logits = _product(k[head], q[*head, :, queries], _ROWS) * (q.shape[2] ** -0.5 * TO_BASE_2)
     return logits if mask is None else jnp.where(mask, logits, MASKED)
 
 
 def _softmax(logits):
-    """Numerators [M, queries] and their sums [1, queries], float32."""
+    """Numerators [M, queries] of the softmax and their sums [1, queries], float32."""
     p = jnp.exp2(logits - jnp.max(logits, axis=0, keepdims=True))
     return p, jnp.sum(p, axis=0, keepdims=True)
 

@@ -3,18 +3,18 @@
 Both start from the state a and compute h = Mod(LN(a)) = LN(a) (1 + scale) + shift in the chip's vector memory:
 
     fused_token_logits  W_x LN(h), the tokens' part of the gate's logits, in float32
-    fused_updates       sum_m w_m B_m A_m h for q, k and v: every expert for every token, weighted in the r-wide middle,
-                        and so M / k times the products that are asked for
+    fused_updates       sum_m w_m B_m A_m h for q, k and v; every expert runs on every token and is weighted in the
+                        r-wide middle, which takes M / k times the products that the routing needs
 
-As separate operations these are small products between passes over a, h and their gradients, and it is the passes that
-take the time. The backward kernels compute h again; that of the updates has A h from the forward kernel.
+As separate operations these are small products between passes over a, h and their gradients, and the passes take the
+time. The backward kernels recompute h; that of the updates reuses A h from the forward kernel.
 
-States are [B, N, D], as the rest of a block has them, and the updates have tokens along the last axis, [B, D, N], as
-fused_attention.py wants them. A program holds some tokens of one image. Gradients of weights are summed over the
-programs of each half of the images, since a chip may have two cores. The cost that a kernel declares is that of its
-products; they need no padding where r is a multiple of 128.
+States are [B, N, D], as in the rest of a block. Updates have tokens along the last axis, [B, D, N], as
+fused_attention.py needs them. A program holds some tokens of one image. Weight gradients are summed over the programs
+of each half of the images, since a chip may have two cores. A kernel declares the cost of its products only; they need
+no padding if r is a multiple of 128.
 
-The kernels were run in Pallas's interpreter and compiled for TPUs; they have not run on one yet.
+The kernels have run in Pallas's interpreter and have been compiled for TPUs; they have not run on one yet.
 """
 
 import functools
@@ -30,23 +30,23 @@ from trm_diffusion.models.kernels.fused_attention import LANES, SUBLANES, VMEM_B
 from trm_diffusion.models.layers import EPSILON
 
 PROJECTIONS = 3  # q, k and v
-TOKENS = (256, 128)  # of a program, the first that divides the image and fits
+TOKENS = (256, 128)  # tokens of a program: the first number that divides an image's tokens and fits
 HIGHEST = jax.lax.Precision.HIGHEST
 
-_ROWS, _INNER, _LANES = (((0,), (0,)), ((), ())), (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))  # contracted
+_ROWS, _INNER, _LANES = (((0,), (0,)), ((), ())), (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))  # contracted axes
 
 
 def fits(tokens: int, width: int, experts: int, rank: int, dtype) -> bool:
-    """Whether the kernels take N tokens of D features and the weights of M experts of rank r, all in bfloat16."""
+    """Whether the kernels support N tokens of D features and M experts of rank r; dtype must be bfloat16."""
     whole = rank % LANES == 0 and width % LANES == 0 and dtype == jnp.bfloat16
     return whole and _tokens_at_a_time(tokens, width, experts * rank, dtype) > 0
 
 
 def _tokens_at_a_time(tokens: int, width: int, ranks: int, dtype) -> int:
     item = jnp.dtype(dtype).itemsize
-    weights = 2 * PROJECTIONS * ranks * width * (item + 2 * 4)  # and their gradients in float32, in two buffers
+    weights = 2 * PROJECTIONS * ranks * width * (item + 2 * 4)  # and their float32 gradients, double-buffered
     for some in TOKENS:
-        # Of the backward kernel: a, its gradient, three cotangents in two buffers, six of float32; A h, its gradient.
+        # Backward kernel: a, its gradient and three cotangents, double-buffered; six float32; A h, its gradient.
         block = width * some * (5 * 2 * item + 6 * 4) + PROJECTIONS * ranks * some * (2 * item + 2 * 4)
         if tokens % some == 0 and weights + block <= VMEM_BYTES:
             return some
@@ -57,14 +57,14 @@ def _tokens_at_a_time(tokens: int, width: int, ranks: int, dtype) -> int:
 def fused_token_logits(a_bnd, shift_bd, scale_bd, kernel_dc, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
     """LN(Mod(LN(a))) times the kernel [D, C] -> [B, N, C] float32, and a itself.
 
-    Whoever uses that a hands its gradient to the backward kernel, which adds it up in the same pass. `interpret` runs
-    the kernels elsewhere than on a TPU.
+    Use the returned a from here on, and the backward kernel adds that use's gradient in the same pass. `interpret` runs
+    the kernels on other platforms than TPU.
     """
     return _saving_logits(a_bnd, shift_bd, scale_bd, kernel_dc, interpret)[0]
 
 
 def _saving_logits(a_bnd, shift_bd, scale_bd, kernel_dc, interpret):
-    operands = *_of_block(a_bnd, shift_bd, scale_bd), ("weights", kernel_dc.T)
+    operands = *_block_operands(a_bnd, shift_bd, scale_bd), ("weights", kernel_dc.T)
     (logits,) = _call(
         _logits_kernel, operands, [("token", (kernel_dc.shape[1],), jnp.float32)], kernel_dc.size, interpret
     )
@@ -74,7 +74,7 @@ def _saving_logits(a_bnd, shift_bd, scale_bd, kernel_dc, interpret):
 def _logits_gradients(interpret, saved, cotangents):
     a_bnd, shift_bd, scale_bd, kernel_dc = saved
     (width, choices), (dlogits, da) = kernel_dc.shape, cotangents
-    operands = *_of_block(a_bnd, shift_bd, scale_bd), ("weights", kernel_dc.T)
+    operands = *_block_operands(a_bnd, shift_bd, scale_bd), ("weights", kernel_dc.T)
     operands += ("token", _tokens_last(dlogits)), ("state", da)
     results = [("state", (width,), a_bnd.dtype), *_modulation_gradients(width), ("all", (choices, width), jnp.float32)]
     da, dshift, dscale, dkernel = _call(
@@ -85,7 +85,7 @@ def _logits_gradients(interpret, saved, cotangents):
         interpret,
     )
     dkernel = jnp.sum(dkernel, axis=0).T
-    dkernel = dkernel - jnp.mean(dkernel, axis=0, keepdims=True)  # the kernel was centred
+    dkernel = dkernel - jnp.mean(dkernel, axis=0, keepdims=True)  # since the kernel was centred
     return _gradients(da, dshift, dscale, shift_bd, scale_bd) + (dkernel,)
 
 
@@ -94,10 +94,10 @@ fused_token_logits.defvjp(_saving_logits, _logits_gradients)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def fused_updates(a_bnd, shift_bd, scale_bd, weights_bnpm, down_pmrd, up_pmrd, interpret: bool = False) -> tuple:
-    """The updates of q, k and v by h = Mod(LN(a)), three of [B, N, D]: sum over m of weights * up_m^T (down_m h).
+    """Updates of q, k and v from h = Mod(LN(a)), three of [B, N, D]: sum over m of weights * up_m^T (down_m h).
 
-    weights [B, N, P, M] float32, zero for experts that do not take the token, P = 1 for one choice of all three; down
-    and up [3, M, r, D]. `interpret` runs the kernels elsewhere than on a TPU.
+    weights: [B, N, P, M] float32, zero for experts that do not take the token; P = 1 if q, k and v share one choice.
+    down, up: [3, M, r, D]. `interpret` runs the kernels on other platforms than TPU.
     """
     return _saving_updates(a_bnd, shift_bd, scale_bd, weights_bnpm, down_pmrd, up_pmrd, interpret)[0]
 
@@ -108,14 +108,14 @@ def _saving_updates(*operands):
     ranks, width = math.prod(up_pmrd.shape[:-1]), up_pmrd.shape[-1]
     results = [("token", (width,), a_bnd.dtype)] * PROJECTIONS + [("token", (ranks,), a_bnd.dtype)]
     kernel = functools.partial(_updates_kernel, rank=down_pmrd.shape[2])
-    *updates, low = _call(kernel, _of_updates(*arrays), results, 2 * down_pmrd.size, interpret)
+    *updates, low = _call(kernel, _updates_operands(*arrays), results, 2 * down_pmrd.size, interpret)
     return tuple(map(_tokens_last, updates)), (*arrays, low)
 
 
 def _updates_gradients(interpret, saved, cotangents):
     *arrays, low = saved
     a_bnd, shift_bd, scale_bd, weights_bnpm, down_pmrd, up_pmrd = arrays
-    operands = _of_updates(*arrays)
+    operands = _updates_operands(*arrays)
     results = [("state", a_bnd.shape[2:], a_bnd.dtype), *_modulation_gradients(a_bnd.shape[2])]
     results += [("token", (math.prod(weights_bnpm.shape[2:]),), jnp.float32)]
     results += [("all", x.shape, jnp.float32) for _, x in operands[4:]]
@@ -130,10 +130,10 @@ def _updates_gradients(interpret, saved, cotangents):
     return _gradients(da, dshift, dscale, shift_bd, scale_bd) + (dweights, *of_weights)
 
 
-def _of_updates(a_bnd, shift_bd, scale_bd, weights_bnpm, down_pmrd, up_pmrd) -> tuple:
+def _updates_operands(a_bnd, shift_bd, scale_bd, weights_bnpm, down_pmrd, up_pmrd) -> tuple:
     weights = _tokens_last(weights_bnpm.reshape(*weights_bnpm.shape[:2], -1))
     flat = (("weights", x.reshape(-1, x.shape[-1])) for x in (down_pmrd, up_pmrd))
-    return *_of_block(a_bnd, shift_bd, scale_bd), ("token", weights), *flat
+    return *_block_operands(a_bnd, shift_bd, scale_bd), ("token", weights), *flat
 
 
 fused_updates.defvjp(_saving_updates, _updates_gradients)
@@ -144,8 +144,8 @@ def _tokens_last(x_bnd: jax.Array) -> jax.Array:
     return x_bnd.swapaxes(1, 2)
 
 
-def _of_block(a_bnd, shift_bd, scale_bd) -> tuple:
-    """The operands that all kernels have."""
+def _block_operands(a_bnd, shift_bd, scale_bd) -> tuple:
+    """The operands that all kernels share."""
     return ("state", a_bnd), ("image", shift_bd[:, None, :]), ("image", scale_bd[:, None, :])
 
 
@@ -158,11 +158,11 @@ def _gradients(da, dshift, dscale, shift_bd, scale_bd) -> tuple:
 
 
 def _call(kernel, operands: Sequence[tuple], results: Sequence[tuple], products: int, interpret: bool) -> list:
-    """Runs the kernel over halves of the batch, their images, and the tokens of an image.
+    """Runs the kernel over halves of the batch, their images, and parts of an image's tokens.
 
-    operands: (what it is of, array), and first the state a. results: (what it is of, its further axes, dtype). Of them,
-    "state" is [B, N, D]; "token" [B, ..., N]; "image" [B, 1, D], as a result a sum over its tokens; "weights" has two
-    axes; and "all", a result, is [halves, ...], a sum over the half. products: multiply-adds for each token.
+    operands: (kind, array) each, the state a first. results: (kind, further axes, dtype) each. Kinds: "state" is
+    [B, N, D]; "token" is [B, ..., N]; "image" is [B, 1, D], as a result summed over the image's tokens; "weights" has
+    two axes; "all", only a result, is [halves, ...], summed over each half. products: multiply-adds per token.
     """
     kinds, operands = zip(*operands, strict=True)
     batch, n, width = operands[0].shape
@@ -204,17 +204,17 @@ def _call(kernel, operands: Sequence[tuple], results: Sequence[tuple], products:
 
 def _logits_kernel(a, shift, scale, kernel, logits):
     product, _, _, inverse = _projected(_modulated(a, shift, scale)[0], kernel)
-    logits[0] = product * _across(inverse)
+    logits[0] = product * _as_row(inverse)
 
 
 def _logits_gradients_kernel(a, shift, scale, kernel, dlogits, da_in, da, dshift, dscale, dkernel):
     h, normal, inverse = _modulated(a, shift, scale)
     product, centred, mean, inverse_h = _projected(h, kernel)
-    dproduct = dlogits[0] * _across(inverse_h)
-    dinverse = _down(jnp.sum(dlogits[0] * product, axis=0, keepdims=True))
-    # inverse = variance^(-1/2), and the variance grows by 2 (h - mean h) / D with h.
-    dh = _exactly(dproduct, centred, _ROWS) - dinverse * inverse_h**3 * (h - mean) / h.shape[1]
-    _add(dkernel, _exactly(dproduct, h, _INNER), _first_of_half())
+    dproduct = dlogits[0] * _as_row(inverse_h)
+    dinverse = _as_column(jnp.sum(dlogits[0] * product, axis=0, keepdims=True))
+    # inverse = variance^(-1/2), and the derivative of the variance by h is 2 (h - mean h) / D.
+    dh = _float32_product(dproduct, centred, _ROWS) - dinverse * inverse_h**3 * (h - mean) / h.shape[1]
+    _add(dkernel, _float32_product(dproduct, h, _INNER), _first_of_half())
     _pull_back(dh, normal, inverse, scale, da, dshift, dscale, da_in[0].astype(jnp.float32))
 
 
@@ -244,7 +244,7 @@ def _updates_gradients_kernel(
         _add(dup, _product((a_h * weight).astype(a.dtype), dupdate, _LANES), first, rows)
         dh += _product(da_h, down[rows], _ROWS)
     experts = len(dweight) // PROJECTIONS
-    if weights.shape[1] == experts:  # one choice for all three
+    if weights.shape[1] == experts:  # q, k and v share one choice
         dweight = [sum(dweight[m::experts]) for m in range(experts)]
     for row, one in enumerate(dweight):
         dweights[0, row : row + 1] = one
@@ -252,7 +252,7 @@ def _updates_gradients_kernel(
 
 
 def _modulated(a, shift, scale):
-    """h, LN(a) and what LN divides by, of [N, D] float32."""
+    """h and LN(a), [N, D] float32, and 1 / deviation of a, [N, 1]."""
     x = a[0].astype(jnp.float32)
     mean, inverse = _moments(x)
     normal = (x - mean) * inverse
@@ -260,7 +260,7 @@ def _modulated(a, shift, scale):
 
 
 def _pull_back(dh, normal, inverse, scale, da, dshift, dscale, more):
-    """The gradients of a and of the modulation from that of h; `more` is another gradient of a."""
+    """Writes the gradients of a and of the modulation, given that of h; `more` is added to that of a."""
     first = pl.program_id(2) == 0
     _add(dshift, jnp.sum(dh, axis=0, keepdims=True), first)
     _add(dscale, jnp.sum(dh * normal, axis=0, keepdims=True), first)
@@ -271,9 +271,9 @@ def _pull_back(dh, normal, inverse, scale, da, dshift, dscale, more):
 
 
 def _projected(h, kernel):
-    """h by the centred kernel [C, N], the centred kernel [C, D], the mean and 1 / deviation of h [N, 1]."""
+    """The centred kernel times h [C, N], the centred kernel [C, D], the mean and 1 / deviation of h [N, 1]."""
     centred = kernel[...] - jnp.mean(kernel[...], axis=1, keepdims=True)
-    return _exactly(centred, h, _LANES), centred, *_moments(h)
+    return _float32_product(centred, h, _LANES), centred, *_moments(h)
 
 
 def _moments(x):
@@ -287,7 +287,7 @@ def _first_of_half():
 
 
 def _add(ref, x, first, rows=slice(None)):
-    """Adds x to the rows of a result [1, R, D] that several programs share; the first of them sets it."""
+    """Adds x to the rows of a result [1, R, D] that several programs share; the first program sets it."""
 
     @pl.when(first)
     def _():
@@ -299,13 +299,13 @@ def _add(ref, x, first, rows=slice(None)):
 
 
 def _rows_of(p: int, weights) -> slice:
-    """Where projection p's experts are among the rows of the weights."""
+    """The rows of the weights that hold projection p's experts."""
     size = weights.shape[0] // PROJECTIONS
     return slice(p * size, (p + 1) * size)
 
 
 def _over_ranks(weights, p: int, rank: int, rows: slice):
-    """The experts' weights of projection p, each over its r rows, [M r, N]."""
+    """The experts' weights for projection p, each repeated over its r rows, [M r, N]."""
     experts = (rows.stop - rows.start) // rank
     first = 0 if weights.shape[1] == experts else p * experts
     each = [weights[0, first + m : first + m + 1] for m in range(experts)]
@@ -316,16 +316,16 @@ def _product(a, b, contracted):
     return jax.lax.dot_general(a, b, contracted, preferred_element_type=jnp.float32)
 
 
-def _exactly(a, b, contracted):
-    """A product in float32 in earnest."""
+def _float32_product(a, b, contracted):
+    """A product in full float32 precision, without bfloat16 passes."""
     return jax.lax.dot_general(a, b, contracted, precision=HIGHEST, preferred_element_type=jnp.float32)
 
 
-def _across(column):
+def _as_row(column):
     """[N, 1] -> [1, N]."""
     return jnp.broadcast_to(column, (column.shape[0], LANES)).T[:1]
 
 
-def _down(row):
+def _as_column(row):
     """[1, N] -> [N, 1]."""
     return jnp.broadcast_to(row, (SUBLANES, row.shape[1])).T[:, :1]

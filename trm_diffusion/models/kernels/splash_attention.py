@@ -1,8 +1,8 @@
-"""JAX's splash attention for TPUs, for sequences that `fused_attention` cannot hold whole.
+"""JAX's splash attention for TPUs, for sequences too long for `fused_attention`.
 
-It goes over blocks of queries and keys with a running softmax, so that its memory does not grow with their product.
-Padding up to whole blocks, and keys that nobody sees, form a segment of their own, to which no query belongs. JAX
-declares no cost for it: the compiler's estimates of time and FLOPs leave its products out.
+It iterates over blocks of queries and keys with a running softmax, so its memory does not grow with their product. Keys
+that are masked, or pad the sequence to whole blocks, form a segment of their own, to which no query belongs. JAX
+declares no cost for it, so the compiler's estimates of time and FLOPs leave its products out.
 """
 
 import jax
@@ -14,7 +14,7 @@ BLOCK = 512  # queries and keys at a time; not tuned
 
 
 def splash_attention(q_bnhd, k_bmhd, v_bmhd, mask_bm=None, interpret: bool = False) -> jax.Array:
-    """As `dot_product_attention`, on one TPU; `interpret` runs the kernels elsewhere."""
+    """Like `dot_product_attention`, on one TPU; `interpret` runs the kernels on other platforms."""
     (batch, n, heads, d), m = q_bnhd.shape, k_bmhd.shape[1]
     visible_bm = jnp.ones((batch, m), jnp.int32) if mask_bm is None else mask_bm.astype(jnp.int32)
     q, k, v, visible_bm = (_whole_blocks(x) for x in (q_bnhd * d**-0.5, k_bmhd, v_bmhd, visible_bm))
@@ -36,5 +36,5 @@ def splash_attention(q_bnhd, k_bmhd, v_bmhd, mask_bm=None, interpret: bool = Fal
 
 
 def _whole_blocks(x: jax.Array) -> jax.Array:
-    """x with zeros behind its tokens (axis 1), up to a multiple of the block."""
+    """x, with its tokens (axis 1) zero-padded to a multiple of BLOCK."""
     return jnp.pad(x, [(0, -x.shape[1] % BLOCK if axis == 1 else 0) for axis in range(x.ndim)])
