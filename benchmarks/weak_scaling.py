@@ -10,7 +10,7 @@ all-gathered before the forward and before the backward pass, and gradients are 
 Targets: memory and FLOPs per device are constant within 5%; a device sends at most 1.05 times the bytes on 8 chips plus
 those that the copies add.
 
-    python -m benchmarks.weak_scaling [--chips 8,64,256,1024] [--save docs/results/weak_scaling.json]
+    python -m benchmarks.weak_scaling [--chips 8,64,256,1024] [--save docs/results/benchmark_weak_scaling.json]
 """
 
 import argparse
