@@ -39,7 +39,7 @@ from trm_diffusion.runtime.sharding import batch_sharding, batch_shards
 from trm_diffusion.runtime.topology import GIB, Topology, described_devices, parse_topology
 
 LARGEST = 6  # number of arrays to list
-COMFORT = 0.9  # fraction of the memory that the advice tries to stay within
+MEMORY_FRACTION = 0.9  # fraction of the memory that the advice tries to stay within
 
 
 def compile_ahead(config: Config, topology: str, slices: int = 1, job: str = "train") -> bool:
@@ -116,11 +116,11 @@ def report_on(config: Config, topology: Topology, job: str) -> dict:
         return report
     text = compiled.as_text()
     cost = program_cost(text, topology.slices)
-    report |= {"largest_temporaries": largest_arrays(text, LARGEST), "compiler_analysis": own_analysis(compiled)}
+    report |= {"largest_temporaries": largest_arrays(text, LARGEST), "compiler_analysis": compiler_totals(compiled)}
     return report | cost_report(experiment, topology, job, cost)
 
 
-def own_analysis(compiled) -> dict:
+def compiler_totals(compiled) -> dict:
     """The compiler's own totals of a step, with each loop body counted once; None for a value it does not give."""
     found = compiled.cost_analysis()
     names = {"flops": "flops", "bytes": "bytes accessed", "seconds": "optimal_seconds"}
@@ -225,7 +225,7 @@ def advice(experiment: Experiment, topology: Topology, job: str, state: float, t
     """
     config, shards = experiment.config, batch_shards(experiment.mesh)
     per_device = (config.train if job == "train" else config.sample).batch_size // shards
-    room = COMFORT * topology.chip.memory_bytes / GIB - state
+    room = MEMORY_FRACTION * topology.chip.memory_bytes / GIB - state
     smaller_state = [("--topology", f"more chips: {state:.3g} GiB of state on each of these")] if room <= 0 else []
     if experiment.mesh.shape["data"] > topology.slices and config.mesh.fsdp != -1:
         smaller_state.append(("--config.mesh.data=-1 --config.mesh.fsdp=-1", "shards the state as much as possible"))

@@ -35,12 +35,8 @@ from trm_diffusion.runtime.processes import barrier, is_main_process
 from trm_diffusion.runtime.sharding import own_shards
 from trm_diffusion.runtime.signals import StopRequest
 
-PLACE = (
-    "version",
-    "git_commit",
-    "jax",
-    "device",
-)  # fields of the record that may change on resume: software and device
+# Fields of the record that may differ when an export is resumed: software and device.
+FREE = ("version", "git_commit", "jax", "device")
 
 
 def export(config: Config, workdir: epath.Path, stop: StopRequest, count: int, out: str = "") -> None:
@@ -63,9 +59,10 @@ def export(config: Config, workdir: epath.Path, stop: StopRequest, count: int, o
     labels = evaluation_labels(config, count)
     batches = unfinished_batches(folder, count, config.sample.batch_size)
     decoder = load_decoder(experiment, workdir, experiment.mesh.local_mesh)
-    start(folder, labels, protocol(config, update, decoder) | {"samples": count})
+    prepare_folder(folder, labels, protocol(config, update, decoder) | {"samples": count})
 
-    draw, parameters = make_sample_fn(experiment, gathered=False), sampling_parameters(experiment, state)
+    draw = make_sample_fn(experiment, gathered=False)
+    parameters = sampling_parameters(experiment, state)
     missing = sum(len(indices) for indices in batches)
     with tqdm.tqdm(total=count, initial=count - missing, unit="image", mininterval=1) as bar:
         for indices in batches:
@@ -102,18 +99,18 @@ def unfinished_batches(folder: epath.Path, count: int, size: int) -> list[np.nda
     """The indices of each batch that lacks an image, as process 0 sees the folder."""
     existing = {file.name for file in folder.iterdir()} if folder.exists() else set()
     batches = [np.arange(first, min(first + size, count)) for first in range(0, count, size)]
-    lacking = as_first_sees(
+    lacking = broadcast_flags(
         [any(image_path(folder, index).name not in existing for index in batch) for batch in batches]
     )
     return [batch for batch, lacks in zip(batches, lacking, strict=True) if lacks]
 
 
-def as_first_sees(flags: Sequence[bool]) -> np.ndarray:
+def broadcast_flags(flags: Sequence[bool]) -> np.ndarray:
     """Broadcasts the flags of process 0 to all processes; none starts to write before process 0 has looked."""
     return np.asarray(multihost_utils.broadcast_one_to_all(np.array(flags, np.int32))).astype(bool)
 
 
-def start(folder: epath.Path, labels: np.ndarray, record: dict) -> None:
+def prepare_folder(folder: epath.Path, labels: np.ndarray, record: dict) -> None:
     """Writes the labels and the record. Raises UserError if the folder's record has other settings."""
     if keep_record(folder / "sampling.json", folder, record) and is_main_process():
         with replacing(folder / "labels.npy") as partial, partial.open("wb") as file:
@@ -127,7 +124,8 @@ def keep_record(path: epath.Path, folder: epath.Path, record: dict) -> bool:
     Raises UserError if the record there has other settings.
     """
     if path.exists():
-        before, now = ({k: v for k, v in r.items() if k not in PLACE} for r in (json.loads(path.read_text()), record))
+        before = _fixed(json.loads(path.read_text()))
+        now = _fixed(record)
         changed = [field for field in now if before.get(field) != now[field]]
         if changed:
             field = changed[0]
@@ -139,6 +137,11 @@ def keep_record(path: epath.Path, folder: epath.Path, record: dict) -> bool:
     if is_main_process():
         write_json(path, record)
     return True
+
+
+def _fixed(record: dict) -> dict:
+    """The fields that may not differ when an export is resumed."""
+    return {field: value for field, value in record.items() if field not in FREE}
 
 
 def pack(folder: epath.Path, target: epath.Path, labels: np.ndarray) -> None:

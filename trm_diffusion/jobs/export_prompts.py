@@ -22,7 +22,7 @@ from trm_diffusion.conditions import PROMPTS, TEXTS, kind_of
 from trm_diffusion.config import Config
 from trm_diffusion.errors import UserError
 from trm_diffusion.files import clear_partial, sha256_of_json
-from trm_diffusion.jobs.export_images import as_first_sees, keep_record, require_images
+from trm_diffusion.jobs.export_images import broadcast_flags, keep_record, require_images
 from trm_diffusion.jobs.sample import draw_all, make_sample_fn
 from trm_diffusion.metrics import dpg, geneval
 from trm_diffusion.run.decoder import load_decoder
@@ -97,19 +97,22 @@ def export_prompts(
         )
     suite = {"geneval": _geneval, "dpg": _dpg}[benchmark](prompts)
     experiment, state = load_run(config, workdir, reads=PROMPTS)
-    texts, decoder = experiment.condition, load_decoder(experiment, workdir)
+    texts = experiment.condition
+    decoder = load_decoder(experiment, workdir)
     folder = pathlib.Path(out or workdir / "samples" / f"{benchmark}_{int(state.step):07d}")
     record = protocol(config, int(state.step), decoder) | {"text": texts.encoding()}
-    start(folder, benchmark, suite.texts, record)
+    prepare_folder(folder, benchmark, suite.texts, record)
     problems = [problem for problem in map(texts.problem, suite.texts) if problem]
     if problems:
         say(f"warning: {len(problems)} of {len(suite.texts)} prompts are not fully read; the first: {problems[0]}")
 
-    draw, parameters = make_sample_fn(experiment, decoder), sampling_parameters(experiment, state)
-    size, count = max(1, config.sample.batch_size // IMAGES), len(suite.texts)
+    draw = make_sample_fn(experiment, decoder)
+    parameters = sampling_parameters(experiment, state)
+    count = len(suite.texts)
+    size = max(1, config.sample.batch_size // IMAGES)  # prompts per group
     groups = [range(first, min(first + size, count)) for first in range(0, count, size)]
     unfinished = suite.unfinished(folder)
-    lacking = as_first_sees([not unfinished.isdisjoint(group) for group in groups])
+    lacking = broadcast_flags([not unfinished.isdisjoint(group) for group in groups])
     groups = [group for group, lacks in zip(groups, lacking, strict=True) if lacks]
     for group in tqdm.tqdm(groups, unit="group", mininterval=1, disable=None):
         condition = texts.encode([suite.texts[prompt] for prompt in group])
@@ -125,7 +128,7 @@ def export_prompts(
     say(f"drew {IMAGES} images of each of {count} prompts with {config.sample.parameters} parameters: {folder}")
 
 
-def start(folder: pathlib.Path, benchmark: str, texts: list[str], record: dict) -> None:
+def prepare_folder(folder: pathlib.Path, benchmark: str, texts: list[str], record: dict) -> None:
     """Writes the record of the images beside them, and removes the partial files of a killed job.
 
     Raises UserError if the folder holds images drawn with other settings, or files without a record.
