@@ -38,7 +38,7 @@ def test_a_command_reaches_its_job(outcomes, index):
 def test_a_launch_script_takes_its_flags(command):
     script, name, *arguments = shlex.split(command)
     result = subprocess.run(
-        ["bash", script, name, "--dry-run", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+        ["bash", script, name, "--dry-run", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0 and result.stdout, result.stderr
 

@@ -86,7 +86,7 @@ class Checkout:
             env={**os.environ, "PYTHONPATH": ""},
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=900,
         )
         assert process.returncode == 0, process.stderr[-4000:]
         (workdir,) = [flag.partition("=")[2] for flag in [*TINY, *flags] if flag.startswith("--workdir=")][-1:]

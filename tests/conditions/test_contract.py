@@ -104,6 +104,6 @@ def test_a_new_kind_is_one_file_and_one_entry(tmp_path):
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert child.returncode == 0, child.stderr[-3000:]

@@ -116,7 +116,7 @@ def test_killed_and_started_again_ends_with_the_same_bytes(workdir, tmp_path):
     while process.poll() is None and len(list(images.glob("*.png"))) < 20:
         time.sleep(0.005)
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert 20 <= len(list(images.glob("0*.png"))) < count
     finished(command(*flags, f"--out={images}"))
     kept = {

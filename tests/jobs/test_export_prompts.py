@@ -151,7 +151,7 @@ def test_killed_and_started_again_ends_with_the_same_bytes(place, tmp_path):
     while process.poll() is None and len(list(killed.rglob("*.png"))) < 10:
         time.sleep(0.005)
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     before = {path: data for path, data in contents(killed).items() if ".partial" not in path}
     assert 10 <= len(before) < 5 * 60
     after, whole = (exported(place, out, prompts=source, sample__batch_size=4) for out in (killed, tmp_path / "whole"))

@@ -123,7 +123,7 @@ def test_killed_stopped_and_gone_on_it_equals_one_process(pair, tmp_path):
     for process in both:
         process.send_signal(signal.SIGKILL)
     for process in both:
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
     assert lines_of(tmp_path / "two")[-1]["step"] < UPDATES
 
     both = start()

@@ -77,7 +77,7 @@ def test_killed_at_random_moments(experiment):
         if wait_until(process, moment):
             time.sleep(rng.uniform(0.0, 0.2))
             process.kill()
-        _, err = process.communicate(timeout=60)  # returns once no surviving worker holds the job's pipes
+        _, err = process.communicate(timeout=300)  # returns once no surviving worker holds the job's pipes
         assert process.returncode in (-signal.SIGKILL, 0), err[-2000:]
         if process.returncode == 0:  # the run is complete, with nothing left to kill
             break

@@ -77,7 +77,7 @@ def all_finished(processes: list[subprocess.Popen], code: int = 0) -> list[tuple
 
     A failure shows the output of every process, because the first in the list is rarely the first to have failed.
     """
-    texts = [process.communicate(timeout=600) for process in processes]
+    texts = [process.communicate(timeout=900) for process in processes]
     ends = [
         f"process {index}: exit {process.returncode}\n{out[-2000:]}\n{err[-4000:]}"
         for index, (process, (out, err)) in enumerate(zip(processes, texts, strict=True))

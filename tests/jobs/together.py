@@ -30,7 +30,7 @@ MESHES = {"fsdp": {"mesh__fsdp": 2}, "tensor": {"mesh__tensor": 2}}
 
 
 def main(directory: Path, inputs: Path, index: int, count: int, port: int) -> None:
-    join(f"localhost:{port}", count, index, detect=False, timeout=60)
+    join(f"localhost:{port}", count, index, detect=False, timeout=300)
     barrier("the jobs begin")
     directory, stop = epath.Path(directory), StopRequest()
     prepare(

@@ -58,7 +58,7 @@ class Fakes:
             "POLL_SECONDS": "0",
         } | environment
         return subprocess.run(
-            ["bash", root / "launch" / script, *arguments], env=environment, capture_output=True, text=True, timeout=60
+            ["bash", root / "launch" / script, *arguments], env=environment, capture_output=True, text=True, timeout=300
         )
 
 
