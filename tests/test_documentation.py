@@ -17,6 +17,7 @@ LAUNCH = re.compile(r"^ {4}bash (launch/(?:tpu_vm|xpk|slurm|geneval)\.sh .*?)(?:
 LAUNCHES = [command for page in PAGES for command in LAUNCH.findall(page.read_text())]
 BENCHMARK = re.compile(r"benchmarks[./](\w+)")
 LINK = re.compile(r"\]\(([^):#]+)\)")
+SOURCE_FILE = re.compile(r"[\w./]+/\w+\.(?:py|sh)\b")  # as in `models/recursion/layer.py`
 STANDS_FOR = {"CONFIG": "configs/digits.py"}  # placeholders for readers, replaced by a file that must exist
 
 
@@ -53,3 +54,18 @@ def test_benchmarks_are_there(page):
 def test_links_lead_somewhere(page):
     for target in LINK.findall(page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_source_files_are_there(page):
+    """A path is relative to the repository or to the package."""
+    for name in SOURCE_FILE.findall(page.read_text()):
+        assert any((root / name).exists() for root in (page.parent, ROOT, ROOT / "trm_diffusion")), name
+
+
+def test_layout_names_what_is_there():
+    layout = (ROOT / "README.md").read_text().split("## Layout")[1].split("##")[0]
+    listed = re.findall(r"^ {4}(\S+)", layout, re.MULTILINE)
+    assert len(listed) > 15 and not [name for name in listed if not (ROOT / name).exists()]
+    folders = {f"trm_diffusion/{path.parent.name}/" for path in (ROOT / "trm_diffusion").glob("*/__init__.py")}
+    assert folders <= set(listed)
