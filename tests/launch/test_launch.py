@@ -213,7 +213,7 @@ def test_worker_keeps_a_job_in_the_background(tmp_path):
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
-    python.write_text('#!/usr/bin/env bash\necho "started with $*"\ntrap "exit 75" TERM\nwhile :; do sleep 0.1; done\n')
+    python.write_text('#!/usr/bin/env bash\ntrap "exit 75" TERM\necho "started with $*"\nwhile :; do sleep 0.1; done\n')
     python.chmod(0o755)
     (tmp_path / "fakes").mkdir()
     fakes = Fakes(tmp_path / "fakes", ())
@@ -223,20 +223,20 @@ def test_worker_keeps_a_job_in_the_background(tmp_path):
         assert result.returncode == 0, result.stderr
         return result.stdout.strip()
 
-    def reaches(status: str) -> bool:
-        return any(worker("status") == status or time.sleep(0.1) for _ in range(100))
+    def comes(condition) -> bool:
+        return any(condition() or time.sleep(0.1) for _ in range(600))
 
+    log = tmp_path / "runs/job.log"
+    started = "started with -m trm_diffusion.main --platform=cpu --config=a b\n"  # printed once SIGTERM is handled
     assert worker("status") == "none"
-    for _ in range(2):  # the second time it resumes after the stop
+    for times in (1, 2):  # the second time it resumes after the stop
         worker("start", "cpu", "--config=a b")
-        assert reaches("running")
+        assert comes(lambda times=times: log.exists() and log.read_text() == times * started)
+        assert worker("status") == "running"
         worker("start", "cpu", "--config=other")  # already running
-        time.sleep(0.3)  # until the trap above is set
         worker("stop")
-        assert reaches("75")
-    assert (
-        tmp_path / "runs/job.log"
-    ).read_text() == 2 * "started with -m trm_diffusion.main --platform=cpu --config=a b\n"
+        assert comes(lambda: worker("status") == "75")
+    assert log.read_text() == 2 * started
 
 
 def test_recommended_flags_are_known_to_xla():
