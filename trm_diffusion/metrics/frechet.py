@@ -4,7 +4,7 @@ import numpy as np
 
 
 class StreamingMoments:
-    """Mean and covariance of rows that arrive in batches or on several hosts, in float64 (Chan et al., 1979).
+    """Mean and covariance of rows that arrive in batches, in float64 (Chan et al., 1979).
 
     The result does not depend on how the rows are split, except for rounding.
     """
@@ -21,29 +21,22 @@ class StreamingMoments:
             raise ValueError(f"features must be [N, {len(self.mean)}], not {features.shape}")
         if not np.isfinite(features).all():
             raise ValueError("features contain values that are not finite")
-        if len(features):
-            mean = features.mean(axis=0)
-            centred = features - mean
-            self._add(len(features), mean, centred.T @ centred)
-
-    def merge(self, other: "StreamingMoments") -> None:
-        """Adds all rows that `other` has."""
-        if other.count:
-            self._add(other.count, other.mean, other._scatter)
+        if not len(features):
+            return
+        mean = features.mean(axis=0)
+        centred = features - mean
+        total = self.count + len(features)
+        difference = mean - self.mean
+        self._scatter += centred.T @ centred
+        self._scatter += np.outer(difference, difference * (self.count * len(features) / total))
+        self.mean = self.mean + difference * (len(features) / total)
+        self.count = total
 
     def covariance(self) -> np.ndarray:
         """[D, D], divided by N - 1. Raises ValueError for fewer than two rows."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 rows of features, not {self.count}")
         return self._scatter / (self.count - 1)
-
-    def _add(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
-        total = self.count + count
-        difference = mean - self.mean
-        self._scatter += scatter
-        self._scatter += np.outer(difference, difference * (self.count * count / total))
-        self.mean = self.mean + difference * (count / total)
-        self.count = total
 
 
 def moments(features: np.ndarray, rows: int = 4096) -> tuple[np.ndarray, np.ndarray]:
