@@ -16,6 +16,7 @@ from trm_diffusion.diffusion.samplers import draw_initial_noise
 from trm_diffusion.diffusion.samplers import sample as run_sampler
 from trm_diffusion.errors import Interrupted
 from trm_diffusion.experiment import Experiment
+from trm_diffusion.files import replacing
 from trm_diffusion.run.decoder import LatentDecoder, load_decoder
 from trm_diffusion.run.restore import load_run, sampling_parameters
 from trm_diffusion.runtime.devices import compiler_options
@@ -156,7 +157,7 @@ def sample(config: Config, workdir: epath.Path, stop: StopRequest, prompts: Sequ
     write_grid(path, images, config, request.captions)
     arrays = path.with_suffix(".npz")
     if is_main_process():
-        with arrays.open("wb") as file:
+        with replacing(arrays) as partial, partial.open("wb") as file:
             np.savez(file, images=images, **request.arrays)
         if prompts:
             write_images(directory / f"prompts_{step}", images, request.captions)
