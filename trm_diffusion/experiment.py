@@ -93,7 +93,8 @@ def build(
 
 def make_model(config: Config, objective: Objective, condition: Condition | None = None) -> PureModel:
     """The model of the config as a pure function of its parameters; condition: the config's by default."""
-    data, condition = config.data, condition or make_condition(config)
+    data = config.data
+    condition = condition or make_condition(config)
     return PureModel(
         lambda key: make_network(
             config.model,

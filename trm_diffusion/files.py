@@ -100,7 +100,7 @@ def sha256_of_names(names: Iterable[str]) -> str:
 
 
 def sha256_of_arrays(arrays: Iterable[tuple[str, np.ndarray]]) -> str:
-    """The hash of arrays in order: the heading of each, which tells apart what the bytes do not, then its bytes."""
+    """The hash of arrays in order. The heading of each, such as name, dtype and shape, is hashed before its bytes."""
 
     def chunks() -> Iterator[bytes | np.ndarray]:
         for heading, array in arrays:

@@ -16,7 +16,7 @@ CAPTIONS_FILE = "captions.jsonl"
 
 
 class _CaptionedSource(Source):
-    """Records with one or more captions. Training draws one anew on each read; a plain read returns the first."""
+    """Records with one or more captions. Training draws one on each read; a plain read returns the first."""
 
     captioned = True
     stochastic = True
@@ -80,7 +80,8 @@ class CaptionFolderSource(_CaptionedSource):
                 continue
             try:
                 record = json.loads(line)
-                file, captions = record["file"], record["captions"] if "captions" in record else [record["caption"]]
+                file = record["file"]
+                captions = record["captions"] if "captions" in record else [record["caption"]]
             except (json.JSONDecodeError, KeyError, TypeError):
                 raise UserError(f'{path}, line {number}: not a JSON object {{"file": ..., "caption": ...}}') from None
             records.append(_checked(self._root, file, captions, f"{path}, line {number}"))

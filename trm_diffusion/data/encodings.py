@@ -107,7 +107,8 @@ def read_manifest(directory: str) -> dict:
 
 def decode_record(data: bytes, length: int, features: int, pooled_features: int) -> Text:
     """One caption: states float32 [L, C], mask bool [L], pooled float32 [P]. ValueError if the length is wrong."""
-    states, mask = 2 * length * features, length
+    states = 2 * length * features  # bytes
+    mask = length
     if len(data) != states + mask + 4 * pooled_features:
         raise ValueError(f"is {len(data)} bytes long, which does not match the manifest")
     return Text(

@@ -6,7 +6,7 @@ mean and the posterior standard deviation (both float16 [H, W, C]), little-endia
 
     z = (mean + std * eps - shift) * scale,    eps ~ N(0, 1),
 
-anew in each epoch, so that the model sees more than one sample of each posterior.
+again in each epoch, so that the model sees more than one sample of each posterior.
 """
 
 import collections

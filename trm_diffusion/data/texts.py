@@ -13,7 +13,7 @@ _SYNTHETIC_TEXT_SEED = 20_232
 
 
 class ConditionedSource(Source):
-    """A source with its labels or captions exchanged for the arrays of `condition`."""
+    """A source whose labels or captions are replaced by the arrays of `condition`."""
 
     def __init__(self, source: Source):
         self._source = source
@@ -21,7 +21,7 @@ class ConditionedSource(Source):
         self.stochastic, self.in_memory = source.stochastic, source.in_memory
 
     def condition(self, element: Element, rng: np.random.Generator | None = None) -> Element:
-        """The arrays of one record, by name; `rng` is given in training alone."""
+        """The arrays of one record, by name; `rng` is only given in training."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -53,7 +53,7 @@ class TokenizedSource(ConditionedSource):
 
 
 class SyntheticTextSource(ConditionedSource):
-    """Standard normal noise in the form of encoded text, depending on the record's index alone.
+    """Standard normal noise in the form of encoded text; it depends only on the record's index.
 
     "states" float32 [L, C], "mask" bool [L], all True, and "pooled" float32 [P].
     """
@@ -75,8 +75,8 @@ class SyntheticTextSource(ConditionedSource):
 class EncodedTextSource(ConditionedSource):
     """Captions as pretrained encoders see them: "states" float32 [L, C], "mask" bool [L], "pooled" float32 [P].
 
-    Training draws one of an image's captions anew each time, plain reading takes the first. Raises UserError where the
-    encodings are of other images than the source's.
+    Training draws one of an image's captions on each read; a plain read takes the first. Raises UserError if the
+    encodings belong to other images than the source's.
     """
 
     def __init__(self, source: Source, encodings: Encodings):
@@ -102,7 +102,7 @@ def _items_of(source: Source, encodings: Encodings) -> np.ndarray:
         items = np.arange(len(source))
     if names != encodings.preparation["names_sha256"] or len(items) != len(source):
         raise UserError(
-            "config.data.text holds the texts of other images than config.data.path: give --mode=encode the data that "
-            "--mode=prepare was given"
+            "config.data.text holds the texts of other images than config.data.path: run --mode=encode on the data "
+            "that --mode=prepare has read"
         )
     return items

@@ -85,7 +85,8 @@ def report_on(config: Config, topology: Topology, job: str) -> dict:
     condition = make_condition(config, reads=NOTHING)
     experiment = build(config, described_devices(topology), condition=condition)
     lowered = lowered_step(experiment, job)
-    start, failure, compiled = time.perf_counter(), None, None
+    failure = compiled = None
+    start = time.perf_counter()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:

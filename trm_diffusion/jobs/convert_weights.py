@@ -71,7 +71,8 @@ def _open(source: str, layout: str) -> Weights:
 def _of_run(workdir: Path) -> Weights:
     """A run's sampling parameters (by default the first EMA)."""
     path = epath.Path(workdir)
-    weights, spec = weights_of(load_config(path), layers_of_run(path), str(workdir)), kept_spec(path)
+    weights = weights_of(load_config(path), layers_of_run(path), str(workdir))
+    spec = kept_spec(path)
     latent = {"latent": dataclasses.asdict(spec)} if spec else {}
     return dataclasses.replace(weights, record=weights.record | latent)
 

@@ -46,7 +46,8 @@ def _holds_texts(directory: str) -> bool:
 
 def _verify_latents(directory: str, config: Config | None) -> tuple[list[str], dict]:
     """Findings, and the report where there are none."""
-    manifest, root = latents.read_manifest(directory), pathlib.Path(directory)
+    manifest = latents.read_manifest(directory)
+    root = pathlib.Path(directory)
     spec, shards = manifest["latent"], manifest["shards"]
     shard_records = [latents.read_shard_record(root, index) for index in range(len(shards))]
     findings = list(_manifest_findings(root, shards, shard_records, latents.assemble_manifest))
@@ -77,8 +78,10 @@ def _verify_latents(directory: str, config: Config | None) -> tuple[list[str], d
 
 def _verify_texts(directory: str, config: Config | None) -> tuple[list[str], dict]:
     """Findings, and the report where there are none."""
-    manifest, root = encodings.read_manifest(directory), pathlib.Path(directory)
-    shards, sizes = manifest["shards"], [manifest["encoding"][name] for name in encodings.SIZES]
+    manifest = encodings.read_manifest(directory)
+    root = pathlib.Path(directory)
+    shards = manifest["shards"]
+    sizes = [manifest["encoding"][name] for name in encodings.SIZES]
     shard_records = [encodings.read_shard_record(root, index) for index in range(len(shards))]
     findings = list(_manifest_findings(root, shards, shard_records, encodings.assemble_manifest))
     for shard, record in zip(shards, shard_records, strict=True):

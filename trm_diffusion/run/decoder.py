@@ -107,10 +107,13 @@ def config_vae(config: Config) -> tuple[VAE, LatentSpec]:
 
 def check_latents(config: Config, source: Source, workdir: epath.Path) -> None:
     """Raises UserError if the data's latents differ from those of the run, the run it starts from, or `data.vae`."""
-    spec, where = source.spec, f"config.data.source {config.data.source}"
+    spec = source.spec
     kept = kept_spec(workdir)
     if kept and spec is None:
-        raise UserError(f"{workdir} was trained on latents, which {where} does not hold; use another --workdir")
+        raise UserError(
+            f"{workdir} was trained on latents, which config.data.source {config.data.source} does not hold; "
+            "use another --workdir"
+        )
     if spec is None:
         return
     others = {f"the run in {run}": kept_spec(epath.Path(run)) for run in (workdir, config.init.workdir) if run}

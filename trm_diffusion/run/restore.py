@@ -101,7 +101,8 @@ def state_from_pretrained(experiment: Experiment) -> TrainState:
     Raises UserError for a missing parameter, or for parameters of another model or an adapter of another base.
     """
     config, model = experiment.config, experiment.model
-    layout, adapter = stack_layout(config.model), config.init.adapter
+    layout = stack_layout(config.model)
+    adapter = config.init.adapter
     layers = _pretrained_layers(epath.Path(config.init.workdir), config)
     if adapter:
         added = load_weights(adapter)
@@ -143,7 +144,8 @@ def _pretrained_layers(path: epath.Path, config: Config) -> dict:
     """The parameters of a run or a directory of weights, unstacked into blocks."""
     if not holds_weights(path):
         return layers_of_run(path)
-    weights, wanted = load_weights(path), model_of(config)
+    weights = load_weights(path)
+    wanted = model_of(config)
     if weights.kind != config.model.architecture:
         raise UserError(f"config.init.workdir {path} holds a {weights.kind}, not a {config.model.architecture}")
     for name in sorted(FIXED & weights.model.keys()):
@@ -154,7 +156,8 @@ def _pretrained_layers(path: epath.Path, config: Config) -> dict:
 
 def model_of(config: Config) -> dict:
     """The fields that a weights manifest stores about the model of a config."""
-    model, condition = config.model, make_condition(config)
+    model = config.model
+    condition = make_condition(config)
     fields = {name: getattr(model, name) for name in ("depth", "width", "heads", "patch", "mlp_ratio")}
     fields |= dict(
         image_size=config.data.image_size,
