@@ -1,6 +1,6 @@
-"""Runs that older code has written are read: the state to the bit, the images that it drew, and training goes on.
+"""Runs written by older code: their state restores to the bit, they draw the same images, and training resumes.
 
-tests/fixtures/make_format_1.py says what the runs are.
+tests/fixtures/make_format_1.py describes the runs.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from trm_diffusion.runtime.signals import StopRequest
 
 FORMAT_1 = Path(__file__).parents[1] / "fixtures" / "format_1"
 RUNS = ("digits", "words", "encoded")
-PIXELS_ATOL = 2e-5  # of images of another CPU, or other compiler options, than those of the fixture
+PIXELS_ATOL = 2e-5  # for CPUs and compiler options that differ from those of the fixture
 
 
 def hashes_of(state) -> dict[str, str]:
@@ -51,7 +51,7 @@ def drawn(config: Config, workdir: epath.Path, prompts: Sequence[str] = ()) -> n
 
 @pytest.fixture(scope="module", params=RUNS)
 def run(request, tmp_path_factory):
-    """A copy of a run as (config, workdir, what is expected of it)."""
+    """A copy of a run: (config, workdir, expected arrays)."""
     directory = tmp_path_factory.mktemp("format_1") / request.param
     shutil.copytree(FORMAT_1 / request.param, directory)
     for packed in list(directory.rglob("*.tar.xz")):
