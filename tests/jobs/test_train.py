@@ -16,6 +16,10 @@ from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.experiment import build
 from trm_diffusion.jobs.train import train
 from trm_diffusion.jobs.train_step import draw_latent_steps, loss_and_metrics, make_train_step
+from trm_diffusion.run.restore import layers_of_run
+from trm_diffusion.runtime.checkpoints import Checkpoints
+from trm_diffusion.runtime.logging import WALL_CLOCK_FIELDS
+from trm_diffusion.runtime.random import Purpose, key_for
 from trm_diffusion.runtime.signals import StopRequest
 
 
@@ -78,8 +82,6 @@ def test_accumulated_parts_give_the_mean_gradient():
     config = tiny_config(train__accumulate=4, optim__clip_norm=0.0, model__recursion__routing_group=1)
     experiment = build(config)
     state, data = experiment.init_state(), batch()
-    from trm_diffusion.runtime.random import Purpose, key_for
-
     key = key_for(config.seed, Purpose.TRAINING, 0)
     grad = jax.jit(jax.grad(lambda p, image, label, key: loss_and_metrics(experiment, p, image, label, key)[0]))
     parts = [
@@ -101,7 +103,7 @@ def test_non_finite_update_changes_nothing_but_the_update_number():
     state, metrics = step(state, bad)
     assert metrics["skipped"] == 1 and int(state.step) == int(before.step) + 1
     chex.assert_trees_all_equal(dataclasses.replace(state, step=before.step), before)
-    assert np.all(np.asarray(metrics["nonfinite_gradients"]).any())
+    assert np.any(metrics["nonfinite_gradients"])
 
 
 def test_a_gradient_too_large_to_be_squared_is_named_as_what_went_wrong():
@@ -202,9 +204,6 @@ def test_a_stop_request_saves_and_the_next_run_equals_one_without_it(tmp_path):
 
 def assert_same_run(one: epath.Path, other: epath.Path) -> None:
     """Equal final states, to the bit, and equal metrics except wall-clock fields."""
-    from trm_diffusion.runtime.checkpoints import Checkpoints
-    from trm_diffusion.runtime.logging import WALL_CLOCK_FIELDS
-
     abstract = build(tiny_config()).abstract_state
     states, lines = [], []
     for run in (one, other):
@@ -224,8 +223,6 @@ def test_another_runs_parameters_start_a_run_and_missing_ones_must_be_named(tmp_
         train(tiny_config(**start), epath.Path(tmp_path / "refused"), StopRequest())
     tuned = tiny_config(**start, init__missing="*/recursion/*")
     train(tuned, epath.Path(tmp_path / "tuned"), StopRequest())
-    from trm_diffusion.run.restore import layers_of_run
-
     before, after = (layers_of_run(epath.Path(tmp_path / name)) for name in ("base", "tuned"))
     added = after.keys() - before.keys()
     assert before.keys() < after.keys() and all("/recursion/" in name for name in added)

@@ -11,13 +11,8 @@ from trm_diffusion.models.settings import Settings, setting
 from trm_diffusion.runtime.parameters import Parameters
 
 _MUON_RMS = 0.2  # RMS of an update / learning rate, near AdamW's (Liu et al. 2025, arXiv 2502.16982)
-DECAYED = (
-    "kernel",
-    "down",
-    "up",
-    "token_kernel",
-    "condition_kernel",
-)  # weight decay applies to matrices, not to biases, scales and embeddings
+# Weight decay applies to matrices, not to biases, scales and embeddings.
+DECAYED = ("kernel", "down", "up", "token_kernel", "condition_kernel")
 
 SCHEDULES = {  # name in the config: (config, decay_steps) -> the schedule after the warm-up
     "constant": lambda config, _: optax.constant_schedule(config.lr),
