@@ -72,9 +72,8 @@ def write_inputs(place: Path, write_torch: Callable[[Path, dict], None] | None =
     write_torch: writes tensors by name as a PyTorch file, beside the files that `without_torch` names.
     """
     (place / "configs").symlink_to(ROOT / "configs")
-    autoencoder = (
-        place / "stabilityai/sd-vae-ft-ema"
-    )  # a local folder with the name of a hub id is used in place of the hub
+    # A local folder with the name of a hub id is used in place of the hub.
+    autoencoder = place / "stabilityai/sd-vae-ft-ema"
     autoencoder.mkdir(parents=True)
     (autoencoder / "config.json").write_text(json.dumps(LAYOUTS["diffusers-vae"].config(AUTOENCODER)))
     tensors = random_tensors("diffusers-vae", AUTOENCODER, scale=0.3)

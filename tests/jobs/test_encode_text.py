@@ -280,9 +280,8 @@ def test_the_empty_text_stands_for_none_in_training_and_in_guidance(place):
         return np.asarray(make_sample_fn(experiment)(parameters, empty, jnp.arange(8)))
 
     plain = drawn(of(sample=dict(guidance=1.0)))
-    np.testing.assert_allclose(
-        drawn(of(sample=dict(guidance=3.0))), plain, atol=1e-4
-    )  # the condition is the null, so guidance changes nothing
+    # The condition is the null, so guidance changes nothing.
+    np.testing.assert_allclose(drawn(of(sample=dict(guidance=3.0))), plain, atol=1e-4)
     assert np.abs(drawn(of(fake.one("a"), sample=dict(guidance=3.0))) - plain).max() > 1e-2
 
 

@@ -119,9 +119,8 @@ def test_killed_and_started_again_ends_with_the_same_bytes(workdir, tmp_path):
     process.communicate(timeout=300)
     assert 20 <= len(list(images.glob("0*.png"))) < count
     finished(command(*flags, f"--out={images}"))
-    kept = {
-        name: data for name, data in contents(images).items() if not name.startswith(".")
-    }  # a partial file may remain
+    # A partial file, whose name starts with a dot, may remain.
+    kept = {name: data for name, data in contents(images).items() if not name.startswith(".")}
     assert kept == contents(tmp_path / "whole")
 
 
