@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from etils import epath
 
-from trm_diffusion.data.images import IMAGE_SUFFIXES, centre_crop
+from trm_diffusion.data.images import IMAGE_SUFFIXES, centre_crop, naming_damage
 from trm_diffusion.errors import UserError
 
 READERS = 8  # threads that decode pictures
@@ -117,12 +117,8 @@ class FolderImages(ImageSet):
     def _read(self, file: epath.Path) -> np.ndarray:
         from PIL import Image
 
-        try:
-            with file.open("rb") as stream, Image.open(stream) as image:
-                image = image.convert("RGB")
-        # PIL's plugins raise all of these for damaged files.
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            raise UserError(f"cannot read the image {file} ({error}): repair or remove the file") from error
+        with naming_damage(str(file)), file.open("rb") as stream, Image.open(stream) as image:
+            image = image.convert("RGB")
         return np.asarray(centre_crop(image, self._image_size) if self._image_size else image)
 
 
