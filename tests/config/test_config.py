@@ -123,6 +123,7 @@ OTHER_COMMANDS = [
     ("--config=configs/maze.py:recursion=on", "recursion=on is none of off, paper, live"),
     ("--config=configs/maze.py:rooms=four", "rooms=four: give the number"),
     ("--config=configs/maze.py --config.data.num_classes=0", "config.data.num_classes is 0; it is 1"),
+    ("--config=configs/maze.py --config.data.text=texts", "config.data.text needs"),
     ("--config=configs/maze.py --config.evaluate.kind=digits", "config.evaluate.kind digits"),
     ("--mode=train", "--mode=train needs --config"),
     ("--config.model.depth=3", "config.model.depth"),

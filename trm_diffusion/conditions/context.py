@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trm_diffusion.conditions.base import CONTEXTS, ROWS_SHOWN, TEXTS, Condition, SampleRequest
+from trm_diffusion.conditions.labels import Labels
 from trm_diffusion.data.base import Element, Source
 from trm_diffusion.data.contexts import read_contexts
 from trm_diffusion.data.sources import CONTEXT_SOURCES
@@ -50,6 +51,7 @@ class ContextImage(Condition):
             raise UserError(
                 "config.data.num_classes is 0; it is 1 for context images without labels (config.data.context_channels)"
             )
+        Labels.check_config(config)
 
     def wrap(self, source: Source) -> Source:
         return source
