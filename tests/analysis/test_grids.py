@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trm_diffusion.analysis.grids import captioned_grid, image_grid, save_png
+from trm_diffusion.analysis.grids import captioned_grid, image_grid, save_png, stacked
 
 
 def test_places_scale_and_padding():
@@ -20,6 +20,15 @@ def test_places_scale_and_padding():
         assert (grid[top : top + 4, left : left + 6] == level).all()
     assert (grid[6:10, 15:21] == 7).all()  # the empty sixth place
     assert (grid[0] == 7).all() and (grid[:, -1] == 7).all() and (grid[5] == 7).all()
+
+
+def test_kinds_of_images_are_stacked_in_colour():
+    grey, two, four = (np.full((2, size, 3, channels), 0.5) for size, channels in ((1, 1), (2, 2), (3, 4)))
+    image = stacked(grey, two, four)
+    chex.assert_shape(image, (2, 1 + 1 + 2 + 1 + 3, 3, 3))
+    assert (image[:, :1] == 0.5).all() and (image[:, 5:] == 0.5).all()
+    assert (image[:, 2:4, :, :2] == 0.5).all() and (image[:, 2:4, :, 2] == -1).all()
+    assert not image[:, [1, 4]].any()  # the lines between them
 
 
 def test_pixels_are_repeated_not_blended():

@@ -49,6 +49,24 @@ def captioned_grid(images: np.ndarray, captions: Sequence[str], columns: int, *,
     return _lay_out(np.stack(labelled), columns, padding=6, background=255)
 
 
+def stacked(*kinds: np.ndarray) -> np.ndarray:
+    """Images of several kinds, each [N, H, W, C] and of one width, under each other with a grey line between them.
+
+    Returns float32 [N, sum of (H + 1) - 1, W, 3]. One channel is shown in grey; two are red and green; of more, the
+    first three are shown.
+    """
+    parts = [_three_channels(np.asarray(images, np.float32)) for images in kinds]
+    line = np.zeros_like(parts[0][:, :1])
+    return np.concatenate([part for images in parts for part in (line, images)][1:], axis=1)
+
+
+def _three_channels(images: np.ndarray) -> np.ndarray:
+    count = images.shape[-1]
+    if count == 1:
+        return np.repeat(images, 3, axis=-1)
+    return np.pad(images[..., :3], [(0, 0)] * 3 + [(0, max(0, 3 - count))], constant_values=-1)
+
+
 def _wrapped(text: str, fits) -> list[str]:
     """Breaks a text into lines that fit, with at least one word each."""
     lines = [""]

@@ -26,6 +26,7 @@ __all__ = [
 
 # A config gets the first kind that matches it, so list a special case before the general one.
 KINDS = (
+    "trm_diffusion.conditions.context:ContextImage",
     "trm_diffusion.conditions.labels:Labels",
     "trm_diffusion.conditions.words:Words",
     "trm_diffusion.conditions.encoded_text:EncodedText",

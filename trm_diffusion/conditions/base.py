@@ -28,17 +28,18 @@ PROMPTS = "prompts"  # prompts from the user
 NOTHING = "nothing"  # only shapes, to compile programs without data; `null` holds placeholders
 
 # What a user may ask a model to draw.
-LABELS, TEXTS = "labels", "texts"
+LABELS, TEXTS, CONTEXTS = "labels", "texts", "images from context images"
 
-ROWS_SHOWN = 10  # rows of a grid when neither labels nor prompts are given
+ROWS_SHOWN = 10  # rows of a grid when no labels, prompts or contexts are given
 
 
 class SampleRequest(NamedTuple):
-    """What to draw: `sample.per_class` consecutive images for each label or prompt."""
+    """What to draw: `sample.per_class` consecutive images for each label, prompt or context."""
 
     condition: Any  # leaves [N, ...]
     arrays: dict[str, np.ndarray]  # the labels, prompts or other inputs by name, to save with the images
     captions: list[str] | None = None  # N texts, if there are any
+    above: np.ndarray | None = None  # [N, H, W, C'], shown above each image in a grid
 
 
 class Condition(abc.ABC):
@@ -139,7 +140,7 @@ class Condition(abc.ABC):
 
     @classmethod
     def require(cls, wanted: str, flag: str) -> None:
-        """Raises UserError if `flag` asks for what this kind does not draw; wanted: LABELS or TEXTS."""
+        """Raises UserError if `flag` asks for what this kind does not draw; wanted: LABELS, TEXTS or CONTEXTS."""
         if cls.draws != wanted:
             raise UserError(f"{flag} draws {wanted}; this model draws {cls.draws}: {cls.instead}")
 
@@ -153,6 +154,14 @@ class Condition(abc.ABC):
 
         Raises UserError for prompts to a model that reads none, or if no encoder is available for them.
         """
+
+    def request_context(self, path: str) -> SampleRequest:
+        """What to draw from the images of --context: a file, or a folder of them.
+
+        Raises UserError where the kind takes none, or they cannot be read.
+        """
+        self.require(CONTEXTS, "--context")
+        raise NotImplementedError(f"{type(self).__name__} draws {CONTEXTS}")
 
     # The run's directory
 

@@ -27,7 +27,7 @@ class TrainConfig(Settings):
     latent_steps: tuple = ()  # (): the model's T; (t,): fixed; (low, high): uniform in this range for each update
     # weight of the loss averaged over 1 .. T - 1 latent steps (costs T - 1 more passes)
     latent_step_loss_weight: float = setting(0.0, least=0)
-    # fraction of labels or texts replaced by the null condition, for classifier-free guidance
+    # fraction of labels, texts or context images replaced by the null condition, for classifier-free guidance
     label_dropout: float = setting(0.1, least=0, below=1)
     trainable: str = "all"  # all, recursion (only gates and experts), or comma-separated path patterns
     # dtype of non-trainable parameters, except gates and experts
@@ -48,14 +48,14 @@ class SampleConfig(Settings):
     latent_steps: int | None = setting(None, least=1)  # T at inference; None uses the model's
     parameters: str = "ema"  # ema (the first decay), raw, or an EMA named by its decay
     classes: tuple = setting((), least=0)  # labels to draw, one grid row each; () is every class, at most ten
-    per_class: int = setting(10, least=1)  # images per label or prompt, one grid row
+    per_class: int = setting(10, least=1)  # images per label, prompt or context, one grid row
     batch_size: int = setting(256, least=1)  # images denoised at a time, over all devices
     seed: int = setting(0, least=0)  # seed of the noise; an image's noise depends only on this and its index
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig(Settings):
-    # digits: class accuracy, Frechet distance, memorisation; scenes: prompt following
+    # digits: class accuracy, Frechet distance, memorisation; scenes: prompt following; mazes: share solved
     kind: str = setting("none", choices=("none", *JUDGES))
     # images to generate; scenes: this many of seen and of held-out compositions each
     num_samples: int = setting(2000, least=2)
@@ -64,6 +64,7 @@ class EvaluateConfig(Settings):
     min_class_accuracy: float = 0.9  # digits: minimum class accuracy of generated images for `pass`
     min_judge_accuracy: float = 0.97  # digits: minimum accuracy of the judge on real test images for `pass`
     min_strict_score: float = 0.6  # scenes: minimum strict overall score of seen compositions for `pass`
+    min_solved: float = setting(0.8, least=0, most=1)  # mazes: minimum share of solved mazes for `pass`
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,13 +21,15 @@ Element = dict[str, np.ndarray]
 class DataConfig(Settings):
     source: str = setting("digits", choices=SOURCES)  # where the records come from; data/registry.py
     text: str = ""  # directory written by --mode=encode, with encoded text of the data's captions or of prompts
-    path: str = ""  # folders, tars, latents: the directory; tfds, tfds_captions: the data_dir ("" = TFDS's default)
+    path: str = ""  # folders, pairs, tars, latents: the directory; tfds, tfds_captions: data_dir ("" = TFDS's default)
     tfds_name: str = "imagenet2012"  # tfds, tfds_captions: the dataset's name, with config and version if needed
-    split: str = "train"  # digits: train or test; scenes: train, seen, held_out or all; tfds: any split expression
+    # digits, mazes: train or test; scenes: train, seen, held_out or all; tfds: any split expression
+    split: str = "train"
     image_size: int = setting(8, least=1)  # height and width in pixels or latent cells
     vae: str = ""  # converted autoencoder for --mode=prepare and to decode sampled latents; "" shows the latents
     channels: int = setting(1, least=1)  # 1 = grey, 3 = RGB; for latents: the VAE's channels
     num_classes: int = setting(10, least=0)  # labels are 0 .. num_classes - 1; 0 for captioned data
+    context_channels: int = setting(0, least=0)  # of the image that each image is conditioned on; 0 = none
     flip: bool = False  # random horizontal flips, drawn anew in each epoch
     synthetic_records: int = setting(4096, least=1)  # synthetic: records in one epoch
     workers: int = setting(0, least=0)  # loader worker processes (0 = read in this process, with grain's threads)
@@ -38,12 +40,14 @@ class Source(abc.ABC):
 
     An element is {"image": float32 [H, W, C], in [-1, 1] or scaled latents, "label": int32 scalar,
     "index": int32 scalar, the record's id}; a captioned source has "caption", a string scalar, instead of "label".
+    A source of images to be drawn from others has "context" as well, float32 [H, W, context_channels] in [-1, 1].
     Reads must be thread-safe.
 
     Attributes:
       sample_shape: (H, W, C) of every image.
       num_classes: labels are 0 .. num_classes - 1; 0 if captioned.
       captioned: whether elements have captions instead of labels.
+      has_context: whether elements have a context image; its channels are `context_channels`.
       vocabulary: every word of the captions, if they form a closed set; the index of a word must not change.
       spec: what the latents are, if records are latents of images.
       encodings: the encoded texts of the records, if any.
@@ -56,6 +60,8 @@ class Source(abc.ABC):
     sample_shape: tuple[int, int, int]
     num_classes: int = 0
     captioned: bool = False
+    has_context: bool = False
+    context_channels: int = 0
     vocabulary: tuple[str, ...] = ()
     spec: LatentSpec | None = None
     encodings: "Encodings | None" = None
@@ -104,6 +110,11 @@ def make_captioned_element(image: np.ndarray, caption: str, index: int) -> Eleme
     }
 
 
+def make_context_element(image: np.ndarray, context: np.ndarray, label: int, index: int) -> Element:
+    """Builds the element of a record with a context image, with the dtypes of the contract."""
+    return make_element(image, label, index) | {"context": np.asarray(context, np.float32)}
+
+
 def check_matches_config(source: Source, config: DataConfig) -> None:
     """Raises UserError if the data do not match the config."""
     wanted_shape = (config.image_size, config.image_size, config.channels)
@@ -119,6 +130,11 @@ def check_matches_config(source: Source, config: DataConfig) -> None:
         raise UserError(
             f"config.data.source={config.source} has {held}, the config says "
             f"{config.num_classes}: set config.data.num_classes={source.num_classes}"
+        )
+    if source.context_channels != config.context_channels:
+        raise UserError(
+            f"config.data.source={config.source} has context images of {source.context_channels} channels, the config "
+            f"says {config.context_channels}: set config.data.context_channels={source.context_channels}"
         )
     if len(source) == 0:
         raise UserError(f"config.data.source={config.source} holds no records: check its path and split in config.data")

@@ -15,4 +15,6 @@ SOURCES = {  # `data.source`: its class
     "emoji": "trm_diffusion.data.emoji:EmojiSource",
     "caption_folder": "trm_diffusion.data.captions:CaptionFolderSource",
     "tfds_captions": "trm_diffusion.data.captions:TfdsCaptionSource",
+    "mazes": "trm_diffusion.data.mazes:MazeSource",
+    "image_pairs": "trm_diffusion.data.contexts:ImagePairSource",
 }

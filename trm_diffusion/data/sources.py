@@ -12,6 +12,7 @@ def source_class(name: str) -> type[Source]:
 
 
 CAPTIONED_SOURCES = tuple(name for name in SOURCES if source_class(name).captioned)
+CONTEXT_SOURCES = tuple(name for name in SOURCES if source_class(name).has_context)
 IMAGE_FILE_SOURCES = tuple(name for name in SOURCES if source_class(name).reads_image_files)
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from trm_diffusion.analysis.grids import captioned_grid, image_grid, save_png
+from trm_diffusion.analysis.grids import captioned_grid, image_grid, save_png, stacked
 from trm_diffusion.conditions import DATA, PROMPTS, SampleRequest
 from trm_diffusion.config import Config
 from trm_diffusion.diffusion.guidance import guide
@@ -125,12 +125,22 @@ def save_grid(
     """Draws a request and writes it as one PNG grid; returns the grid, uint8 [H, W, 3]."""
     parameters = sampling_parameters(experiment, state)
     images = np.concatenate(list(draw_all(draw, experiment.config, parameters, request.condition)))
-    return write_grid(path, images, experiment.config, request.captions)
+    return write_grid(path, images, experiment.config, request.captions, request.above)
 
 
-def write_grid(path: epath.Path, images: np.ndarray, config: Config, captions: Sequence[str] | None = None):
-    """Writes images [N, H, W, C] as a PNG grid, `per_class` in a row with captions below; returns the grid."""
+def write_grid(
+    path: epath.Path,
+    images: np.ndarray,
+    config: Config,
+    captions: Sequence[str] | None = None,
+    above: np.ndarray | None = None,
+) -> np.ndarray:
+    """Writes images [N, H, W, C] as a PNG grid, `per_class` in a row with captions below; returns the grid.
+
+    above: [N, H', W, C'] shown above the images.
+    """
     size, columns = images.shape[2], config.sample.per_class
+    images = images if above is None else stacked(above, images)
     if captions:
         grid = captioned_grid(images, captions, columns, scale=max(1, CAPTIONED_PIXELS // size))
     else:
@@ -141,29 +151,34 @@ def write_grid(path: epath.Path, images: np.ndarray, config: Config, captions: S
     return grid
 
 
-def sample(config: Config, workdir: epath.Path, stop: StopRequest, prompts: Sequence[str] = ()) -> None:
-    """Draws the grid of the config, or of the prompts, from the run in `workdir`.
+def sample(
+    config: Config, workdir: epath.Path, stop: StopRequest, prompts: Sequence[str] = (), context: str = ""
+) -> None:
+    """Draws the grid of the config, of the prompts or of the context images at a path, from the run in `workdir`.
 
-    Writes a PNG and an npz of the images; for prompts, also each image as its own PNG.
+    Writes a PNG and an npz of the images; for prompts and contexts, also each image as its own PNG.
     """
     experiment, state = load_run(config, workdir, reads=PROMPTS if prompts else DATA)
-    request = experiment.condition.request(prompts)
+    condition = experiment.condition
+    request = condition.request_context(context) if context else condition.request(prompts)
     parameters = sampling_parameters(experiment, state)
     draw = make_sample_fn(experiment, load_decoder(experiment, workdir))
     images = np.concatenate(list(draw_all(draw, config, parameters, request.condition, stop)))
     directory = workdir / "samples"
     step = f"{int(state.step):07d}"
-    path = directory / f"{'prompts' if prompts else 'grid'}_{step}.png"
-    write_grid(path, images, config, request.captions)
+    asked = "prompts" if prompts else "context" if context else ""
+    path = directory / f"{asked or 'grid'}_{step}.png"
+    write_grid(path, images, config, request.captions, request.above)
     arrays = path.with_suffix(".npz")
     if is_main_process():
         with replacing(arrays) as partial, partial.open("wb") as file:
             np.savez(file, images=images, **request.arrays)
-        if prompts:
-            write_images(directory / f"prompts_{step}", images, request.captions)
+        if asked:
+            write_images(directory / f"{asked}_{step}", images, request.captions)
     say(f"drew {len(images)} images with {config.sample.parameters} parameters: {path} and {arrays}")
-    if prompts:
-        say(f"each image, named after its prompt: {directory / f'prompts_{step}'}")
+    if asked:
+        by = "prompt" if prompts else "context"
+        say(f"each image, named after its {by}: {directory / f'{asked}_{step}'}")
 
 
 def write_images(directory: epath.Path, images: np.ndarray, captions: Sequence[str]) -> None:

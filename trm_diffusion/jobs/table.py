@@ -70,7 +70,7 @@ def _sample(options) -> int:
         suite = dict(benchmark=options.export, prompts=options.prompts, out=out)
         return _on_run(options, lambda *run: export_prompts(*run, **suite))
     prompts = options.prompt + (read_prompts(options.prompts) if options.prompts else [])
-    return _on_run(options, lambda *run: sample(*run, prompts=prompts))
+    return _on_run(options, lambda *run: sample(*run, prompts=prompts, context=options.context or ""))
 
 
 def _evaluate(options) -> int:

@@ -16,6 +16,7 @@ from trm_diffusion.runtime.random import Purpose
 JUDGES = {  # `evaluate.kind`: its class
     "digits": "trm_diffusion.metrics.digits:DigitsJudge",
     "scenes": "trm_diffusion.metrics.scenes.judge:SceneJudge",
+    "mazes": "trm_diffusion.metrics.mazes:MazeJudge",
 }
 
 
@@ -37,7 +38,8 @@ class Judge(abc.ABC):
 
     Attributes:
       sources: the `data.source`s whose images it can judge.
-      condition: the kind of condition it requests images by, as named in conditions/: "label", or "caption in words".
+      condition: the kind of condition it requests images by, as named in conditions/: "label", "caption in words",
+        or "context image".
     """
 
     sources: tuple[str, ...]

@@ -30,6 +30,7 @@ STRUCTURE = (
     "data.image_size",
     "data.channels",
     "data.num_classes",
+    "data.context_channels",
     "train.trainable",
     "train.frozen_dtype",
     "optim.ema_decays",
