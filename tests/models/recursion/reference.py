@@ -141,8 +141,8 @@ def recursion(x, shift, scale, timestep, condition, pools, base, heads, config, 
     def project(a):
         return (a @ kernel + bias).reshape(images, tokens, 3, width)
 
-    def refine(a, t, running):
-        """h, and the update of q, k and v, zero for tokens that do not run."""
+    def refine(a, t, asking):
+        """h, and the update of q, k and v, zero for tokens that ask for none."""
         pool = pools[t] if len(pools) > 1 else pools[0]
         choices = pool["token_kernel"].shape[1]
         h, qkv = np.zeros_like(x), np.zeros((images, tokens, 3, width))
@@ -156,7 +156,7 @@ def recursion(x, shift, scale, timestep, condition, pools, base, heads, config, 
                 h[b, n] = h[b, n] + x[b, n]
             noise = None if gumbel is None else gumbel[t][b, n]
             decision, probabilities[b][n] = route(h[b, n], timestep[b], condition[b], pool, config, noise)
-            if running[b, n]:
+            if asking[b, n]:
                 decisions[b][n] = decision
         if gumbel is not None:
             decisions = drop_over_capacity(decisions, probabilities, config)
@@ -173,10 +173,11 @@ def recursion(x, shift, scale, timestep, condition, pools, base, heads, config, 
     for t in range(steps - 1):
         running = np.array([[averaged or not has_stopped(token, config, head) for token in image] for image in states])
         shares.append(running.mean())
-        h, update = refine(np.array([[token[-1] for token in image] for image in states]), t, running)
+        asking = running | (t == 0)  # one that stops at once shows the keys and values of its first state
+        h, update = refine(np.array([[token[-1] for token in image] for image in states]), t, asking)
         if config.base_every_step:
             update = update + project(h)
-        qkv[running] = update[running]
+        qkv[asking] = update[asking]
         for b in range(images):
             attended = attention(qkv[b], heads, norms, None if context is None else (context[0][b], context[1][b]))
             for n in range(tokens):

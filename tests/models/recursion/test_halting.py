@@ -114,3 +114,20 @@ def test_the_halting_head_is_trained_by_the_loss_and_the_prior():
         assert np.all(np.isfinite(both[path]))
         if "halting" in path:
             assert np.any(task[path] != 0) and np.any(both[path] != task[path])
+
+
+def test_a_token_that_stops_at_once_shows_the_others_its_first_keys_and_values():
+    """With T = 2 the tokens that go on end as they do without halting; the others end with a_0 = x~."""
+    config = configured("learned", latent_steps=2)
+    graphdef, state = build(config)
+    arguments = as_reference(graphdef, state, data := inputs(), joint=False)
+    stops = np.array([[reference.has_stopped([a], config, arguments["head"]) for a in image] for image in data[0]])
+    assert stops.any() and not stops.all()
+    found, report = jax.jit(lambda: run(graphdef, state, data, steps=2))()
+    plain, _ = build(dataclasses.replace(config, halting="none"))
+    weights = nnx.from_flat_state([(p, v) for p, v in nnx.to_flat_state(state) if "halting" not in p])
+    every, _ = jax.jit(lambda: run(plain, weights, data, steps=2))()
+    np.testing.assert_allclose(found[~stops], every[~stops], rtol=1e-5, atol=1e-5)
+    assert np.abs(found[stops] - every[stops]).max() > 1e-3
+    np.testing.assert_allclose(report.running, [1 - stops.mean(), 1.0], rtol=1e-6)
+    np.testing.assert_allclose(report.load.sum(-1), 1.0, rtol=1e-6)

@@ -1,8 +1,9 @@
 """Halting: tokens that need no further latent steps stop, each on its own.
 
 A stopped token's state a is frozen; it asks its experts for nothing and takes none of their capacity; the others go on
-attending to the keys and values it last had. The last latent step, which the block's own attention shares, is computed
-for every token. Two rules (both our reading; the paper names static T as a limitation):
+attending to the keys and values it last had. A token that stops before the first latent step still asks in that one,
+for keys and values to show; otherwise the others would attend to zeros. The last latent step, which the block's own
+attention shares, is computed for every token. Two rules (both our reading; the paper names static T as a limitation):
 
     convergence   without parameters: a token stops once ||a_t - a_{t-1}|| / ||a_t|| < epsilon, `patience` latent steps
                   in a row

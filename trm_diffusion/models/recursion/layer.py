@@ -133,12 +133,15 @@ class Recursion(nnx.Module):
 
         def latent_step(state, t):
             """One intermediate latent step, t from 0: the state a_t becomes a_{t+1}."""
+            # A token that stops before its first latent step asks its experts once, for the keys and values it shows.
             running = None if halting is None else state.progress.running
-            h_bnd, qkv, report = routed(state.a_bnd, t, running=running)
+            asking = None if halting is None else running | (t == 0)
+            h_bnd, qkv, report = routed(state.a_bnd, t, asking=asking)
             if config.base_every_step:
                 qkv = qkv + attention.project(h_bnd)
-            if halting is not None:  # the others go on attending to what a stopped token last was
-                qkv = jnp.where(running[..., None, None, None], qkv, state.qkv)
+            if halting is not None:  # the others go on attending to the last keys and values of a stopped token
+                qkv = jnp.where(asking[..., None, None, None], qkv, state.qkv)
+                report = report._replace(running=jnp.mean(running.astype(jnp.float32)))
             attended = attention.attend(qkv, context)
             a_bnd = attended + x_bnd if config.residual == "before_norm" else attended
             if halting is None:

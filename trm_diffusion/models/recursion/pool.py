@@ -58,13 +58,13 @@ class Pool(nnx.Module):
         *,
         state: tuple[jax.Array, jax.Array, jax.Array],
         key: jax.Array | None,
-        running: jax.Array | None = None,
+        asking: jax.Array | None = None,
         valid: jax.Array | None = None,
     ) -> tuple[jax.Array, RoutingReport]:
         """The routed low-rank update of q, k and v by h [B, N, D], [B, N, 3, D], and the report.
 
         state: the a [B, N, D], shift and scale [B, D] that h was made of; the kernels compute h from them without
-            writing it. key: in training, of this latent step. running [B, N] bool: tokens that ask for an update; None
+            writing it. key: in training, of this latent step. asking [B, N] bool: tokens that ask for an update; None
             is all. valid bool []: where False, the updates are NaN, but perhaps of tokens over capacity.
         """
         group, capacity = self._routing_group(h_bnd, training=key is not None)
@@ -74,13 +74,13 @@ class Pool(nnx.Module):
             routing = self.gate.route(token_logits + self.gate.condition_logits(conditioning)[:, None], key)
         else:
             routing = self.gate(h_bnd, conditioning, key)
-        if running is not None:  # expert -1 is none of them
-            routing = routing._replace(experts=jnp.where(running[..., None, None], routing.experts, -1))
+        if asking is not None:  # expert -1 is none of them
+            routing = routing._replace(experts=jnp.where(asking[..., None, None], routing.experts, -1))
         assignment = assign(routing, group, capacity)
         if valid is not None:  # of the weights, since they are small
             assignment = assignment._replace(combine=jnp.where(valid, assignment.combine, jnp.nan))
         update = self._updates_by_kernel(*state, assignment) if fused else self.experts(h_bnd, assignment, capacity)
-        return update, report_of(routing, assignment, running)
+        return update, report_of(routing, assignment, asking)
 
     def is_fused(self, x_bnd: jax.Array, *, training: bool) -> bool:
         """Whether the kernels compute it: on a TPU, in a form that they honour, where dense dispatch pays and fits."""

@@ -22,8 +22,8 @@ class RoutingReport(NamedTuple):
     halting_divergence: jax.Array  # [T] mean KL(p || prior) of the learned halting, in the last entry
 
 
-def report_of(routing: Routing, assignment: Assignment, running: jax.Array | None) -> RoutingReport:
-    """The statistics of one latent step, without the leading axis."""
+def report_of(routing: Routing, assignment: Assignment, asking: jax.Array | None) -> RoutingReport:
+    """The statistics of one latent step, without the leading axis. asking [B, N] bool: None is all tokens."""
     selected = assignment.selected.astype(jnp.float32)  # [G, S, P, M]
     wanted = jnp.maximum(jnp.sum(selected), 1.0)
     dispatched = jnp.sum(assignment.dispatched.astype(jnp.float32))
@@ -36,6 +36,6 @@ def report_of(routing: Routing, assignment: Assignment, running: jax.Array | Non
         entropy=-jnp.mean(jnp.sum(routing.probabilities * log_probabilities, axis=-1)),
         squared_logsumexp=jnp.mean(jnp.square(jax.nn.logsumexp(routing.logits, axis=-1))),
         ran=jnp.ones(()),
-        running=jnp.ones(()) if running is None else jnp.mean(running.astype(jnp.float32)),
+        running=jnp.ones(()) if asking is None else jnp.mean(asking.astype(jnp.float32)),
         halting_divergence=jnp.zeros(()),
     )
