@@ -125,14 +125,18 @@ class Result(typing.NamedTuple):
     qkv: np.ndarray  # [B, N, 3, D] that the block's own attention sees
     running: list  # [T] share of the tokens that each latent step is computed for
     divergence: float  # mean KL(p || prior) of the learned halting in training, else 0
+    trajectory: list  # [T - 1] of (q, k, v as they are attended with [B, N, 3, D], the states after it [B, N, D])
 
 
-def recursion(x, shift, scale, timestep, condition, pools, base, heads, config, *, steps, gumbel, norms, context, head):
+def recursion(
+    x, shift, scale, timestep, condition, pools, base, heads, config, *, steps, gumbel, norms, context, head, fixed=None
+):
     """The latent steps on modulated tokens x [B, N, D].
 
     pools: a list of {"token_kernel", "condition_kernel" [D, P, M], "down" and "up" [3, M, r, D]}, one, or one
     for each latent step. base: (kernel [D, 3 D], bias [3 D]). gumbel: [T, B, N, P, M], or None at inference.
     context: (keys, values) [B, L, H, d] of the text, or None. head: (kernel [D], bias) of the learned halting, or None.
+    fixed: None, or what truncation makes constants of the gradient: a_0 and the start of a trajectory, taken as given.
     """
     images, tokens, width = x.shape
     kernel, bias = base
@@ -168,8 +172,9 @@ def recursion(x, shift, scale, timestep, condition, pools, base, heads, config, 
         return h, qkv
 
     averaged = config.halting == "learned" and gumbel is not None  # no token stops: all its states count
-    states = [[[x[b, n]] for n in range(tokens)] for b in range(images)]
-    qkv, shares = np.zeros((images, tokens, 3, width)), []
+    start, constants = (x, []) if fixed is None else fixed
+    states = [[[start[b, n]] for n in range(tokens)] for b in range(images)]
+    qkv, shares, trajectory = np.zeros((images, tokens, 3, width)), [], []
     for t in range(steps - 1):
         running = np.array([[averaged or not has_stopped(token, config, head) for token in image] for image in states])
         shares.append(running.mean())
@@ -178,11 +183,15 @@ def recursion(x, shift, scale, timestep, condition, pools, base, heads, config, 
         if config.base_every_step:
             update = update + project(h)
         qkv[asking] = update[asking]
+        if t < len(constants):
+            qkv = constants[t][0].copy()
         for b in range(images):
             attended = attention(qkv[b], heads, norms, None if context is None else (context[0][b], context[1][b]))
             for n in range(tokens):
                 if running[b, n]:
-                    states[b][n].append(attended[n] + (x[b, n] if config.residual == "before_norm" else 0))
+                    state = attended[n] + (x[b, n] if config.residual == "before_norm" else 0)
+                    states[b][n].append(constants[t][1][b, n] if t < len(constants) else state)
+        trajectory.append((qkv.copy(), np.array([[token[-1] for token in image] for image in states])))
     a, divergence = np.array([[token[-1] for token in image] for image in states]), 0.0
     if averaged:
         for b, n in every_token:
@@ -190,4 +199,4 @@ def recursion(x, shift, scale, timestep, condition, pools, base, heads, config, 
             divergence += one / (images * tokens)
     _, update = refine(a, steps - 1, np.ones((images, tokens), bool))
     base_input = x if config.base_input == "modulated" else a + x
-    return Result(project(base_input) + update, [*shares, 1.0], divergence)
+    return Result(project(base_input) + update, [*shares, 1.0], divergence, trajectory)

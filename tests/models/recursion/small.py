@@ -93,14 +93,15 @@ def as_reference(graphdef, state, data, *, joint) -> dict:
     )  # fmt: skip
 
 
-def run_reference(arguments: dict, config: RecursionConfig, *, steps, key=None) -> reference.Result:
+def run_reference(arguments: dict, config: RecursionConfig, *, steps, key=None, fixed=None) -> reference.Result:
     """The plain reference, given the noise that `key` gives the gate."""
     gumbel = None
     if key is not None:
         images, tokens, _ = arguments["x"].shape
         shape = (images, tokens, 3 if config.routing_scope == "per_projection" else 1, config.experts)
         gumbel = [np.asarray(jax.random.gumbel(jax.random.fold_in(key, t), shape), np.float64) for t in range(steps)]
-    return reference.recursion(**arguments, heads=HEADS, config=config, steps=steps, gumbel=gumbel)
+    options = dict(steps=steps, gumbel=gumbel, fixed=fixed)
+    return reference.recursion(**arguments, heads=HEADS, config=config, **options)
 
 
 INTERPRETED = {  # by the names that the pool calls them by

@@ -100,8 +100,10 @@ def test_learned_training_takes_the_expected_state_and_its_divergence():
     np.testing.assert_allclose(through(nnx.from_flat_state(prior), states).divergence, 0.0, atol=1e-6)
 
 
-def test_the_halting_head_is_trained_by_the_loss_and_the_prior():
-    config = configured("learned", latent_steps=3)
+@pytest.mark.parametrize("truncated", [0, 1, 2])
+def test_the_halting_head_is_trained_by_the_loss_and_the_prior(truncated):
+    """Also where no latent step passes a gradient: an untrained head stops every token at once when sampling."""
+    config = configured("learned", latent_steps=3, truncated_latent_steps=truncated)
     graphdef, state = build(config)
 
     def loss(state, weight):

@@ -90,6 +90,7 @@ FACTORS = {
     "dispatch": ("dense", "capacity", "one_hot"),
     "remat": ("none", "full"),
     "halting": ("none", "convergence", "learned"),
+    "truncated_latent_steps": (0, 1, 9),
     "experts_per_token": (1, 2),
     "training": (False, True),
     "joint": (False, True),

@@ -1,13 +1,14 @@
 """Depth: how many latent steps there are, and three ways to run the T - 1 intermediate ones.
 
     scan        one after another in one `jax.lax.scan`, or unrolled
-    truncated   a scan whose first latent steps pass no gradient
+    truncated   a scan whose first latent steps pass no gradient, except to the head of learned halting
     early exit  a `jax.lax.while_loop` that ends as soon as no token of the batch runs any more (inference with halting)
 
 T is an int, or a traced scalar: one program then serves every depth up to the config's. It has room for as many latent
 steps as the config names, and skips those past T.
 """
 
+import functools
 import operator
 from collections.abc import Callable
 
@@ -18,7 +19,7 @@ from trm_diffusion.models.recursion.config import RecursionConfig
 from trm_diffusion.models.recursion.report import RoutingReport
 from trm_diffusion.models.remat import rematerialized
 
-Step = Callable  # (state, t from 0) -> (state, RoutingReport)
+Step = Callable  # (state, t from 0, truncated=False) -> (state, RoutingReport); truncated: it passes no gradient
 
 
 def checked(latent_steps: int | jax.Array | None, config: RecursionConfig) -> int | jax.Array:
@@ -49,6 +50,11 @@ def in_range(latent_steps: int | jax.Array, config: RecursionConfig) -> jax.Arra
     return (latent_steps >= 1) & (latent_steps <= config.latent_steps)
 
 
+def truncates(latent_steps: int | jax.Array, config: RecursionConfig) -> bool:
+    """Whether a_0, and the states of the first latent steps after it, are constants of the gradient."""
+    return config.truncated_latent_steps > 0 and not (isinstance(latent_steps, int) and latent_steps == 1)
+
+
 def run(
     step: Step, state, latent_steps: int | jax.Array, config: RecursionConfig, *, fused: bool, leave_early: bool
 ) -> tuple:
@@ -61,8 +67,9 @@ def run(
     count = (latent_steps if static else config.latent_steps) - 1
     if not count:
         return state, []
+    constant = functools.partial(step, truncated=True)
     if not static:
-        step = _skipping(step, latent_steps)
+        step, constant = _skipping(step, latent_steps), _skipping(constant, latent_steps)
     policy, in_loop = config.remat, config.scan_latent_steps
     if count == 1 and policy == "full":  # what is kept of it does not grow with T, and saves time
         policy, in_loop = "none" if fused else "dots", True
@@ -71,7 +78,7 @@ def run(
         return early_exit(step, state, latent_steps, count)
     unroll = not config.scan_latent_steps
     if config.truncated_latent_steps:
-        return truncated(step, state, count, min(config.truncated_latent_steps, count), unroll)
+        return truncated(constant, step, state, count, min(config.truncated_latent_steps, count), unroll)
     return scan(step, state, 0, count, unroll)
 
 
@@ -81,9 +88,12 @@ def scan(step: Step, state, first: int, end: int, unroll: bool) -> tuple:
     return state, [report]
 
 
-def truncated(step: Step, state, count: int, without_gradient: int, unroll: bool) -> tuple:
-    """All `count` latent steps, the first of them without gradient."""
-    state, reports = jax.lax.stop_gradient(scan(step, state, 0, without_gradient, unroll))
+def truncated(constant: Step, step: Step, state, count: int, without_gradient: int, unroll: bool) -> tuple:
+    """All `count` latent steps, the first of them by `constant`, which passes no gradient.
+
+    `constant` is not rematerialized: the head of learned halting needs the states, and nothing else of it is kept.
+    """
+    state, reports = scan(constant, state, 0, without_gradient, unroll)
     if without_gradient == count:
         return state, reports
     state, others = scan(step, state, without_gradient, count, unroll)

@@ -131,8 +131,11 @@ class Recursion(nnx.Module):
             )
             return h_bnd, update.reshape(*x_bnd.shape[:2], PROJECTIONS, self.heads, -1), report
 
-        def latent_step(state, t):
-            """One intermediate latent step, t from 0: the state a_t becomes a_{t+1}."""
+        def latent_step(state, t, truncated=False):
+            """One intermediate latent step, t from 0: the state a_t becomes a_{t+1}.
+
+            truncated: a_{t+1} is a constant of the gradient. The halting head that reads it still gets its own.
+            """
             # A token that stops before its first latent step asks its experts once, for the keys and values it shows.
             running = None if halting is None else state.progress.running
             asking = None if halting is None else running | (t == 0)
@@ -144,6 +147,8 @@ class Recursion(nnx.Module):
                 report = report._replace(running=jnp.mean(running.astype(jnp.float32)))
             attended = attention.attend(qkv, context)
             a_bnd = attended + x_bnd if config.residual == "before_norm" else attended
+            if truncated:
+                a_bnd, qkv, report = jax.lax.stop_gradient((a_bnd, qkv, report))
             if halting is None:
                 return State(a_bnd), report
             a_bnd = jnp.where(running[..., None], a_bnd, state.a_bnd)
@@ -152,7 +157,7 @@ class Recursion(nnx.Module):
 
         state, reports = depth.run(
             latent_step,
-            self._start(x_bnd, steps, training),
+            self._start(jax.lax.stop_gradient(x_bnd) if depth.truncates(steps, config) else x_bnd, steps, training),
             steps,
             config,
             fused=self.pool.is_fused(x_bnd, training=training),
