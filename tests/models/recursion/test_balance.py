@@ -102,6 +102,26 @@ def test_the_bias_of_an_underused_expert_rises_by_the_rate(scan, pool):
         np.testing.assert_allclose(found, np.broadcast_to(expected[block], found.shape), rtol=1e-6)
 
 
+@pytest.mark.parametrize("pool", ["shared", "per_latent_step"])
+def test_a_latent_step_in_which_all_tokens_had_stopped_counts_for_nothing(pool):
+    """In training it is computed all the same; the losses and the bias are those of the latent steps that ran."""
+    fields = dict(experts=EXPERTS, latent_steps=STEPS, pool=pool, halting="convergence", halting_epsilon=1e6)
+    config = RecursionConfig(**vars(SMALL) | fields | dict(balance_bias_rate=0.1))
+    graphdef, state = build(config)
+    _, report = run(graphdef, state, inputs(), steps=STEPS, key=jax.random.key(0))
+    given, ran = jax.tree.map(lambda leaf: leaf[None], report), np.array([0, 2])
+    np.testing.assert_array_equal(report.ran, [1, 0, 1])
+    np.testing.assert_allclose(z_loss(given), np.mean(report.squared_logsumexp[ran]), rtol=1e-6)
+    name = "stack/segments/0/blocks/gate/balance_bias"
+    bias = jnp.zeros((STEPS, CHOICES, EXPERTS) if pool == "per_latent_step" else (CHOICES, EXPERTS))
+    moved = moved_biases({name: bias}, given, StackLayout(((0, 1),), (0,), False), config)[name]
+    load = np.asarray(report.load)
+    expected = np.sign(1 / EXPERTS - load) if pool == "per_latent_step" else np.sign(2 / EXPERTS - load[ran].sum(0))
+    if pool == "per_latent_step":
+        expected[1] = 0
+    np.testing.assert_allclose(moved, 0.1 * expected, rtol=1e-6)
+
+
 def test_the_bias_makes_a_skewed_gate_even():
     """A gate that sends most tokens to one expert, and is never trained, is even after a few hundred moves."""
     gate = Gate(8, EXPERTS, balance_bias=True, temperature=1.0, rngs=nnx.Rngs(0))
