@@ -70,3 +70,11 @@ def test_a_shared_pool_serves_more_latent_steps_than_the_config_names():
     qkv, report = run(graphdef, state, inputs(), steps=np.int64(5))
     chex.assert_tree_all_finite(qkv)
     assert report.ran.tolist() == [1] * 5
+
+
+def test_an_array_that_is_known_while_tracing_is_a_depth_too():
+    graphdef, state = build(configured())
+    expected, _ = run(graphdef, state, inputs(), steps=2)
+    known = jnp.asarray(2)
+    found = jax.jit(lambda: run(graphdef, state, inputs(), steps=known)[0])()
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

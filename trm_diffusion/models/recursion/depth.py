@@ -29,7 +29,7 @@ def checked(latent_steps: int | jax.Array | None, config: RecursionConfig) -> in
     if isinstance(latent_steps, jax.Array):
         if latent_steps.ndim or not jnp.issubdtype(latent_steps.dtype, jnp.integer):
             raise ValueError(f"latent_steps is {latent_steps.dtype}{list(latent_steps.shape)}; give an integer scalar")
-        if not isinstance(latent_steps, jax.core.Tracer) and not 1 <= latent_steps <= config.latent_steps:
+        if not isinstance(latent_steps, jax.core.Tracer) and not 1 <= int(latent_steps) <= config.latent_steps:
             raise ValueError(f"latent_steps is {latent_steps}; an array must be in 1 .. {config.latent_steps}")
         return latent_steps
     try:
