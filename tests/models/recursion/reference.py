@@ -3,6 +3,7 @@
 Written from the equations, not from the JAX code, and only ever read to check it.
 """
 
+import fractions
 import math
 import typing
 
@@ -55,7 +56,8 @@ def drop_over_capacity(decisions, probabilities, config):
     images, tokens = len(decisions), len(decisions[0])
     group = min(config.routing_group, images)
     size = group * tokens
-    capacity = min(size, math.ceil(config.capacity_factor * config.experts_per_token * size / config.experts))
+    factor = fractions.Fraction(str(config.capacity_factor))
+    capacity = min(size, math.ceil(factor * config.experts_per_token * size / config.experts))
     kept = [[[[] for _ in choices] for choices in image] for image in decisions]
     for first in range(0, images, group):
         flat = [(b, n) for b in range(first, first + group) for n in range(tokens)]

@@ -1,5 +1,6 @@
 """Dispatch: who is dispatched under a bounded capacity, in what order, and that every way there is one function."""
 
+import fractions
 import itertools
 import math
 
@@ -53,7 +54,7 @@ def test_capacity_bounds_every_expert_and_the_probable_and_early_come_first(seed
     routing = random_routing(np.random.default_rng(seed), experts=experts, k=k, choices=choices, ties=ties)
     tokens = group * TOKENS
     capacity = expert_capacity(tokens, experts, k, factor)
-    assert capacity == min(tokens, math.ceil(factor * k * tokens / experts))
+    assert capacity == min(tokens, math.ceil(fractions.Fraction(str(factor)) * k * tokens / experts))
     assignment = jax.tree.map(np.asarray, assigned(routing, group, capacity))
     probabilities = np.asarray(grouped(routing.probabilities, group))
     assert assignment.selected.sum() == 4 * TOKENS * choices * k
@@ -71,6 +72,14 @@ def test_capacity_bounds_every_expert_and_the_probable_and_early_come_first(seed
         for s, j in zip(*np.nonzero(slot < experts * capacity), strict=True):
             m, position = divmod(slot[s, j], capacity)
             assert assignment.dispatched[g, s, p, m] and position == assignment.dispatched[g, :s, p, m].sum()
+
+
+@pytest.mark.parametrize(("tokens", "experts", "k", "factor", "places"), [
+    (100, 2, 1, 1.1, 55), (100, 2, 1, 1.11, 56), (10, 3, 1, 0.3, 1), (7, 1, 1, 1.25, 7), (8, 2, 2, 0.01, 1),
+    (1000, 10, 1, 1.15, 115), (2048, 2, 1, 1.25, 1280),
+])  # fmt: skip
+def test_capacity_is_exact(tokens, experts, k, factor, places):
+    assert expert_capacity(tokens, experts, k, factor) == places
 
 
 @settings(deadline=None, max_examples=20, derandomize=True)

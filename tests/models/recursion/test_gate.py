@@ -83,6 +83,22 @@ def test_straight_through_has_the_gradient_of_the_soft_weights(k):
         np.testing.assert_allclose(backward(cotangent)[0], expected, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("forward_weight", ["straight_through", "soft"])
+def test_a_balance_bias_may_select_an_expert_whose_probability_underflows(k, forward_weight):
+    """Its weight is finite, and with straight_through the renormalised one of exp(z), which is 1 for k = 1."""
+    options = dict(experts_per_token=k, temperature=1.0, forward_weight=forward_weight)
+    gate, (h, conditioning) = make_gate(balance_bias=True, **options), tokens()
+    gate.balance_bias[...] = jnp.asarray([[0, 0, 0, 1000.0, 1000.0]])
+    logits = jnp.broadcast_to(jnp.asarray([400.0, 0, 0, 1.0, 2.0]), (2, 6, 1, EXPERTS))
+    gate.logits = lambda h, conditioning: logits
+    routing = gate(h, conditioning, None)
+    np.testing.assert_array_equal(routing.experts, np.broadcast_to([4, 3][:k], (2, 6, 1, k)))
+    share = np.exp([0.0, -1.0][:k]) / np.exp([0.0, -1.0][:k]).sum()
+    expected = share if forward_weight == "straight_through" else np.zeros(k)
+    np.testing.assert_allclose(routing.weights, np.broadcast_to(expected, (2, 6, 1, k)), rtol=1e-6)
+
+
 def test_the_gate_computes_in_float32_from_bfloat16_tokens():
     """It selects what float64 selects of the same tokens; logits rounded to bfloat16 would select others."""
     gate = make_gate(experts=16)

@@ -6,6 +6,7 @@ gate probability come first, ties by position (our reading). A token over capaci
 At inference no token is dropped.
 """
 
+import fractions
 import math
 from typing import NamedTuple
 
@@ -26,7 +27,9 @@ class Assignment(NamedTuple):
 
 def expert_capacity(tokens: int, experts: int, experts_per_token: int, capacity_factor: float) -> int:
     """C = ceil(capacity_factor * k * tokens / M), at most `tokens`."""
-    return min(tokens, math.ceil(capacity_factor * experts_per_token * tokens / experts))
+    # Exact, by the decimal that the factor is written as: 1.1 * 100 / 2 in floats is just above 55.
+    factor = fractions.Fraction(str(float(capacity_factor)))
+    return min(tokens, math.ceil(factor * experts_per_token * tokens / experts))
 
 
 def assign(routing: Routing, group: int, capacity: int | None) -> Assignment:

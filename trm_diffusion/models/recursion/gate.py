@@ -102,7 +102,10 @@ class Gate(nnx.Module):
         chosen = jax.nn.one_hot(experts, probabilities.shape[-1], dtype=jnp.float32)  # [B, N, P, k, M]
         weights = jnp.sum(chosen * probabilities[..., None, :], axis=-1)
         if self.forward_weight == "straight_through":
-            renormalized = weights / jnp.sum(weights, axis=-1, keepdims=True)
+            total = jnp.sum(weights, axis=-1, keepdims=True)
+            # A balance bias may select experts whose probabilities underflow; their ratios are still those of exp(z).
+            without = jax.nn.softmax(jnp.sum(chosen * z[..., None, :], axis=-1), axis=-1)
+            renormalized = jnp.where(total < jnp.finfo(jnp.float32).tiny, without, weights / total)
             # In this order the forward value is the renormalised weight to the last bit.
             weights = jax.lax.stop_gradient(renormalized) + (weights - jax.lax.stop_gradient(weights))
         return Routing(experts, weights, probabilities, logits)
