@@ -35,8 +35,8 @@ STRUCTURE = (
     "optim.ema_decays",
 )
 
-# Except these, which decide how the model is computed, when its tokens stop, or where its text encoders are (text.json
-# says which these must be), and not what it was trained to be.
+# Except these, which decide how the model and its loss are computed, when its tokens stop, or where its text encoders
+# are (text.json says which these must be), and not what it was trained to be.
 FREE = (
     "model.remat",
     "model.attention",
@@ -47,6 +47,7 @@ FREE = (
     "model.recursion.dispatch",
     "model.recursion.halting_epsilon",
     "model.recursion.halting_patience",
+    "diffusion.normal_cdf",
 )
 
 
