@@ -1,4 +1,4 @@
-"""What the gates did at each latent step, in numbers that can be averaged."""
+"""Statistics of the gates at each latent step, in a form that can be averaged."""
 
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ class RoutingReport(NamedTuple):
     entropy: jax.Array  # [T] mean entropy of the gate, nats
     squared_logsumexp: jax.Array  # [T] mean of logsumexp(logits)^2, the router z-loss
     ran: jax.Array  # [T] 1 where this latent step ran, 0 where fewer were asked for or all tokens had stopped
-    running: jax.Array  # [T] share of the tokens that had not stopped; the last latent step is computed for all
+    running: jax.Array  # [T] share of the tokens that had not stopped; 1 in the last entry
     halting_divergence: jax.Array  # [T] mean KL(p || prior) of the learned halting, in the last entry
 
 
