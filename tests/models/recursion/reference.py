@@ -1,6 +1,6 @@
-"""The mechanism in plain float64 NumPy: loops over images, tokens, experts and latent steps, no cleverness.
+"""The mechanism in plain float64 NumPy: loops over images, tokens, experts and latent steps.
 
-Written from the equations, not from the JAX code, and only ever read to check it.
+It is written from the equations, not from the JAX code, and only checks that code.
 """
 
 import fractions
@@ -24,7 +24,7 @@ def rms_norm(x, scale):
 
 
 def route(h, timestep, condition, gate, config, gumbel):
-    """One token's decision for each choice: lists of (expert, weight) and the probabilities [P, M]."""
+    """One token's decision for each choice, lists of (expert, weight), and the probabilities [P, M]."""
     inputs = config.gate_inputs.split(",")
     _, choices, experts = gate["token_kernel"].shape
     decisions, probabilities = [], np.zeros((choices, experts))
@@ -97,7 +97,7 @@ def chance_to_stop(state, head):
 
 
 def has_stopped(states, config, head):
-    """Does a token whose states so far are a_0 .. a_t go no further?"""
+    """Whether a token whose states so far are a_0 .. a_t has stopped."""
     if config.halting == "none":
         return False
     if config.halting == "convergence":
@@ -173,14 +173,14 @@ def recursion(
                     qkv[b, n, projection] += weight * (low @ pool["up"][projection, m])
         return h, qkv
 
-    averaged = config.halting == "learned" and gumbel is not None  # no token stops: all its states count
+    averaged = config.halting == "learned" and gumbel is not None  # no token stops, and all states of it count
     start, constants = (x, []) if fixed is None else fixed
     states = [[[start[b, n]] for n in range(tokens)] for b in range(images)]
     qkv, shares, trajectory = np.zeros((images, tokens, 3, width)), [], []
     for t in range(steps - 1):
         running = np.array([[averaged or not has_stopped(token, config, head) for token in image] for image in states])
         shares.append(running.mean())
-        asking = running | (t == 0)  # one that stops at once shows the keys and values of its first state
+        asking = running | (t == 0)  # a token that stops at once shows the keys and values of its first state
         h, update = refine(np.array([[token[-1] for token in image] for image in states]), t, asking)
         if config.base_every_step:
             update = update + project(h)

@@ -1,4 +1,4 @@
-"""Dispatch: who is dispatched under a bounded capacity, in what order, and that every way there is one function."""
+"""Dispatch: which tokens a bounded capacity admits, in what order, and that all implementations are equal."""
 
 import fractions
 import itertools
@@ -22,7 +22,7 @@ COMPILED = {}  # by shape, so that hypothesis does not compile for every example
 
 
 def random_routing(rng, *, images=4, experts=5, k=2, choices=1, ties=False) -> Routing:
-    """A decision with probabilities of few distinct values if `ties`."""
+    """A gate decision; with `ties`, its probabilities have few distinct values."""
     shape = (images, TOKENS, choices, experts)
     scores = rng.integers(0, 3, shape).astype(np.float32) if ties else rng.standard_normal(shape, np.float32)
     probabilities = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
@@ -64,7 +64,7 @@ def test_capacity_bounds_every_expert_and_the_probable_and_early_come_first(seed
         in_order = sorted(selected, key=lambda s: (-probabilities[g, s, p, m], s))
         np.testing.assert_array_equal(np.flatnonzero(assignment.dispatched[g, :, p, m]), sorted(in_order[:capacity]))
     np.testing.assert_array_equal(assignment.combine > 0, assignment.dispatched)
-    # Slots are a numbering of the dispatched: each used once, expert by expert, in the order of the tokens.
+    # Slots number the dispatched tokens: each is used once, by expert and then in the order of the tokens.
     for g, p in itertools.product(range(4 // group), range(choices)):
         slot = assignment.slot[g, :, p]
         used = slot[slot < experts * capacity]

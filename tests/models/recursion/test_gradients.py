@@ -1,8 +1,8 @@
 """Gradients of the recursion against central differences of the plain float64 reference.
 
-The selection is piecewise constant and the straight-through weight is by construction not what its gradient is of, so
-the forward weight is soft here, whose gradient exists; test_gate.py shows that both forms have the same
-one. Every array is moved along random directions: its gradient must give the slope.
+The selection is piecewise constant, and the gradient of the straight-through weight is by design not that of its value.
+So the forward weight is soft here; test_gate.py shows that both forms have the same gradient. Every array is moved
+along random directions, and its gradient must give the slope.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Halting: both rules over many latent steps against plain loops, what they freeze, and leaving early."""
+"""Halting: both rules over many latent steps against plain loops, frozen tokens, and early exit."""
 
 import dataclasses
 
@@ -32,7 +32,7 @@ def test_a_patient_token_runs_longer():
         graphdef, state = build(config)
         arguments = as_reference(graphdef, state, data, joint=True)
         shares[rule] = run_reference(arguments, config, steps=STEPS).running[:-1]
-        # Some stop, some go on, and which ones is what the plain loop says.
+        # Some stop and some go on, the same ones as in the plain loop.
         assert any(0 < share < 1 for share in shares[rule])
         _, report = jax.jit(lambda s, g=graphdef: run(g, s, data, joint=True, steps=STEPS))(state)
         np.testing.assert_allclose(report.running[:-1], shares[rule], rtol=1e-6)
@@ -41,7 +41,7 @@ def test_a_patient_token_runs_longer():
 
 @pytest.mark.parametrize("training", [False, True])
 def test_a_stopped_token_is_frozen_and_asks_for_nothing(training):
-    """Once all have stopped, more latent steps change nothing; inference leaves, and training counts no selection."""
+    """Once all have stopped, more latent steps change nothing, and they do not count as run."""
     config = configured("convergence", halting_epsilon=1e6, pool="shared", capacity_factor=100.0)
     graphdef, state = build(config)
     key = jax.random.key(0) if training else None
@@ -57,7 +57,7 @@ def test_a_stopped_token_is_frozen_and_asks_for_nothing(training):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_leaving_early_equals_running_every_latent_step(rule):
-    """Images whose tokens have all stopped, beside one that has not, end as they do where the loop is left early."""
+    """Images whose tokens have all stopped, beside one that goes on, end as they do with early exit."""
     config = configured(rule)
     graphdef, state = build(config)
     data = inputs()
@@ -94,7 +94,7 @@ def test_learned_training_takes_the_expected_state_and_its_divergence():
     chex.assert_tree_all_finite(progress)
     assert np.all(progress.running) and np.all(progress.survival == 0)
 
-    # A head that stops with the prior's chance at every latent step diverges from it by nothing.
+    # A head that always stops with the prior's chance has zero divergence from it.
     prior = {p: jnp.full(v.shape, 0.0 if p[-1] == "kernel" else np.log(0.3 / 0.7)) for p, v in flat.items()}
     np.testing.assert_allclose(through(nnx.from_flat_state(prior), states).divergence, 0.0, atol=1e-6)
 
