@@ -33,3 +33,9 @@ def test_where_a_token_always_runs_on_nothing_is_saved():
     rows = expert_rows(report(np.maximum(RUNNING, 0.01), np.ones_like(RAN)), experts_per_token=1)
     assert rows["asked_saved_share"] > 0.3 and rows["computed_saved_share"] == 0
     assert saving(rows).startswith("nothing")
+
+
+def test_a_token_that_stops_at_once_has_asked_for_the_rows_of_its_keys_and_values():
+    stopped_at_once = report(np.array([[[0.25, 0.25, 1.0]]]), np.ones((1, 1, 3)))
+    assert expert_rows(stopped_at_once, experts_per_token=2)["asked"] == pytest.approx((1 + 0.25 + 1) * 2)
+    np.testing.assert_allclose(mean_latent_steps(stopped_at_once), [[1.5]])

@@ -12,6 +12,7 @@ from trm_diffusion.errors import UserError
 from trm_diffusion.models.recursion import RecursionConfig
 
 DIGITS = "--config=configs/digits.py"
+POOLS_WITH_BIAS = "--config.model.recursion.pool=per_latent_step --config.model.recursion.balance_bias_rate=0.1"
 MALFORMED = [  # the flags after --config=configs/digits.py, and what the one line must say
     ("--config.optim.lrr=1", "did you mean config.optim.lr?"),
     ("--config.modle.depth=3", "did you mean config.model.depth?"),
@@ -42,6 +43,8 @@ MALFORMED = [  # the flags after --config=configs/digits.py, and what the one li
     ("--config.train.latent_steps=3,1", "config.train.latent_steps"),
     ("--config.train.latent_steps=0", "config.train.latent_steps"),
     ("--config.train.latent_steps=1,9", "config.train.latent_steps"),
+    (f"{POOLS_WITH_BIAS} --config.train.latent_steps=1", "moves the bias of every pool: leave it out, or give 2"),
+    (f"{POOLS_WITH_BIAS} --config.train.latent_steps=1,2", "moves the bias of every pool"),
     ("--config.model.heads=5", "config.model.heads"),
     ("--config.model.heads=0", "config.model.heads"),
     ("--config.model.depth=0", "config.model.depth"),
@@ -203,6 +206,14 @@ def test_wrong_types_are_named():
     ]:
         with pytest.raises(UserError, match=message):
             resolve({**values.to_dict(), path: value})
+
+
+@pytest.mark.parametrize("latent_steps", [(), (2,)])
+def test_a_pool_for_each_latent_step_is_balanced_where_all_of_them_run(latent_steps):
+    values = default_config()
+    values.model.recursion.update(pool="per_latent_step", balance_bias_rate=0.1, latent_steps=2)
+    values.train.latent_steps = latent_steps
+    assert resolve(values).train.latent_steps == latent_steps
 
 
 def test_variant():

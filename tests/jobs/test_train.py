@@ -1,6 +1,7 @@
 """The training update as a pure function: its loss, EMA, skipped updates and compilation."""
 
 import dataclasses
+import functools
 import json
 
 import chex
@@ -93,6 +94,26 @@ def test_accumulated_parts_give_the_mean_gradient():
     np.testing.assert_allclose(metrics["gradient_norm"], expected, rtol=1e-5)
 
 
+def test_all_accumulated_parts_have_one_depth():
+    """A drawn T is that of the update: its gradient is the mean over parts of that depth, and of no other."""
+    fields = dict(model__recursion__latent_steps=2, model__recursion__routing_group=1, train__latent_steps=(1, 2))
+    config = tiny_config(train__accumulate=4, optim__clip_norm=0.0, **fields)
+    experiment = build(config)
+    state, data = dataclasses.replace(experiment.init_state(), trainable=lively(experiment)), batch()
+    step, loss = make_train_step(experiment), jax.jit(functools.partial(loss_and_metrics, experiment))
+    depths = []
+    for update in range(6):
+        key = key_for(config.seed, Purpose.TRAINING, update)
+        parts = [(data["image"][i::4], data["label"][i::4], jax.random.fold_in(key, i)) for i in range(4)]
+        at_depth = [np.mean([loss(state.trainable, *part, steps)[1][0]["loss"] for part in parts]) for steps in (1, 2)]
+        now = dataclasses.replace(jax.tree.map(jnp.array, state), step=jnp.asarray(update, state.step.dtype))
+        found = step(now, data)[1]["loss"]
+        assert abs(at_depth[0] / at_depth[1] - 1) > 1e-3
+        depths.append(np.argmin(np.abs(np.array(at_depth) - found)))
+        np.testing.assert_allclose(found, at_depth[depths[-1]], rtol=1e-5)
+    assert set(depths) == {0, 1}
+
+
 def test_non_finite_update_changes_nothing_but_the_update_number():
     experiment = build(tiny_config())
     step = make_train_step(experiment)
@@ -160,7 +181,8 @@ def test_the_per_latent_step_loss_is_the_mean_loss_of_fewer_latent_steps():
 
     def total_and_loss(**overrides):
         experiment = build(tiny_config(model__recursion__latent_steps=3, **overrides))
-        loss = jax.jit(lambda p, image, label: loss_and_metrics(experiment, p, image, label, key))
+        steps = draw_latent_steps(experiment.config.train.latent_steps, key)
+        loss = jax.jit(lambda p, image, label: loss_and_metrics(experiment, p, image, label, key, steps))
         total, (metrics, _) = loss(lively(experiment), data["image"], data["label"])
         return float(total), float(metrics["loss"])
 

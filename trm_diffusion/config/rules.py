@@ -51,8 +51,11 @@ def _check_recursion(config: Config) -> None:
     recursion, latent_steps = config.model.recursion, config.train.latent_steps
     _require_multiple(config, "model.recursion.experts", of="mesh.expert")
     _require(
-        not (recursion.balance_bias_rate and recursion.pool != "shared" and len(latent_steps) == 2),
-        "config.model.recursion.balance_bias_rate with pool per_latent_step needs a fixed config.train.latent_steps",
+        not (recursion.balance_bias_rate and recursion.pool != "shared")
+        or tuple(latent_steps) in ((), (recursion.latent_steps,)),
+        f"config.train.latent_steps is {latent_steps}, but config.model.recursion.balance_bias_rate with pool "
+        f"per_latent_step moves the bias of every pool: leave it out, or give {recursion.latent_steps}, the "
+        "config.model.recursion.latent_steps",
     )
     try:
         recursive_blocks(recursion.blocks, config.model.depth)

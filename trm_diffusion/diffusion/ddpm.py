@@ -71,7 +71,10 @@ class DDPM(Objective):
     def variational_bound(self, prediction: Prediction, clean, noisy, times):
         """The bound's term at each sample's level, [B], in bits per dimension.
 
-        KL from the true to the predicted transition; at level 1 the discretized likelihood of the data instead."""
+        KL from the true to the predicted transition; at level 1 the discretized likelihood of the data instead.
+
+        With config.normal_cdf tanh this is the term of the published code of improved DDPM and DiT.
+        """
         clean, noisy = at_least_float32(clean), at_least_float32(noisy)
         clean_weight, noisy_weight, smallest, largest = (
             per_sample(self._at(table, times), noisy)
@@ -82,7 +85,7 @@ class DDPM(Objective):
         mean = clean_weight * prediction.clean + noisy_weight * noisy
         true_mean = clean_weight * clean + noisy_weight * noisy
         divergence = gaussian.normal_kl(true_mean, smallest, mean, log_variance)
-        surprise = -gaussian.discretized_log_likelihood(clean, mean, log_variance)
+        surprise = -gaussian.discretized_log_likelihood(clean, mean, log_variance, self.config.normal_cdf)
         nats = jnp.where(times == 1, mean_per_sample(surprise), mean_per_sample(divergence))
         return nats / math.log(2.0)
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from trm_diffusion.diffusion.gaussian import NORMAL_CDFS
 from trm_diffusion.models.settings import Settings, setting
 
 OBJECTIVES = {  # name in the config: its class
@@ -31,6 +32,8 @@ class DiffusionConfig(Settings):
     timesteps: int = setting(1000, least=2)  # ddpm: noise levels trained on
     beta_start: float = setting(1e-4, above=0, below=1)  # ddpm: variance added at the first level
     beta_end: float = setting(0.02, above=0, below=1)  # ddpm: variance added at the last level, linear in between
+    # ddpm with learned_sigma: distribution function of the normal in the likelihood at timestep 0; tanh as published
+    normal_cdf: str = setting("tanh", choices=NORMAL_CDFS)
     # rectified_flow: the training times
     time_distribution: str = setting("logit_normal", choices=("logit_normal", "uniform"))
     logit_mean: float = 0.0  # logit_normal: mean of log(t / (1 - t)); above 0 favours noise

@@ -21,16 +21,21 @@ from trm_diffusion.runtime.window import routing_metrics
 
 
 def loss_and_metrics(
-    experiment: Experiment, parameters: Parameters, images: jax.Array, condition: Any, key: jax.Array
+    experiment: Experiment,
+    parameters: Parameters,
+    images: jax.Array,
+    condition: Any,
+    key: jax.Array,
+    latent_steps: int | jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], RoutingReport | None]]:
     """The total loss on one batch, float32 []; the metrics to log, and the gates' reports [R, T, ...].
 
     images: [B, H, W, C] in [-1, 1], or normalised latents; condition: see conditions/base.py. `key` draws times, noise,
-    dropped conditions, the gates' noise and, if the config gives a range, the number of latent steps. metrics["loss"]
-    is the diffusion loss, without the auxiliary terms of the config.
+    dropped conditions and the gates' noise. latent_steps: T, see `draw_latent_steps`; None is the model's own.
+    metrics["loss"] is the diffusion loss, without the auxiliary terms of the config.
     """
     config, objective = experiment.config, experiment.objective
-    time_key, noise_key, drop_key, gate_key, depth_key = jax.random.split(key, 5)
+    time_key, noise_key, drop_key, gate_key, _ = jax.random.split(key, 5)  # the last draws T, once for an update
     batch = images.shape[0]
     times = objective.sample_times(time_key, batch)
     noise = jax.random.normal(noise_key, images.shape, jnp.float32)
@@ -45,7 +50,6 @@ def loss_and_metrics(
         )
         return objective.loss(output, images, noise, noisy, times), reports  # [B]
 
-    latent_steps = draw_latent_steps(config.train.latent_steps, depth_key)
     losses, reports = losses_at(latent_steps)
     quarter = jax.nn.one_hot(jnp.clip(objective.normalized(times) * 4, 0, 3).astype(jnp.int32), 4)  # [B, 4]
     metrics = {
@@ -65,11 +69,14 @@ def loss_and_metrics(
 
 
 def draw_latent_steps(latent_steps: tuple, key: jax.Array) -> int | jax.Array | None:
-    """T of this update: None for the model's own, an int if fixed, else drawn uniformly from low .. high."""
+    """T of an update: None for the model's own, an int if fixed, else drawn uniformly from low .. high.
+
+    key: of the update's first accumulated part, as `loss_and_metrics` takes it.
+    """
     if len(latent_steps) < 2:
         return latent_steps[0] if latent_steps else None
     low, high = latent_steps
-    return jax.random.randint(key, (), low, high + 1)
+    return jax.random.randint(jax.random.split(key, 5)[4], (), low, high + 1)
 
 
 def make_train_step(experiment: Experiment) -> Callable:
@@ -92,9 +99,10 @@ def make_train_step(experiment: Experiment) -> Callable:
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         key = key_for(config.seed, Purpose.TRAINING, state.step)
+        latent_steps = draw_latent_steps(config.train.latent_steps, jax.random.fold_in(key, 0))
 
         def loss(trainable, images, condition, key):
-            return loss_and_metrics(experiment, {**trainable, **state.frozen}, images, condition, key)
+            return loss_and_metrics(experiment, {**trainable, **state.frozen}, images, condition, key, latent_steps)
 
         def part(_, inputs):
             index, images, condition = inputs

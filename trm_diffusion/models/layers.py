@@ -38,13 +38,14 @@ def layer_norm(x: jax.Array) -> jax.Array:
 
 
 def moments(x32: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What a layer norm divides by and takes away: the mean and 1 / sqrt(variance + EPSILON), both [..., 1] float32.
+    """The mean and 1 / sqrt(variance + EPSILON) of a layer norm, both [..., 1] float32.
 
-    Both sums are taken in one reading of x.
+    In two passes: the difference E[x^2] - E[x]^2 cancels where the mean is large (an error of 8% at 1,000 times the
+    standard deviation), and a mean shifted by the first feature is off where that feature is an outlier.
     """
     mean = jnp.mean(x32, axis=-1, keepdims=True)
-    variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True) - jnp.square(mean)
-    return mean, jax.lax.rsqrt(jnp.maximum(variance, 0.0) + EPSILON)
+    variance = jnp.mean(jnp.square(x32 - mean), axis=-1, keepdims=True)
+    return mean, jax.lax.rsqrt(variance + EPSILON)
 
 
 def modulate(x_bnd: jax.Array, shift_bd: jax.Array, scale_bd: jax.Array) -> jax.Array:

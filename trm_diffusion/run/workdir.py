@@ -36,8 +36,8 @@ STRUCTURE = (
     "optim.ema_decays",
 )
 
-# Exceptions that do not change the trained model: how it is computed, when tokens halt, and where its text encoders are
-# (text.json records which encoders these must be).
+# Exceptions that do not change the trained model: how it and its loss are computed, when tokens halt, and where its text
+# encoders are (text.json records which encoders these must be).
 FREE = (
     "model.remat",
     "model.attention",
@@ -48,6 +48,7 @@ FREE = (
     "model.recursion.dispatch",
     "model.recursion.halting_epsilon",
     "model.recursion.halting_patience",
+    "diffusion.normal_cdf",
 )
 
 

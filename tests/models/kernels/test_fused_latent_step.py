@@ -70,6 +70,15 @@ def test_values_and_gradients_are_those_of_the_plain_operations(images, tokens, 
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6 * np.abs(b).max())
 
 
+@pytest.mark.parametrize("ratio", [100.0, 1000.0])
+def test_they_agree_with_the_plain_operations_where_the_mean_is_large(ratio):
+    """States whose mean is `ratio` standard deviations: both norms are exact, so both see the same h."""
+    (a, *rest), _ = operands(1, 128, 1)
+    a = a + ratio
+    for found, expected in zip(fused(a, *rest), plain(a, *rest), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=(2e-6 + 2e-7 * ratio) * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("scope", ["shared", "per_projection"])
 def test_a_recursion_is_the_same_with_them(monkeypatch, scope):
     """Values, the report, and all gradients, with three latent steps and dropped tokens."""

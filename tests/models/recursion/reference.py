@@ -1,8 +1,9 @@
-"""The mechanism in plain float64 NumPy: loops over images, tokens, experts and latent steps, no cleverness.
+"""The mechanism in plain float64 NumPy: loops over images, tokens, experts and latent steps.
 
-Written from the equations, not from the JAX code, and only ever read to check it.
+It is written from the equations, not from the JAX code, and only checks that code.
 """
 
+import fractions
 import math
 import typing
 
@@ -23,7 +24,7 @@ def rms_norm(x, scale):
 
 
 def route(h, timestep, condition, gate, config, gumbel):
-    """One token's decision for each choice: lists of (expert, weight) and the probabilities [P, M]."""
+    """One token's decision for each choice, lists of (expert, weight), and the probabilities [P, M]."""
     inputs = config.gate_inputs.split(",")
     _, choices, experts = gate["token_kernel"].shape
     decisions, probabilities = [], np.zeros((choices, experts))
@@ -55,7 +56,8 @@ def drop_over_capacity(decisions, probabilities, config):
     images, tokens = len(decisions), len(decisions[0])
     group = min(config.routing_group, images)
     size = group * tokens
-    capacity = min(size, math.ceil(config.capacity_factor * config.experts_per_token * size / config.experts))
+    factor = fractions.Fraction(str(config.capacity_factor))
+    capacity = min(size, math.ceil(factor * config.experts_per_token * size / config.experts))
     kept = [[[[] for _ in choices] for choices in image] for image in decisions]
     for first in range(0, images, group):
         flat = [(b, n) for b in range(first, first + group) for n in range(tokens)]
@@ -95,7 +97,7 @@ def chance_to_stop(state, head):
 
 
 def has_stopped(states, config, head):
-    """Does a token whose states so far are a_0 .. a_t go no further?"""
+    """Whether a token whose states so far are a_0 .. a_t has stopped."""
     if config.halting == "none":
         return False
     if config.halting == "convergence":
@@ -125,14 +127,18 @@ class Result(typing.NamedTuple):
     qkv: np.ndarray  # [B, N, 3, D] that the block's own attention sees
     running: list  # [T] share of the tokens that each latent step is computed for
     divergence: float  # mean KL(p || prior) of the learned halting in training, else 0
+    trajectory: list  # [T - 1] of (q, k, v as they are attended with [B, N, 3, D], the states after it [B, N, D])
 
 
-def recursion(x, shift, scale, timestep, condition, pools, base, heads, config, *, steps, gumbel, norms, context, head):
+def recursion(
+    x, shift, scale, timestep, condition, pools, base, heads, config, *, steps, gumbel, norms, context, head, fixed=None
+):
     """The latent steps on modulated tokens x [B, N, D].
 
     pools: a list of {"token_kernel", "condition_kernel" [D, P, M], "down" and "up" [3, M, r, D]}, one, or one
     for each latent step. base: (kernel [D, 3 D], bias [3 D]). gumbel: [T, B, N, P, M], or None at inference.
     context: (keys, values) [B, L, H, d] of the text, or None. head: (kernel [D], bias) of the learned halting, or None.
+    fixed: None, or what truncation makes constants of the gradient: a_0 and the start of a trajectory, taken as given.
     """
     images, tokens, width = x.shape
     kernel, bias = base
@@ -141,8 +147,8 @@ def recursion(x, shift, scale, timestep, condition, pools, base, heads, config, 
     def project(a):
         return (a @ kernel + bias).reshape(images, tokens, 3, width)
 
-    def refine(a, t, running):
-        """h, and the update of q, k and v, zero for tokens that do not run."""
+    def refine(a, t, asking):
+        """h, and the update of q, k and v, zero for tokens that ask for none."""
         pool = pools[t] if len(pools) > 1 else pools[0]
         choices = pool["token_kernel"].shape[1]
         h, qkv = np.zeros_like(x), np.zeros((images, tokens, 3, width))
@@ -156,7 +162,7 @@ def recursion(x, shift, scale, timestep, condition, pools, base, heads, config, 
                 h[b, n] = h[b, n] + x[b, n]
             noise = None if gumbel is None else gumbel[t][b, n]
             decision, probabilities[b][n] = route(h[b, n], timestep[b], condition[b], pool, config, noise)
-            if running[b, n]:
+            if asking[b, n]:
                 decisions[b][n] = decision
         if gumbel is not None:
             decisions = drop_over_capacity(decisions, probabilities, config)
@@ -167,21 +173,27 @@ def recursion(x, shift, scale, timestep, condition, pools, base, heads, config, 
                     qkv[b, n, projection] += weight * (low @ pool["up"][projection, m])
         return h, qkv
 
-    averaged = config.halting == "learned" and gumbel is not None  # no token stops: all its states count
-    states = [[[x[b, n]] for n in range(tokens)] for b in range(images)]
-    qkv, shares = np.zeros((images, tokens, 3, width)), []
+    averaged = config.halting == "learned" and gumbel is not None  # no token stops, and all states of it count
+    start, constants = (x, []) if fixed is None else fixed
+    states = [[[start[b, n]] for n in range(tokens)] for b in range(images)]
+    qkv, shares, trajectory = np.zeros((images, tokens, 3, width)), [], []
     for t in range(steps - 1):
         running = np.array([[averaged or not has_stopped(token, config, head) for token in image] for image in states])
         shares.append(running.mean())
-        h, update = refine(np.array([[token[-1] for token in image] for image in states]), t, running)
+        asking = running | (t == 0)  # a token that stops at once shows the keys and values of its first state
+        h, update = refine(np.array([[token[-1] for token in image] for image in states]), t, asking)
         if config.base_every_step:
             update = update + project(h)
-        qkv[running] = update[running]
+        qkv[asking] = update[asking]
+        if t < len(constants):
+            qkv = constants[t][0].copy()
         for b in range(images):
             attended = attention(qkv[b], heads, norms, None if context is None else (context[0][b], context[1][b]))
             for n in range(tokens):
                 if running[b, n]:
-                    states[b][n].append(attended[n] + (x[b, n] if config.residual == "before_norm" else 0))
+                    state = attended[n] + (x[b, n] if config.residual == "before_norm" else 0)
+                    states[b][n].append(constants[t][1][b, n] if t < len(constants) else state)
+        trajectory.append((qkv.copy(), np.array([[token[-1] for token in image] for image in states])))
     a, divergence = np.array([[token[-1] for token in image] for image in states]), 0.0
     if averaged:
         for b, n in every_token:
@@ -189,4 +201,4 @@ def recursion(x, shift, scale, timestep, condition, pools, base, heads, config, 
             divergence += one / (images * tokens)
     _, update = refine(a, steps - 1, np.ones((images, tokens), bool))
     base_input = x if config.base_input == "modulated" else a + x
-    return Result(project(base_input) + update, [*shares, 1.0], divergence)
+    return Result(project(base_input) + update, [*shares, 1.0], divergence, trajectory)

@@ -1,4 +1,4 @@
-"""A recursion and its block's attention, small enough for the plain reference, and both ways to run them."""
+"""A recursion and its block's attention, small enough for the plain reference, and functions that run both."""
 
 import functools
 
@@ -17,7 +17,7 @@ SMALL = RecursionConfig(blocks="all", rank=3, routing_group=2, capacity_factor=1
 
 
 def build(config: RecursionConfig, *, qk_norm=False, dtype=jnp.float32):
-    """(graphdef, state) of an attention and its recursion with every weight random, so that no zero hides anything."""
+    """(graphdef, state) of an attention and its recursion. All weights are random: zeros could hide an error."""
 
     def modules():
         rngs = nnx.Rngs(0)
@@ -31,7 +31,7 @@ def build(config: RecursionConfig, *, qk_norm=False, dtype=jnp.float32):
 
 
 def with_zero_up(state):
-    """The state with B, the experts' second map, as it is before training."""
+    """The state with B, the experts' second map, zero as before training."""
     flat = dict(nnx.to_flat_state(state))
     return nnx.from_flat_state({path: 0 * v if path[-1] == "up" else v for path, v in flat.items()})
 
@@ -93,26 +93,27 @@ def as_reference(graphdef, state, data, *, joint) -> dict:
     )  # fmt: skip
 
 
-def run_reference(arguments: dict, config: RecursionConfig, *, steps, key=None) -> reference.Result:
+def run_reference(arguments: dict, config: RecursionConfig, *, steps, key=None, fixed=None) -> reference.Result:
     """The plain reference, given the noise that `key` gives the gate."""
     gumbel = None
     if key is not None:
         images, tokens, _ = arguments["x"].shape
         shape = (images, tokens, 3 if config.routing_scope == "per_projection" else 1, config.experts)
         gumbel = [np.asarray(jax.random.gumbel(jax.random.fold_in(key, t), shape), np.float64) for t in range(steps)]
-    return reference.recursion(**arguments, heads=HEADS, config=config, steps=steps, gumbel=gumbel)
+    options = dict(steps=steps, gumbel=gumbel, fixed=fixed)
+    return reference.recursion(**arguments, heads=HEADS, config=config, **options)
 
 
-INTERPRETED = {  # by the names that the pool calls them by
+INTERPRETED = {  # by the names that the pool uses
     function.__name__: functools.partial(function, interpret=True)
     for function in (fused_latent_step.fused_token_logits, fused_latent_step.fused_updates)
 }
 
 
 def pretend_tpu(monkeypatch, *, tokens: int, kernels=INTERPRETED) -> list[str]:
-    """From here on the pool believes in a TPU whose kernels fit every size; the kernels' names, as they are called.
+    """Makes the pool run as if on a TPU whose kernels fit every size. Returns a list of the kernels called, by name.
 
-    tokens: of an image, that a program of a kernel takes.
+    tokens: how many tokens of an image one program of a kernel takes.
     """
     calls = []
 

@@ -1,4 +1,4 @@
-"""Balance: the auxiliary losses by their formulas, and the selection bias that evens out a skewed gate."""
+"""Balance: the auxiliary losses against their formulas, and the selection bias that balances a skewed gate."""
 
 import chex
 import jax
@@ -51,7 +51,7 @@ class LossTest(chex.TestCase):
 
 
 def test_the_report_of_a_recursion_holds_what_the_losses_need():
-    """load, importance and squared logsumexp against the gate's own decision; the Switch gradient lifts the unused."""
+    """load, importance and squared logsumexp against the gate's decision, and the gradient of the Switch loss."""
     config = RecursionConfig(**vars(SMALL) | dict(experts=EXPERTS, latent_steps=1, temperature=1.0))
     graphdef, state = build(config)
     data, (_, recursion) = inputs(), nnx.merge(graphdef, state)
@@ -102,8 +102,28 @@ def test_the_bias_of_an_underused_expert_rises_by_the_rate(scan, pool):
         np.testing.assert_allclose(found, np.broadcast_to(expected[block], found.shape), rtol=1e-6)
 
 
+@pytest.mark.parametrize("pool", ["shared", "per_latent_step"])
+def test_a_latent_step_in_which_all_tokens_had_stopped_counts_for_nothing(pool):
+    """In training it is computed all the same; the losses and the bias are those of the latent steps that ran."""
+    fields = dict(experts=EXPERTS, latent_steps=STEPS, pool=pool, halting="convergence", halting_epsilon=1e6)
+    config = RecursionConfig(**vars(SMALL) | fields | dict(balance_bias_rate=0.1))
+    graphdef, state = build(config)
+    _, report = run(graphdef, state, inputs(), steps=STEPS, key=jax.random.key(0))
+    given, ran = jax.tree.map(lambda leaf: leaf[None], report), np.array([0, 2])
+    np.testing.assert_array_equal(report.ran, [1, 0, 1])
+    np.testing.assert_allclose(z_loss(given), np.mean(report.squared_logsumexp[ran]), rtol=1e-6)
+    name = "stack/segments/0/blocks/gate/balance_bias"
+    bias = jnp.zeros((STEPS, CHOICES, EXPERTS) if pool == "per_latent_step" else (CHOICES, EXPERTS))
+    moved = moved_biases({name: bias}, given, StackLayout(((0, 1),), (0,), False), config)[name]
+    load = np.asarray(report.load)
+    expected = np.sign(1 / EXPERTS - load) if pool == "per_latent_step" else np.sign(2 / EXPERTS - load[ran].sum(0))
+    if pool == "per_latent_step":
+        expected[1] = 0
+    np.testing.assert_allclose(moved, 0.1 * expected, rtol=1e-6)
+
+
 def test_the_bias_makes_a_skewed_gate_even():
-    """A gate that sends most tokens to one expert, and is never trained, is even after a few hundred moves."""
+    """An untrained gate that sends most tokens to one expert is balanced after a few hundred updates of the bias."""
     gate = Gate(8, EXPERTS, balance_bias=True, temperature=1.0, rngs=nnx.Rngs(0))
     h = jax.random.normal(jax.random.key(0), (1, 512, 8))
     conditioning = Conditioning(jnp.ones((1, 8)), jnp.zeros((1, 8)))
@@ -126,7 +146,7 @@ def test_the_bias_makes_a_skewed_gate_even():
     bias, loads = jax.lax.scan(move, flat[path], None, length=600)
     assert loads[0].max() > 0.6
     np.testing.assert_allclose(loads[-50:].mean(0), 0.25, atol=0.02)
-    # The bias decides who is selected and nothing else.
+    # The bias only changes the selection.
     _, plain = load_at(jnp.zeros_like(bias))
     _, biased = load_at(bias)
     np.testing.assert_array_equal(biased.probabilities, plain.probabilities)

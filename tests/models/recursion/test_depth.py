@@ -1,4 +1,4 @@
-"""Depths that cannot be are refused, or give no number."""
+"""Depths out of range are refused, or give NaN."""
 
 import dataclasses
 
@@ -52,14 +52,14 @@ def test_a_config_without_latent_steps_is_refused():
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_traced_depth_out_of_range_gives_no_number(form, training):
-    """The loss of it is NaN, so nobody can take it for one; inside it is a number."""
+    """Its loss is NaN, so that nobody can mistake it for a result; a depth in range gives finite numbers."""
     config = configured(form)
     graphdef, state = build(config)
     key = jax.random.key(3) if training else None
     at_depth = jax.jit(lambda state, steps: run(graphdef, state, inputs(), joint=True, steps=steps, key=key)[0])
     for steps in (-1, 0, config.latent_steps + 1, config.latent_steps + 7):
         qkv = at_depth(state, jnp.asarray(steps))
-        # In training tokens over capacity have no update. With the others the loss is lost.
+        # In training, tokens over capacity have no update; the NaN of the others makes the loss NaN.
         assert np.isnan(np.mean(qkv)) if training else np.isnan(qkv).all()
     for steps in range(1, config.latent_steps + 1):
         chex.assert_tree_all_finite(at_depth(state, jnp.asarray(steps)))
@@ -70,3 +70,11 @@ def test_a_shared_pool_serves_more_latent_steps_than_the_config_names():
     qkv, report = run(graphdef, state, inputs(), steps=np.int64(5))
     chex.assert_tree_all_finite(qkv)
     assert report.ran.tolist() == [1] * 5
+
+
+def test_an_array_that_is_known_while_tracing_is_a_depth_too():
+    graphdef, state = build(configured())
+    expected, _ = run(graphdef, state, inputs(), steps=2)
+    known = jnp.asarray(2)
+    found = jax.jit(lambda: run(graphdef, state, inputs(), steps=known)[0])()
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

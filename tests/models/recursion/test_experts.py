@@ -1,5 +1,6 @@
-"""Dispatch: who is dispatched under a bounded capacity, in what order, and that every way there is one function."""
+"""Dispatch: which tokens a bounded capacity admits, in what order, and that all implementations are equal."""
 
+import fractions
 import itertools
 import math
 
@@ -21,7 +22,7 @@ COMPILED = {}  # by shape, so that hypothesis does not compile for every example
 
 
 def random_routing(rng, *, images=4, experts=5, k=2, choices=1, ties=False) -> Routing:
-    """A decision with probabilities of few distinct values if `ties`."""
+    """A gate decision; with `ties`, its probabilities have few distinct values."""
     shape = (images, TOKENS, choices, experts)
     scores = rng.integers(0, 3, shape).astype(np.float32) if ties else rng.standard_normal(shape, np.float32)
     probabilities = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
@@ -53,7 +54,7 @@ def test_capacity_bounds_every_expert_and_the_probable_and_early_come_first(seed
     routing = random_routing(np.random.default_rng(seed), experts=experts, k=k, choices=choices, ties=ties)
     tokens = group * TOKENS
     capacity = expert_capacity(tokens, experts, k, factor)
-    assert capacity == min(tokens, math.ceil(factor * k * tokens / experts))
+    assert capacity == min(tokens, math.ceil(fractions.Fraction(str(factor)) * k * tokens / experts))
     assignment = jax.tree.map(np.asarray, assigned(routing, group, capacity))
     probabilities = np.asarray(grouped(routing.probabilities, group))
     assert assignment.selected.sum() == 4 * TOKENS * choices * k
@@ -63,7 +64,7 @@ def test_capacity_bounds_every_expert_and_the_probable_and_early_come_first(seed
         in_order = sorted(selected, key=lambda s: (-probabilities[g, s, p, m], s))
         np.testing.assert_array_equal(np.flatnonzero(assignment.dispatched[g, :, p, m]), sorted(in_order[:capacity]))
     np.testing.assert_array_equal(assignment.combine > 0, assignment.dispatched)
-    # Slots are a numbering of the dispatched: each used once, expert by expert, in the order of the tokens.
+    # Slots number the dispatched tokens: each is used once, by expert and then in the order of the tokens.
     for g, p in itertools.product(range(4 // group), range(choices)):
         slot = assignment.slot[g, :, p]
         used = slot[slot < experts * capacity]
@@ -71,6 +72,14 @@ def test_capacity_bounds_every_expert_and_the_probable_and_early_come_first(seed
         for s, j in zip(*np.nonzero(slot < experts * capacity), strict=True):
             m, position = divmod(slot[s, j], capacity)
             assert assignment.dispatched[g, s, p, m] and position == assignment.dispatched[g, :s, p, m].sum()
+
+
+@pytest.mark.parametrize(("tokens", "experts", "k", "factor", "places"), [
+    (100, 2, 1, 1.1, 55), (100, 2, 1, 1.11, 56), (10, 3, 1, 0.3, 1), (7, 1, 1, 1.25, 7), (8, 2, 2, 0.01, 1),
+    (1000, 10, 1, 1.15, 115), (2048, 2, 1, 1.25, 1280),
+])  # fmt: skip
+def test_capacity_is_exact(tokens, experts, k, factor, places):
+    assert expert_capacity(tokens, experts, k, factor) == places
 
 
 @settings(deadline=None, max_examples=20, derandomize=True)

@@ -1,4 +1,4 @@
-"""The gate: what it selects and weighs, its precision, and the gradient that reaches it from the task loss alone."""
+"""The gate: its selection and weights, its precision, and the gradient that it gets from the task loss."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ WIDTH, EXPERTS = 8, 5
 
 
 def make_gate(*, experts=EXPERTS, scale=50.0, **options) -> Gate:
-    """A gate with kernels fifty times their initial size, so that tokens differ in what they prefer."""
+    """A gate with kernels of fifty times their initial size, so that tokens prefer different experts."""
     gate = Gate(WIDTH, experts, rngs=nnx.Rngs(0), **options)
     gate.token_kernel[...] *= scale
     gate.condition_kernel[...] *= scale
@@ -83,8 +83,24 @@ def test_straight_through_has_the_gradient_of_the_soft_weights(k):
         np.testing.assert_allclose(backward(cotangent)[0], expected, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("forward_weight", ["straight_through", "soft"])
+def test_a_balance_bias_may_select_an_expert_whose_probability_underflows(k, forward_weight):
+    """Its weight is finite, and with straight_through the renormalised one of exp(z), which is 1 for k = 1."""
+    options = dict(experts_per_token=k, temperature=1.0, forward_weight=forward_weight)
+    gate, (h, conditioning) = make_gate(balance_bias=True, **options), tokens()
+    gate.balance_bias[...] = jnp.asarray([[0, 0, 0, 1000.0, 1000.0]])
+    logits = jnp.broadcast_to(jnp.asarray([400.0, 0, 0, 1.0, 2.0]), (2, 6, 1, EXPERTS))
+    gate.logits = lambda h, conditioning: logits
+    routing = gate(h, conditioning, None)
+    np.testing.assert_array_equal(routing.experts, np.broadcast_to([4, 3][:k], (2, 6, 1, k)))
+    share = np.exp([0.0, -1.0][:k]) / np.exp([0.0, -1.0][:k]).sum()
+    expected = share if forward_weight == "straight_through" else np.zeros(k)
+    np.testing.assert_allclose(routing.weights, np.broadcast_to(expected, (2, 6, 1, k)), rtol=1e-6)
+
+
 def test_the_gate_computes_in_float32_from_bfloat16_tokens():
-    """It selects what float64 selects of the same tokens; logits rounded to bfloat16 would select others."""
+    """It selects the same experts as float64; logits rounded to bfloat16 would select others."""
     gate = make_gate(experts=16)
     h, conditioning = tokens(images=4, count=256, dtype=jnp.bfloat16)
     routing = gate(h, conditioning, None)
@@ -99,7 +115,7 @@ def test_the_gate_computes_in_float32_from_bfloat16_tokens():
 
 
 def test_a_recursion_in_bfloat16_keeps_its_gate_in_float32():
-    """Of a timestep and a condition that bfloat16 holds exactly, its report is that of a recursion in float32."""
+    """For a timestep and a condition that bfloat16 holds exactly, its report equals that of a float32 recursion."""
     config = dataclasses.replace(SMALL, experts=3, latent_steps=1, gate_inputs="timestep,condition")
     data = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), inputs())
     reports = []
@@ -113,7 +129,7 @@ def test_a_recursion_in_bfloat16_keeps_its_gate_in_float32():
 
 
 def gate_gradients(config, state, graphdef, data, *, key):
-    """Gradients of the gate's kernels, and the state after one update of B alone, under a loss of q, k and v."""
+    """Gradients of the gate's kernels under a loss of q, k and v, before and after one update of B only."""
 
     @jax.jit
     def gradient(state):
@@ -137,10 +153,10 @@ def gate_gradients(config, state, graphdef, data, *, key):
 @pytest.mark.parametrize("forward_weight", ["straight_through", "soft"])
 @pytest.mark.parametrize("experts, k", [(1, 1), (2, 1), (5, 2)])
 def test_the_task_loss_trains_the_gate_as_soon_as_the_experts_differ_from_zero(experts, k, forward_weight, balanced):
-    """With B = 0 there is nothing to choose between: exactly zero. From B's first update on, every kernel is moved.
+    """With B = 0 all experts are equal and the gradient is exactly zero. From B's first update on it is not.
 
-    So also at perfect balance: a gate of zeros, whose every probability is 1 / M (at inference here, without noise).
-    A single expert's weight is 1 whatever the gate says, so its gate never gets a gradient, under either form.
+    This also holds at perfect balance: a gate of zeros, with all probabilities 1 / M (here at inference, without
+    noise). The weight of a single expert is always 1, so its gate never gets a gradient, in either form.
     """
     config = dataclasses.replace(SMALL, experts=experts, experts_per_token=k, forward_weight=forward_weight)
     graphdef, state = build(config)

@@ -1,8 +1,8 @@
 """Gradients of the recursion against central differences of the plain float64 reference.
 
-The selection is piecewise constant and the straight-through weight is by construction not what its gradient is of, so
-the forward weight is soft here, whose gradient exists; test_gate.py shows that both forms have the same
-one. Every array is moved along random directions: its gradient must give the slope.
+The selection is piecewise constant, and the gradient of the straight-through weight is by design not that of its value.
+So the forward weight is soft here; test_gate.py shows that both forms have the same gradient. Every array is moved
+along random directions, and its gradient must give the slope.
 """
 
 import dataclasses
@@ -22,6 +22,10 @@ CASES = {  # name: training, joint, fields of the config
     "inference": (False, True, dict(pool="per_latent_step", residual="after_norm", base_input="carry")),
     "base_every_step": (True, False, dict(base_every_step=True, halting="convergence", halting_epsilon=0.6)),
     "learned_halting": (True, True, dict(halting="learned", experts=2, base_input="carry")),
+    "truncated": (True, False, dict(truncated_latent_steps=1, base_input="carry")),
+    "truncated_convergence": (True, True, dict(truncated_latent_steps=1, halting="convergence", halting_epsilon=0.6)),
+    "truncated_learned": (True, True, dict(truncated_latent_steps=1, halting="learned", experts=2)),
+    "all_truncated_learned": (True, False, dict(truncated_latent_steps=9, halting="learned", base_input="carry")),
 }
 
 
@@ -41,11 +45,15 @@ def test_gradients_are_the_slopes_of_the_reference(name):
 
     gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))(state, data)
     gradients, treedef = jax.tree.flatten(as_reference(graphdef, *gradients, joint=joint))
-    arguments = jax.tree.leaves(as_reference(graphdef, state, data, joint=joint))
+    unmoved = as_reference(graphdef, state, data, joint=joint)
+    arguments, fixed = jax.tree.leaves(unmoved), None
+    if config.truncated_latent_steps:
+        constants = run_reference(unmoved, config, steps=3, key=key).trajectory[: config.truncated_latent_steps]
+        fixed = unmoved["x"], constants
 
     def loss_along(index, direction, distance):
         moved = [leaf + distance * direction if i == index else leaf for i, leaf in enumerate(arguments)]
-        result = run_reference(jax.tree.unflatten(treedef, moved), config, steps=3, key=key)
+        result = run_reference(jax.tree.unflatten(treedef, moved), config, steps=3, key=key, fixed=fixed)
         return np.sum(result.qkv * cotangent) + weight * result.divergence
 
     assert len(gradients) > 10

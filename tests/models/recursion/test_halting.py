@@ -1,4 +1,4 @@
-"""Halting: both rules over many latent steps against plain loops, what they freeze, and leaving early."""
+"""Halting: both rules over many latent steps against plain loops, frozen tokens, and early exit."""
 
 import dataclasses
 
@@ -32,7 +32,7 @@ def test_a_patient_token_runs_longer():
         graphdef, state = build(config)
         arguments = as_reference(graphdef, state, data, joint=True)
         shares[rule] = run_reference(arguments, config, steps=STEPS).running[:-1]
-        # Some stop, some go on, and which ones is what the plain loop says.
+        # Some stop and some go on, the same ones as in the plain loop.
         assert any(0 < share < 1 for share in shares[rule])
         _, report = jax.jit(lambda s, g=graphdef: run(g, s, data, joint=True, steps=STEPS))(state)
         np.testing.assert_allclose(report.running[:-1], shares[rule], rtol=1e-6)
@@ -41,24 +41,23 @@ def test_a_patient_token_runs_longer():
 
 @pytest.mark.parametrize("training", [False, True])
 def test_a_stopped_token_is_frozen_and_asks_for_nothing(training):
-    """Once all have stopped, more latent steps change nothing; inference leaves, and training counts no selection."""
+    """Once all have stopped, more latent steps change nothing, and they do not count as run."""
     config = configured("convergence", halting_epsilon=1e6, pool="shared", capacity_factor=100.0)
     graphdef, state = build(config)
     key = jax.random.key(0) if training else None
     at_depth = jax.jit(lambda state, steps: run(graphdef, state, inputs(), steps=steps, key=key))
-    qkv, report = at_depth(state, 2)
+    qkv, _ = at_depth(state, 2)
     longer, long_report = at_depth(state, STEPS)
     np.testing.assert_array_equal(long_report.running, [1, 0, 0, 0, 0, 1])
+    np.testing.assert_array_equal(long_report.ran, [1, 0, 0, 0, 0, 1])
     np.testing.assert_array_equal(long_report.load[1:-1], 0.0)
     if not training:  # in training the last latent step's noise depends on its number
         np.testing.assert_array_equal(longer, qkv)
-        np.testing.assert_array_equal(long_report.ran, report.ran)
-        np.testing.assert_array_equal(long_report.ran, [1, 0, 0, 0, 0, 1])
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_leaving_early_equals_running_every_latent_step(rule):
-    """Images whose tokens have all stopped, beside one that has not, end as they do where the loop is left early."""
+    """Images whose tokens have all stopped, beside one that goes on, end as they do with early exit."""
     config = configured(rule)
     graphdef, state = build(config)
     data = inputs()
@@ -95,13 +94,15 @@ def test_learned_training_takes_the_expected_state_and_its_divergence():
     chex.assert_tree_all_finite(progress)
     assert np.all(progress.running) and np.all(progress.survival == 0)
 
-    # A head that stops with the prior's chance at every latent step diverges from it by nothing.
+    # A head that always stops with the prior's chance has zero divergence from it.
     prior = {p: jnp.full(v.shape, 0.0 if p[-1] == "kernel" else np.log(0.3 / 0.7)) for p, v in flat.items()}
     np.testing.assert_allclose(through(nnx.from_flat_state(prior), states).divergence, 0.0, atol=1e-6)
 
 
-def test_the_halting_head_is_trained_by_the_loss_and_the_prior():
-    config = configured("learned", latent_steps=3)
+@pytest.mark.parametrize("truncated", [0, 1, 2])
+def test_the_halting_head_is_trained_by_the_loss_and_the_prior(truncated):
+    """Also where no latent step passes a gradient: an untrained head stops every token at once when sampling."""
+    config = configured("learned", latent_steps=3, truncated_latent_steps=truncated)
     graphdef, state = build(config)
 
     def loss(state, weight):
@@ -114,3 +115,20 @@ def test_the_halting_head_is_trained_by_the_loss_and_the_prior():
         assert np.all(np.isfinite(both[path]))
         if "halting" in path:
             assert np.any(task[path] != 0) and np.any(both[path] != task[path])
+
+
+def test_a_token_that_stops_at_once_shows_the_others_its_first_keys_and_values():
+    """With T = 2 the tokens that go on end as they do without halting; the others end with a_0 = x~."""
+    config = configured("learned", latent_steps=2)
+    graphdef, state = build(config)
+    arguments = as_reference(graphdef, state, data := inputs(), joint=False)
+    stops = np.array([[reference.has_stopped([a], config, arguments["head"]) for a in image] for image in data[0]])
+    assert stops.any() and not stops.all()
+    found, report = jax.jit(lambda: run(graphdef, state, data, steps=2))()
+    plain, _ = build(dataclasses.replace(config, halting="none"))
+    weights = nnx.from_flat_state([(p, v) for p, v in nnx.to_flat_state(state) if "halting" not in p])
+    every, _ = jax.jit(lambda: run(plain, weights, data, steps=2))()
+    np.testing.assert_allclose(found[~stops], every[~stops], rtol=1e-5, atol=1e-5)
+    assert np.abs(found[stops] - every[stops]).max() > 1e-3
+    np.testing.assert_allclose(report.running, [1 - stops.mean(), 1.0], rtol=1e-6)
+    np.testing.assert_allclose(report.load.sum(-1), 1.0, rtol=1e-6)

@@ -1,4 +1,4 @@
-"""The recursion against its plain NumPy reference, over every switch, and what holds while the experts are zero."""
+"""The recursion against its plain NumPy reference, for every switch, and with zero experts."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ from trm_diffusion.models.recursion.config import GATE_INPUTS, recursive_blocks
 
 
 def assert_equals_reference(config, *, joint, training, qk_norm=False, steps=None, traced=False):
-    """Values, running tokens and divergence at `steps` latent steps; and with zero experts, the base projections."""
+    """Values, running tokens and divergence at `steps` latent steps, and the base projections with zero experts."""
     steps, key, data = steps or config.latent_steps, jax.random.key(7) if training else None, inputs()
     graphdef, state = build(config, qk_norm=qk_norm)
 
@@ -45,12 +45,12 @@ def assert_equals_reference(config, *, joint, training, qk_norm=False, steps=Non
     np.testing.assert_allclose(qkv, expected.qkv, rtol=1e-5, atol=1e-5 * np.abs(expected.qkv).max())
 
     choices = 3 if config.routing_scope == "per_projection" else 1
-    rows = config.latent_steps if traced else steps  # latent steps past `steps` are there in the report, as zeros
+    rows = config.latent_steps if traced else steps  # in the report, latent steps past `steps` are zeros
     running = np.array([*expected.running[:-1], *[0.0] * (rows - steps), 1.0])
     asked = np.array([*[True] * (steps - 1), *[False] * (rows - steps), True])
     chex.assert_shape(report.load, (rows, choices, config.experts))
     np.testing.assert_allclose(report.running, running, rtol=1e-6)
-    np.testing.assert_array_equal(report.ran, asked if training else running > 0)  # training never leaves early
+    np.testing.assert_array_equal(report.ran, asked & (running > 0))
     np.testing.assert_allclose(report.load.sum(-1), np.tile(running[:, None] > 0, choices), rtol=1e-6)
     np.testing.assert_allclose(report.halting_divergence[-1], expected.divergence, rtol=1e-5, atol=1e-6)
     if not training:
@@ -90,6 +90,7 @@ FACTORS = {
     "dispatch": ("dense", "capacity", "one_hot"),
     "remat": ("none", "full"),
     "halting": ("none", "convergence", "learned"),
+    "truncated_latent_steps": (0, 1, 9),
     "experts_per_token": (1, 2),
     "training": (False, True),
     "joint": (False, True),
@@ -100,7 +101,7 @@ SWITCHED = dataclasses.replace(SMALL, latent_steps=4, experts=5, halting_epsilon
 
 
 def pairwise_rows(factors: dict, seed: int = 0) -> list[dict]:
-    """Settings in which every pair of values of every two factors occurs together at least once (greedy)."""
+    """Settings that contain every pair of values of every two factors at least once (greedy)."""
     rng = np.random.default_rng(seed)
     names = list(factors)
     left = {
@@ -127,7 +128,7 @@ def test_every_switch_equals_reference(row):
     assert_equals_reference(dataclasses.replace(SWITCHED, **row), steps=3, **call)
 
 
-PLAIN_ALONE = ("normalization", "modulation", "residual", "dispatch")  # other values than the paper's leave the kernels
+PLAIN_ALONE = ("normalization", "modulation", "residual", "dispatch")  # the kernels know only the paper's value
 FUSED_FACTORS = {name: values for name, values in FACTORS.items() if name not in PLAIN_ALONE} | {
     "gate_inputs": tuple(subset for subset in SUBSETS if "tokens" in subset)
 }
@@ -135,7 +136,7 @@ FUSED_FACTORS = {name: values for name, values in FACTORS.items() if name not in
 
 @pytest.mark.parametrize("row", pairwise_rows(FUSED_FACTORS), ids=lambda row: "-".join(str(v) for v in row.values()))
 def test_every_switch_that_the_kernels_honour_equals_reference_with_them(row, monkeypatch):
-    """In Pallas's interpreter, each image's tokens in several programs."""
+    """In Pallas's interpreter, with each image's tokens split over several programs."""
     row, calls = dict(row), pretend_tpu(monkeypatch, tokens=1)
     call = {name: row.pop(name) for name in ("training", "joint", "qk_norm", "traced")}
     assert_equals_reference(dataclasses.replace(SWITCHED, **row), steps=3, **call)
@@ -164,7 +165,7 @@ def at_inference():
     experts=st.permutations(range(5)),
 )
 def test_permutations_of_tokens_images_and_experts(seed, tokens, images, experts):
-    """Tokens and images in another order: so is the answer. Experts under other names: the same answer."""
+    """Reordering tokens and images reorders the result. Renaming experts does not change it."""
     (state, forward), data = at_inference(), inputs(seed)
     tokens, images, experts = (np.asarray(order) for order in (tokens, images, experts))
     expected = np.asarray(forward(state, data))
@@ -182,7 +183,7 @@ def test_permutations_of_tokens_images_and_experts(seed, tokens, images, experts
 
 
 def test_with_zero_experts_the_carry_form_doubles_the_base_input():
-    """With a_{T-1} + x~ as base input, zero experts give W (2 x~): figure 1 taken with the equation's residual."""
+    """With a_{T-1} + x~ as base input, zero experts give W (2 x~): figure 1 with the equation's residual."""
     graphdef, state = build(dataclasses.replace(SMALL, base_input="carry"))
     data = inputs()
     qkv, _ = run(graphdef, with_zero_up(state), data, steps=2)
@@ -191,7 +192,7 @@ def test_with_zero_experts_the_carry_form_doubles_the_base_input():
 
 
 def test_both_forms_of_figure_1_together_leave_the_base_in_self_attention():
-    """x~ joins after the norm, so a_{T-1} is the attention alone, which is zero with zero experts."""
+    """x~ is added after the norm, so a_{T-1} is only the attention, which is zero with zero experts."""
     graphdef, state = build(dataclasses.replace(SMALL, base_input="carry", residual="after_norm"))
     data = inputs()
     qkv, _ = run(graphdef, with_zero_up(state), data, steps=2)
@@ -242,7 +243,7 @@ def test_remat_changes_neither_gradients_nor_counts(latent_steps):
 
 
 def test_truncated_latent_steps_pass_no_gradient_and_change_no_value():
-    """With a pool for each latent step, the pools of the truncated ones get exactly none."""
+    """With a pool for each latent step, the pools of the truncated latent steps get exactly zero."""
     data, found = inputs(), {}
     for truncated in (0, 2):
         config = dataclasses.replace(SMALL, latent_steps=4, pool="per_latent_step", truncated_latent_steps=truncated)

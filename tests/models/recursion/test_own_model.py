@@ -1,4 +1,4 @@
-"""docs/own_model.md: its code runs, and is what the page says of it."""
+"""docs/own_model.md: its code runs and does what the page says."""
 
 import dataclasses
 import re
@@ -35,7 +35,7 @@ def test_it_has_at_most_30_lines():
     assert len([line for line in CODE.splitlines() if line.strip()]) <= 30
 
 
-# The page's code broadcasts as any code does that no test harness restricts.
+# The page's code relies on implicit broadcasting, which the other tests forbid.
 @pytest.fixture(autouse=True)
 def rank_promotion():
     with jax.numpy_rank_promotion("allow"):
@@ -84,8 +84,8 @@ def test_what_the_page_calls_an_error_is_one():
     for steps in (0, -1, 1.5, 4):
         with pytest.raises(ValueError, match="^latent_steps is"):
             block(*inputs(), steps)
-    alone = [leaf[:3] for leaf in inputs()]
+    odd = [leaf[:3] for leaf in inputs()]
     with pytest.raises(ValueError, match="does not divide into routing groups"):
-        block(*alone, key=jax.random.key(0))
+        block(*odd, key=jax.random.key(0))
     out, _ = jax.jit(lambda steps: block(*inputs(), steps))(jnp.asarray(4))
     assert np.isnan(out).all()

@@ -1,4 +1,4 @@
-"""When the pool takes its kernels, and what it refuses."""
+"""When the pool uses its kernels, and what it refuses."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from tests.models.recursion.small import HEADS, SMALL, WIDTH, build, inputs, pre
 from trm_diffusion.models.recursion import Recursion, RecursionConfig
 from trm_diffusion.models.recursion.pool import KERNELS_HONOUR, kernels_honour
 
-OTHERS = {  # of a field whose other value cannot be told from its type, or must be one for which dense dispatch pays
+OTHERS = {  # values other than the default, where the type does not give one, or dense dispatch must be cheapest
     "blocks": "all",
     "experts": 1,
     "rank": 64,
@@ -36,7 +36,7 @@ def other_value(field: dataclasses.Field):
 
 
 def shapes_only(a_bnd, shift_bd, scale_bd, *weights):
-    """In place of both kernels: what they give, as zeros."""
+    """Replaces both kernels: zeros in the shapes of their results."""
     if len(weights) == 1:
         return jnp.zeros((*a_bnd.shape[:2], weights[0].shape[1])), a_bnd
     return 3 * (jnp.zeros_like(a_bnd),)

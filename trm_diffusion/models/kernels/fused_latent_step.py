@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from trm_diffusion.models.kernels.fused_attention import LANES, SUBLANES, VMEM_BYTES
-from trm_diffusion.models.layers import EPSILON
+from trm_diffusion.models.layers import moments
 
 PROJECTIONS = 3  # q, k and v
 TOKENS = (256, 128)  # tokens of a program: the first number that divides an image's tokens and fits
@@ -254,7 +254,7 @@ def _updates_gradients_kernel(
 def _modulated(a, shift, scale):
     """h and LN(a), [N, D] float32, and 1 / deviation of a, [N, 1]."""
     x = a[0].astype(jnp.float32)
-    mean, inverse = _moments(x)
+    mean, inverse = moments(x)
     normal = (x - mean) * inverse
     return normal * (1 + scale[0].astype(jnp.float32)) + shift[0].astype(jnp.float32), normal, inverse
 
@@ -273,13 +273,7 @@ def _pull_back(dh, normal, inverse, scale, da, dshift, dscale, more):
 def _projected(h, kernel):
     """The centred kernel times h [C, N], the centred kernel [C, D], the mean and 1 / deviation of h [N, 1]."""
     centred = kernel[...] - jnp.mean(kernel[...], axis=1, keepdims=True)
-    return _float32_product(centred, h, _LANES), centred, *_moments(h)
-
-
-def _moments(x):
-    mean = jnp.mean(x, axis=1, keepdims=True)
-    centred = x - mean
-    return mean, jax.lax.rsqrt(jnp.mean(centred * centred, axis=1, keepdims=True) + EPSILON)
+    return _float32_product(centred, h, _LANES), centred, *moments(h)
 
 
 def _first_of_half():

@@ -6,6 +6,7 @@ gate probability come first, ties by position (our reading). A token over capaci
 At inference no token is dropped.
 """
 
+import fractions
 import math
 from typing import NamedTuple
 
@@ -16,23 +17,25 @@ from trm_diffusion.models.recursion.gate import Routing
 
 
 class Assignment(NamedTuple):
-    """Which expert takes which token, with G routing groups of S tokens each and C slots for tokens in each expert."""
+    """Which expert takes which token, for G routing groups of S tokens each and C token slots in each expert."""
 
     combine: jax.Array  # [G, S, P, M] float32 weights, zero where a token is not dispatched
-    selected: jax.Array  # [G, S, P, M] bool, what the gate asked for
-    dispatched: jax.Array  # [G, S, P, M] bool, what the experts' capacity allowed
+    selected: jax.Array  # [G, S, P, M] bool, what the gate selected
+    dispatched: jax.Array  # [G, S, P, M] bool, what is left of it within the experts' capacity
     slot: jax.Array  # [G, S, P, k] int32, m * C + the token's position in expert m; M * C where it is not dispatched
 
 
 def expert_capacity(tokens: int, experts: int, experts_per_token: int, capacity_factor: float) -> int:
     """C = ceil(capacity_factor * k * tokens / M), at most `tokens`."""
-    return min(tokens, math.ceil(capacity_factor * experts_per_token * tokens / experts))
+    # Exact, by the decimal that the factor is written as: 1.1 * 100 / 2 in floats is just above 55.
+    factor = fractions.Fraction(str(float(capacity_factor)))
+    return min(tokens, math.ceil(factor * experts_per_token * tokens / experts))
 
 
 def assign(routing: Routing, group: int, capacity: int | None) -> Assignment:
-    """Assigns tokens to experts, `group` images to a routing group; `capacity` None takes every token.
+    """Assigns tokens to experts. A routing group is `group` images; a capacity of None takes every token.
 
-    A selected expert of -1 stands for none.
+    An expert of -1 is none.
     """
     experts = routing.probabilities.shape[-1]
     one_hot = grouped(jax.nn.one_hot(routing.experts, experts, dtype=jnp.float32), group)  # [G, S, P, k, M]
@@ -59,10 +62,10 @@ def grouped(x: jax.Array, group: int) -> jax.Array:
 
 
 def _within_capacity(priority_gspm: jax.Array, capacity: int) -> jax.Array:
-    """[G, S, P, M] bool: is the token among the `capacity` of highest priority? Ties go to the earlier token."""
+    """[G, S, P, M] bool: whether a token is among the `capacity` tokens of highest priority; ties go to the earlier."""
     by_expert = jnp.moveaxis(priority_gspm, 1, -1)  # [G, P, M, S]
-    # Sorted, since `jax.lax.top_k` would gather the priorities of all devices on each.
-    lowest = jnp.sort(by_expert, axis=-1)[..., -capacity]  # [G, P, M], the priority of the last to be dispatched
+    # A sort, since `jax.lax.top_k` would gather the priorities of all devices on each.
+    lowest = jnp.sort(by_expert, axis=-1)[..., -capacity]  # [G, P, M], the lowest priority that is dispatched
     above = priority_gspm > lowest[:, None]
     tied = priority_gspm == lowest[:, None]
     return above | (tied & (position_in_expert(tied) < capacity - jnp.sum(above, axis=1, keepdims=True)))

@@ -2,10 +2,10 @@
 
     switch   M sum_m load_m importance_m per choice and latent step (Switch Transformer); 1 at perfect balance
     z        mean logsumexp(logits)^2 (ST-MoE router z-loss), which keeps the logits small
-    bias     loss-free (arXiv 2408.15664): a bias per expert joins z in the selection alone, and after each update moves
-             by `rate` towards the expert that got less than its share
+    bias     loss-free (arXiv 2408.15664): a bias per expert is added to z for the selection only. After each update it
+             rises by `rate` for experts that got less than their share, and falls for those that got more
 
-All statistics are means over every token of the batch, and so over the whole mesh.
+All statistics are means over all tokens of the batch, on all devices.
 """
 
 import jax
@@ -17,7 +17,7 @@ from trm_diffusion.models.stack import StackLayout, segment_of
 
 
 def auxiliary_loss(reports: RoutingReport | None, config: RecursionConfig) -> jax.Array:
-    """What the config adds to the diffusion loss on the gates' account (and the halting heads'), float32 []."""
+    """The loss terms of the gates and the halting heads, added to the diffusion loss, float32 []."""
     loss = jnp.zeros(())
     if reports is None:
         return loss
@@ -31,7 +31,7 @@ def auxiliary_loss(reports: RoutingReport | None, config: RecursionConfig) -> ja
 
 
 def switch_loss(reports: RoutingReport) -> jax.Array:
-    """Mean over blocks, choices and the latent steps that ran, float32 []. Gradients reach the gate by importance."""
+    """Mean over blocks, choices and the latent steps that ran, float32 []. Only the importance passes a gradient."""
     experts = reports.load.shape[-1]
     each = experts * jnp.sum(jax.lax.stop_gradient(reports.load) * reports.importance, axis=-1)  # [R, T, P]
     return _mean_over_ran(jnp.mean(each, axis=-1), reports)
@@ -47,9 +47,9 @@ def _mean_over_ran(values_rt: jax.Array, reports: RoutingReport) -> jax.Array:
 
 
 def moved_biases(biases: dict, reports: RoutingReport, layout: StackLayout, config: RecursionConfig) -> dict:
-    """The biases by path after one update: b + rate * sign(1 / M - load), rate being `config.balance_bias_rate`.
+    """The biases by path after one update: b + rate * sign(1 / M - load), with the rate `config.balance_bias_rate`.
 
-    layout: how the model's blocks lie in its parameters; the reports' leading axis is its recursive blocks in order.
+    layout: where the blocks are in the model's parameters. The reports' leading axis is the recursive blocks in order.
     """
     moved = {}
     for name, bias in biases.items():

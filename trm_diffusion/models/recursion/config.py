@@ -1,4 +1,4 @@
-"""The settings of the recursion: the paper's, and the switches among the readings that the sources leave open."""
+"""The settings of the recursion: the paper's, and switches where the sources leave a choice."""
 
 import dataclasses
 
@@ -35,16 +35,16 @@ class RecursionConfig(Settings):
     routing_scope: str = setting("shared", choices=("shared", "per_projection"))  # one choice for q, k and v, or three
     base_every_step: bool = False  # also add the base projection of h_t in the intermediate latent steps
     dispatch: str = setting("auto", choices=DISPATCH)  # how tokens reach their experts
-    remat: str = setting("full", choices=POLICIES)  # what the backward pass keeps (T = 2 keeps its products even so)
-    scan_latent_steps: bool = True  # run the latent steps under one scan (compiles once); False unrolls them
-    truncated_latent_steps: int = setting(0, least=0)  # the first so many latent steps pass no gradient
+    remat: str = setting("full", choices=POLICIES)  # what the backward pass keeps (with T = 2, full keeps products too)
+    scan_latent_steps: bool = True  # one scan over the latent steps (compiles once); False unrolls
+    truncated_latent_steps: int = setting(0, least=0)  # how many of the first latent steps pass no gradient
     switch_loss_weight: float = setting(0.0, least=0)  # weight of the Switch load-balance loss; the paper names none
     z_loss_weight: float = setting(0.0, least=0)  # weight of the router z-loss
     balance_bias_rate: float = setting(0.0, least=0)  # loss-free balance: step of the selection bias per update
-    # which tokens stop early: none, those whose state has converged (no parameters), those that a learned head stops
+    # which tokens stop early: none; those whose state has converged (no parameters); those that a learned head stops
     halting: str = setting("none", choices=("none", "convergence", "learned"))
     halting_epsilon: float = setting(0.05, least=0)  # convergence: relative change of a below which a token is settled
-    halting_patience: int = setting(1, least=1)  # convergence: latent steps in a row it must be settled
+    halting_patience: int = setting(1, least=1)  # convergence: for how many latent steps in a row
     halting_prior: float = setting(0.3, above=0, below=1)  # learned: geometric prior's chance to stop at a latent step
     halting_weight: float = setting(0.01, least=0)  # learned: weight of KL(p || prior) in the loss
 

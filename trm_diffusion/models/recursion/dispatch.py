@@ -1,27 +1,26 @@
 """How tokens reach their experts.
 
-Three implementations of one function, equal to rounding, of which `auto` takes the cheapest (`cheapest_dispatch`):
+Three implementations of one function, equal up to rounding. `auto` takes the cheapest (`cheapest_dispatch`):
 
     dense     every expert for every token, as one wide matmul, masked in the r-wide middle: M times the useful products
-    capacity  each expert gathers its C tokens, and each token gathers its updates back, so that products are wasted on
-              empty slots alone; the backward pass gathers as well, rather than scatter
-    one_hot   the same with products by one-hot matrices in place of gathers, for hardware that gathers slowly
+    capacity  each expert gathers its C tokens, and each token gathers its updates back. Only empty slots waste
+              products. The backward pass gathers too, instead of scattering
+    one_hot   the same, with products by one-hot matrices instead of gathers, for hardware that gathers slowly
 
-On a TPU models/kernels/fused_latent_step.py takes the place of `dense` where it can.
+On a TPU models/kernels/fused_latent_step.py replaces `dense` where it can.
 
-Over an expert axis of E devices each owns M / E experts, and their weights come to the tokens: they are gathered where
-they are used, as with fsdp, and routing groups stay where their images are. Bytes that a device with S tokens receives
-in the forward pass of one latent step; the figures are of DiT-XL/2 (D = 1152, r = 128, bfloat16, 32 images, k = 1) with
-E = M:
+On an expert axis of E devices each device owns M / E experts. Their weights are gathered where the tokens are, as with
+fsdp, and routing groups stay with their images. Bytes that a device with S tokens receives in the forward pass of one
+latent step, with figures for DiT-XL/2 (D = 1152, r = 128, bfloat16, 32 images, k = 1) and E = M:
 
                                                        bytes / 2 D                      M = 2     M = 16
     tokens to all, updates of q, k, v summed back      (1 + 3) S (E - 1)                75 MB   1,132 MB
     tokens to their experts and back (all-to-all)      (1 + 3) 1.25 k S (E - 1) / E     47 MB      88 MB
     weights to the tokens                              6 M r (E - 1) / E                 2 MB      27 MB
 
-Weights are the least to move from 1.2 M r / k tokens a device on: 307 for M = 2, ten images for M = 16. XLA gathers
-them by itself for `dense` and `one_hot`; for `capacity` it may move indices and sum tokens, so it is told; as
-tests/jobs/test_devices.py sees in the compiled programs.
+Gathering the weights moves the least from 1.2 M r / k tokens per device on: 307 for M = 2, ten images for M = 16. XLA
+chooses it by itself for `dense` and `one_hot`. For `capacity` it may move indices and sum tokens instead, so it is
+told. tests/jobs/test_devices.py checks the compiled programs.
 """
 
 import functools
@@ -32,16 +31,16 @@ import jax.numpy as jnp
 from trm_diffusion.models.recursion.assignment import Assignment, position_in_expert
 from trm_diffusion.models.recursion.config import PROJECTIONS
 
-DENSE_FROM = 0.8  # `auto`: experts with room for this share of the tokens may as well compute them all
-ROW_COST = 600  # `auto`, TPU: moving a row of tokens into or out of place costs as much as so many products a feature
+DENSE_FROM = 0.8  # `auto`: with room for this share of the tokens, each expert may as well compute all
+ROW_COST = 600  # `auto`, TPU: cost of moving a row into or out of place, in products per feature
 
 
 def expert_updates(h_bnd, down_pmrd, up_pmrd, assignment: Assignment, capacity: int | None, dispatch: str) -> jax.Array:
     """The weighted low-rank updates [B, N, 3, D] by the implementation that `dispatch` names.
 
-    h_bnd: the tokens of all routing groups in order, B * N = G * S; [G, S, D] is as good.
-    capacity: C as given to `assign`; where it is None, no token is dropped, and the implementation is always dense.
-    "auto" decides for the platform that the program is compiled for, which need not be the one it is compiled on.
+    h_bnd: the tokens of all routing groups in order, B * N = G * S; [G, S, D] works too.
+    capacity: C as given to `assign`. None drops no token, and the implementation is then always dense.
+    "auto" decides by the platform that the program is compiled for, which may differ from the one it is compiled on.
     """
     operands, tokens = (h_bnd, down_pmrd, up_pmrd, assignment), assignment.dispatched.shape[1]
     if capacity is None:
@@ -62,10 +61,10 @@ def expert_updates(h_bnd, down_pmrd, up_pmrd, assignment: Assignment, capacity: 
 
 
 def cheapest_dispatch(platform: str, tokens: int, experts: int, capacity: int, choices: int, rank: int) -> str:
-    """The rule of "auto" for a routing group of `tokens`; docs/results/benchmark_experts.json holds what it rests on.
+    """The rule of "auto" for a routing group of `tokens`; docs/results/benchmark_experts.json has the measurements.
 
-    On a TPU, whose compiler puts a gather of rows well above both: dense or one_hot, by their products forward and
-    backward. Elsewhere: capacity, unless the experts have slots for nearly all tokens.
+    On a TPU: dense or one_hot, by their products forward and backward; its compiler puts a gather of rows far above
+    both. Elsewhere: capacity, unless the experts have slots for nearly all tokens.
     """
     if platform != "tpu":
         return "capacity" if capacity < DENSE_FROM * tokens else "dense"
@@ -77,10 +76,10 @@ def cheapest_dispatch(platform: str, tokens: int, experts: int, capacity: int, c
 
 
 def dense_updates(h_bnd, down_pmrd, up_pmrd, assignment: Assignment, capacity: int | None = None) -> jax.Array:
-    """Every expert for every token; the weights mask the r-wide middle, so that M experts are one wide matmul.
+    """Every expert for every token. The weights mask the r-wide middle, so that M experts are one wide matmul.
 
-    Tokens stay in their images, and each projection has a product of its own: otherwise the updates, whose images and
-    projections the attention takes apart, would be laid out anew.
+    Tokens stay in their images, and each projection has its own product: the attention needs the updates by image and
+    by projection, so that anything else would copy them.
     """
     del capacity  # every expert has room for every token
     weights = assignment.combine.reshape(*h_bnd.shape[:2], *assignment.combine.shape[2:], 1)  # [B, N, P, M, 1]
@@ -99,7 +98,7 @@ def capacity_updates(h_bnd, down_pmrd, up_pmrd, assignment: Assignment, capacity
     def by_expert(x):  # [G, M * C, W] -> [M, G * C, W]: the groups join in one matmul for each expert
         return x.reshape(groups, experts, capacity, -1).swapaxes(0, 1).reshape(experts, groups * capacity, -1)
 
-    def by_group(x):  # and back
+    def by_group(x):  # the inverse
         return x.reshape(experts, groups, capacity, -1).swapaxes(0, 1).reshape(groups, experts * capacity, -1)
 
     updates = []
@@ -117,7 +116,7 @@ def capacity_updates(h_bnd, down_pmrd, up_pmrd, assignment: Assignment, capacity
 
 
 def one_hot_updates(h_bnd, down_pmrd, up_pmrd, assignment: Assignment, capacity: int) -> jax.Array:
-    """As `capacity_updates`, with one-hot products in place of gathers, as GShard and Switch transformers dispatch."""
+    """Like `capacity_updates`, with one-hot products instead of gathers, as in GShard and Switch transformers."""
     h_gsd = _in_groups(h_bnd, assignment)
     positions = jnp.where(assignment.dispatched, position_in_expert(assignment.dispatched), capacity)
     updates = []
@@ -148,7 +147,7 @@ def _choices(assignment: Assignment) -> list[tuple[int, slice]]:
 
 
 def slot_to_token(slot_gsk: jax.Array, slots: int) -> jax.Array:
-    """The token in each slot [G, slots] int32, and S, which is none, in an empty one."""
+    """The token in each slot, [G, slots] int32; S, which is no token, in an empty slot."""
     tokens = slot_gsk.shape[1]
     token = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32)[:, None], slot_gsk.shape[1:])
     empty = jnp.full((slots,), tokens, jnp.int32)
@@ -159,8 +158,8 @@ def slot_to_token(slot_gsk: jax.Array, slots: int) -> jax.Array:
 def _fetch(rows_gaw: jax.Array, source_gbj: jax.Array, destination_gal: jax.Array) -> jax.Array:
     """Sum of rows by index, [G, A, W] -> [G, B, W]: row b of the result is the sum over j of rows[source[b, j]].
 
-    An index past the end adds nothing. destination [G, A, L] says the same from the other side, where each row went;
-    with it the backward pass is a gather too, where the transpose of a gather would be a scatter.
+    An index past the end adds nothing. destination [G, A, L] is the inverse: where each row went. With it the backward
+    pass is a gather too; the transpose of a gather would be a scatter.
     """
     del destination_gal
     take = jax.vmap(lambda rows, index: rows.at[index].get(mode="fill", fill_value=0))

@@ -20,7 +20,7 @@ class LowRankExperts(nnx.Module):
     def __init__(self, width: int, experts: int, rank: int, *, dispatch: str, dtype, rngs: nnx.Rngs):
         self.dispatch, self.dtype = dispatch, dtype
         init = nnx.initializers.normal(width**-0.5)
-        # Both lie as [3, M, r, D]: with M last but one, a TPU would pad 2 experts to 8 rows of a tile.
+        # Both are [3, M, r, D]: with M as the last axis but one, a TPU would pad 2 experts to 8 rows of a tile.
         self.down = nnx.Param(  # A
             jnp.moveaxis(init(rngs.params(), (width, PROJECTIONS, experts, rank), jnp.float32), 0, -1),
             logical_axes=(None, "expert", "rank", "embed"),
@@ -35,6 +35,6 @@ class LowRankExperts(nnx.Module):
         return expert_updates(h_bnd.astype(self.dtype), *self.weights(), assignment, capacity, self.dispatch)
 
     def weights(self) -> tuple[jax.Array, jax.Array]:
-        """A and B as they are computed with, [3, M, r, D] each, brought from their owners."""
+        """A and B in the dtype of the computation, [3, M, r, D] each, gathered from the devices that own them."""
         down, up = self.down[...].astype(self.dtype), self.up[...].astype(self.dtype)
         return lay(down, None, None, None, None), lay(up, None, None, None, "heads")

@@ -17,11 +17,11 @@ from flax import nnx
 from trm_diffusion.models.layers import NORMAL_002, moments
 from trm_diffusion.models.recursion.config import GATE_INPUTS
 
-HIGHEST = jax.lax.Precision.HIGHEST  # a float32 product in earnest, also where the default is bfloat16 passes
+HIGHEST = jax.lax.Precision.HIGHEST  # full float32 precision, no bfloat16 passes
 
 
 class Conditioning(NamedTuple):
-    """What a block is told besides its tokens; the conditioning vector y is the sum of the two."""
+    """What a block gets besides its tokens. The conditioning vector y is the sum of the two."""
 
     timestep: jax.Array  # [B, D] embedding of the diffusion timestep
     condition: jax.Array  # [B, D] embedding of the class, or of the pooled text
@@ -32,7 +32,7 @@ class Conditioning(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """One gate decision. P is the number of separate choices: 1, or 3 when q, k and v are routed apart."""
+    """One gate decision. P is the number of separate choices: 1, or 3 when q, k and v are routed separately."""
 
     experts: jax.Array  # [B, N, P, k] int32, the selected experts, best first
     weights: jax.Array  # [B, N, P, k] float32, what each selected expert's output is multiplied by
@@ -41,7 +41,7 @@ class Routing(NamedTuple):
 
 
 class Gate(nnx.Module):
-    """Scores M experts for every token by the module's equations. Adds 2 P M D parameters, and P M of a bias if any."""
+    """Scores M experts for each token by the equations above. Adds 2 P M D parameters, and P M for a balance bias."""
 
     def __init__(
         self,
@@ -68,23 +68,23 @@ class Gate(nnx.Module):
         self.balance_bias = nnx.Param(jnp.zeros((choices, experts), jnp.float32)) if balance_bias else None
 
     def token_logits(self, h_bnd: jax.Array) -> jax.Array:
-        """W_x LN(h), [B, N, P, M] float32; zeros where tokens are switched off."""
+        """W_x LN(h), [B, N, P, M] float32; zeros if tokens are not an input of the gate."""
         if "tokens" not in self.inputs:
             return jnp.zeros((*h_bnd.shape[:2], *self.token_kernel.shape[1:]), jnp.float32)
-        # LN(h) W = (h - mean h) W / sigma = h (W - mean W) / sigma: the normalised tokens are not written out.
+        # LN(h) W = (h - mean h) W / sigma = h (W - mean W) / sigma, which needs no copy of the normalised tokens.
         h32, kernel = h_bnd.astype(jnp.float32), self.token_kernel[...]
         centred = kernel - jnp.mean(kernel, axis=0, keepdims=True)
         projected = jnp.einsum("bnd,dpm->bnpm", h32, centred, precision=HIGHEST)
         return projected * moments(h32)[1][..., None]
 
     def condition_logits(self, conditioning: Conditioning) -> jax.Array:
-        """W_y y over the inputs that are switched on, [B, P, M] float32."""
+        """W_y y, summed over the inputs that the gate has, [B, P, M] float32."""
         sources = [getattr(conditioning, name) for name in ("timestep", "condition") if name in self.inputs]
         y_bd = sum((source.astype(jnp.float32) for source in sources), jnp.zeros(conditioning.timestep.shape))
         return jnp.einsum("bd,dpm->bpm", y_bd, self.condition_kernel[...], precision=HIGHEST)
 
     def logits(self, h_bnd: jax.Array, conditioning: Conditioning) -> jax.Array:
-        """W_x LN(h) + W_y y over the inputs that are switched on, [B, N, P, M] float32."""
+        """W_x LN(h) + W_y y over the inputs that the gate has, [B, N, P, M] float32."""
         return self.token_logits(h_bnd) + self.condition_logits(conditioning)[:, None]
 
     def __call__(self, h_bnd: jax.Array, conditioning: Conditioning, key: jax.Array | None) -> Routing:
@@ -92,17 +92,20 @@ class Gate(nnx.Module):
         return self.route(self.logits(h_bnd, conditioning), key)
 
     def route(self, logits: jax.Array, key: jax.Array | None) -> Routing:
-        """As a call, from the logits [B, N, P, M]."""
+        """Like a call, but from the logits [B, N, P, M]."""
         noise = 0.0 if key is None else jax.random.gumbel(key, logits.shape, jnp.float32)
         z = (logits + noise) / self.temperature
         scores = jax.lax.stop_gradient(z if self.balance_bias is None else z + self.balance_bias[...][None, None])
         experts = _best(scores, self.experts_per_token)  # [B, N, P, k]
         probabilities = jax.nn.softmax(z, axis=-1)
-        # One-hot, since the transpose of a gather is a scatter, and for few experts the gather is the dearer too.
+        # One-hot, since the gradient of a gather is a scatter, and for few experts the gather itself is slower too.
         chosen = jax.nn.one_hot(experts, probabilities.shape[-1], dtype=jnp.float32)  # [B, N, P, k, M]
         weights = jnp.sum(chosen * probabilities[..., None, :], axis=-1)
         if self.forward_weight == "straight_through":
-            renormalized = weights / jnp.sum(weights, axis=-1, keepdims=True)
+            total = jnp.sum(weights, axis=-1, keepdims=True)
+            # A balance bias may select experts whose probabilities underflow; their ratios are still those of exp(z).
+            without = jax.nn.softmax(jnp.sum(chosen * z[..., None, :], axis=-1), axis=-1)
+            renormalized = jnp.where(total < jnp.finfo(jnp.float32).tiny, without, weights / total)
             # In this order the forward value is the renormalised weight to the last bit.
             weights = jax.lax.stop_gradient(renormalized) + (weights - jax.lax.stop_gradient(weights))
         return Routing(experts, weights, probabilities, logits)
@@ -111,7 +114,7 @@ class Gate(nnx.Module):
 def _best(scores: jax.Array, count: int) -> jax.Array:
     """Indices int32 [..., count] of the largest scores [..., M], best first, ties to the earlier.
 
-    As `jax.lax.top_k`, which the compiler does not divide: it would gather the scores of all devices on each.
+    Like `jax.lax.top_k`, which the compiler does not shard: it would gather the scores of all devices on each.
     """
     best = []
     for _ in range(count):

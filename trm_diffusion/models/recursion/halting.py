@@ -1,8 +1,9 @@
 """Halting: tokens that need no further latent steps stop, each on its own.
 
-A stopped token's state a is frozen; it asks its experts for nothing and takes none of their capacity; the others go on
-attending to the keys and values it last had. The last latent step, which the block's own attention shares, is computed
-for every token. Two rules (both our reading; the paper names static T as a limitation):
+A stopped token's state a is frozen. It asks its experts for nothing and takes none of their capacity. The others go on
+attending to its last keys and values. A token that stops before the first latent step still asks in that one,
+for keys and values to show; otherwise the others would attend to zeros. The last latent step, which the block's own
+attention shares, is computed for every token. Two rules (both our reading; the paper names static T as a limitation):
 
     convergence   without parameters: a token stops once ||a_t - a_{t-1}|| / ||a_t|| < epsilon, `patience` latent steps
                   in a row
@@ -12,10 +13,10 @@ for every token. Two rules (both our reading; the paper names static T as a limi
                   loss gains KL(p || geometric prior). At inference a token stops at the first t by which it has
                   stopped with probability 1/2.
 
-What is really saved: shapes are fixed when a program is compiled, and at inference the experts are one wide product
-over all tokens (dispatch.py), so a stopped token among running ones saves no row of it, and no attention. What
-inference saves is whole latent steps, from when every token of the batch has stopped (`jax.lax.while_loop`). Training
-runs them all; there a stopped token leaves its slots to others. `--mode=analyze` measures.
+What halting saves: shapes are fixed at compile time, and at inference the experts are one wide product over all tokens
+(dispatch.py), so a stopped token saves no row of it, and no attention, while others run. Inference saves whole latent
+steps once every token of the batch has stopped (`jax.lax.while_loop`). Training runs all latent steps; there a stopped
+token leaves its slots to others. `--mode=analyze` measures the savings.
 """
 
 from typing import NamedTuple
@@ -28,7 +29,7 @@ from trm_diffusion.models.layers import ZEROS, layer_norm, linear
 
 
 class Progress(NamedTuple):
-    """Where each token stands."""
+    """The halting state of each token."""
 
     running: jax.Array  # [B, N] bool, still refined
     streak: jax.Array  # [B, N] int32, latent steps in a row with a small change (convergence)

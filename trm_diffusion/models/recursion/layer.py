@@ -11,7 +11,7 @@ With x~ the modulated visual tokens of the block, T latent steps refine a state 
 
 and the block goes on with attention over the final q, k, v. Mod is the block's own shift and scale, Attn the block's
 own attention before its output projection, W_qkv the base projection, applied once. One pool of experts and one gate
-serve all latent steps. The switches in `RecursionConfig` choose among the readings the sources leave open.
+serve all latent steps. The switches in `RecursionConfig` cover what the sources leave open.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -30,7 +30,7 @@ from trm_diffusion.models.recursion.report import RoutingReport
 
 
 class BlockAttention(Protocol):
-    """What the recursion needs of its block's attention; `models.attention.Attention` is one, yours may be another.
+    """What the recursion needs from its block's attention: `models.attention.Attention` has it, and yours can.
 
     H heads of d = D / H features. Both methods must work on any number of images.
     """
@@ -41,18 +41,18 @@ class BlockAttention(Protocol):
     def attend(self, qkv: jax.Array, context: Any = None) -> jax.Array:
         """Attention of q, k, v [B, N, 3, H, d], before the output projection: [B, N, D], heads joined in order.
 
-        context: whatever `Recursion.__call__` was given, such as the keys and values of a text; None is none.
+        context: what `Recursion.__call__` was given, such as the keys and values of a text; None is no context.
         Normalisation of queries and keys belongs here.
         """
 
 
 class RecursionOutput(NamedTuple):
-    qkv: jax.Array  # [B, N, 3, H, d], what the block's own attention is to attend with
+    qkv: jax.Array  # [B, N, 3, H, d], for the block's own attention
     report: RoutingReport  # one entry for each latent step
 
 
 class State(NamedTuple):
-    """What one latent step hands to the next; the last two only where tokens may halt."""
+    """What one latent step hands to the next; the last two only with halting."""
 
     a_bnd: jax.Array
     qkv: jax.Array | None = None  # [B, N, 3, H, d] as last computed for each token
@@ -113,13 +113,13 @@ class Recursion(nnx.Module):
 
         Raises ValueError for a known depth below 1, or above the number of pools with pool=per_latent_step, and in
         training for a batch that does not divide into routing groups. A traced depth is not known while tracing:
-        outside of its range the experts' updates are NaN, and so is the loss (a token over capacity has no update).
+        out of its range the experts' updates are NaN, except for tokens over capacity, and so is the loss.
         """
         config, halting, training = self.config, self.halting, key is not None
         steps = depth.checked(latent_steps, config)
 
         def routed(a_bnd, t, **options):
-            """h of latent step t, from 0, the routed update of q, k, v [B, N, 3, H, d], and the report."""
+            """h of latent step t (from 0), the routed update of q, k, v [B, N, 3, H, d], and the report."""
             pool = self._pool_at(t)
             h_bnd = self._modulated(a_bnd, x_bnd, shift_bd, scale_bd)
             update, report = pool(
@@ -131,16 +131,24 @@ class Recursion(nnx.Module):
             )
             return h_bnd, update.reshape(*x_bnd.shape[:2], PROJECTIONS, self.heads, -1), report
 
-        def latent_step(state, t):
-            """One intermediate latent step, t from 0: the state a_t becomes a_{t+1}."""
+        def latent_step(state, t, truncated=False):
+            """One intermediate latent step, t from 0: the state a_t becomes a_{t+1}.
+
+            truncated: a_{t+1} is a constant of the gradient. The halting head that reads it still gets its own.
+            """
+            # A token that stops before its first latent step asks its experts once, for the keys and values it shows.
             running = None if halting is None else state.progress.running
-            h_bnd, qkv, report = routed(state.a_bnd, t, running=running)
+            asking = None if halting is None else running | (t == 0)
+            h_bnd, qkv, report = routed(state.a_bnd, t, asking=asking)
             if config.base_every_step:
                 qkv = qkv + attention.project(h_bnd)
-            if halting is not None:  # the others go on attending to what a stopped token last was
-                qkv = jnp.where(running[..., None, None, None], qkv, state.qkv)
+            if halting is not None:  # the others go on attending to the last keys and values of a stopped token
+                qkv = jnp.where(asking[..., None, None, None], qkv, state.qkv)
+                report = report._replace(running=jnp.mean(running.astype(jnp.float32)))
             attended = attention.attend(qkv, context)
             a_bnd = attended + x_bnd if config.residual == "before_norm" else attended
+            if truncated:
+                a_bnd, qkv, report = jax.lax.stop_gradient((a_bnd, qkv, report))
             if halting is None:
                 return State(a_bnd), report
             a_bnd = jnp.where(running[..., None], a_bnd, state.a_bnd)
@@ -149,7 +157,7 @@ class Recursion(nnx.Module):
 
         state, reports = depth.run(
             latent_step,
-            self._start(x_bnd, steps, training),
+            self._start(jax.lax.stop_gradient(x_bnd) if depth.truncates(steps, config) else x_bnd, steps, training),
             steps,
             config,
             fused=self.pool.is_fused(x_bnd, training=training),

@@ -1,9 +1,9 @@
 """A gate and the experts it chooses among: one latent step's routed update of q, k and v.
 
-On a TPU two kernels (models/kernels/fused_latent_step.py) compute it where they apply. They know the paper's form of
-h = Mod(LN(a)) alone, so `KERNELS_HONOUR` names the fields of `RecursionConfig` that they, or the code around them,
-honour whatever the value. Where any other field differs from its default, the plain path runs: a new switch is never
-ignored on a TPU, and takes the kernels only once it is listed.
+On a TPU two kernels (models/kernels/fused_latent_step.py) compute it where they apply. They only know the paper's form
+of h = Mod(LN(a)). `KERNELS_HONOUR` names the fields of `RecursionConfig` that the kernels, or the code around them,
+honour for every value. If any other field differs from its default, the plain path runs. So a new switch is never
+ignored on a TPU, and uses the kernels only once it is listed.
 """
 
 import dataclasses
@@ -58,14 +58,14 @@ class Pool(nnx.Module):
         *,
         state: tuple[jax.Array, jax.Array, jax.Array],
         key: jax.Array | None,
-        running: jax.Array | None = None,
+        asking: jax.Array | None = None,
         valid: jax.Array | None = None,
     ) -> tuple[jax.Array, RoutingReport]:
         """The routed low-rank update of q, k and v by h [B, N, D], [B, N, 3, D], and the report.
 
-        state: the a [B, N, D], shift and scale [B, D] that h was made of; the kernels compute h from them without
-            writing it. key: in training, of this latent step. running [B, N] bool: tokens that ask for an update; None
-            is all. valid bool []: where False, the updates are NaN, but perhaps of tokens over capacity.
+        state: a [B, N, D], shift and scale [B, D], from which h was computed; the kernels compute h from them without
+            writing it to memory. key: of this latent step, in training. asking [B, N] bool: tokens that ask for an
+            update; None is all. valid bool []: if False, the updates are NaN, except for tokens over capacity.
         """
         group, capacity = self._routing_group(h_bnd, training=key is not None)
         fused = self.is_fused(h_bnd, training=key is not None)
@@ -74,16 +74,16 @@ class Pool(nnx.Module):
             routing = self.gate.route(token_logits + self.gate.condition_logits(conditioning)[:, None], key)
         else:
             routing = self.gate(h_bnd, conditioning, key)
-        if running is not None:  # expert -1 is none of them
-            routing = routing._replace(experts=jnp.where(running[..., None, None], routing.experts, -1))
+        if asking is not None:  # expert -1 is none
+            routing = routing._replace(experts=jnp.where(asking[..., None, None], routing.experts, -1))
         assignment = assign(routing, group, capacity)
-        if valid is not None:  # of the weights, since they are small
+        if valid is not None:  # in the weights, which are small
             assignment = assignment._replace(combine=jnp.where(valid, assignment.combine, jnp.nan))
         update = self._updates_by_kernel(*state, assignment) if fused else self.experts(h_bnd, assignment, capacity)
-        return update, report_of(routing, assignment, running)
+        return update, report_of(routing, assignment, asking)
 
     def is_fused(self, x_bnd: jax.Array, *, training: bool) -> bool:
-        """Whether the kernels compute it: on a TPU, in a form that they honour, where dense dispatch pays and fits."""
+        """Whether the kernels run: on a TPU, for a config they honour, where dense dispatch is cheapest and fits."""
         config, (_, tokens, width) = self.config, x_bnd.shape
         if platform() != "tpu" or not kernels_honour(config):
             return False
@@ -93,7 +93,7 @@ class Pool(nnx.Module):
         return pays and fused_latent_step.fits(tokens, width, config.experts, config.rank, x_bnd.dtype)
 
     def _routing_group(self, x_bnd: jax.Array, *, training: bool) -> tuple[int, int | None]:
-        """Images to a routing group, and the experts' capacity in it; at inference each image stands alone."""
+        """Images in a routing group, and the experts' capacity for it; at inference (1, None)."""
         if not training:
             return 1, None
         config, (images, tokens, _) = self.config, x_bnd.shape
@@ -103,7 +103,7 @@ class Pool(nnx.Module):
         return group, expert_capacity(group * tokens, config.experts, config.experts_per_token, config.capacity_factor)
 
     def _token_logits_by_kernel(self, a_bnd, shift_bd, scale_bd) -> tuple[jax.Array, ...]:
-        """The gate's token logits by h = Mod(LN(a)), [B, N, P, M], and the state for `_updates_by_kernel`."""
+        """The gate's token logits of h = Mod(LN(a)), [B, N, P, M], and the state for `_updates_by_kernel`."""
         kernel, tokens, images = self.gate.token_kernel[...], ("batch", None, None), ("batch", None)
         logits, a_bnd = on_each_device(
             fused_latent_step.fused_token_logits,
@@ -116,7 +116,7 @@ class Pool(nnx.Module):
         return logits.reshape(*logits.shape[:2], *kernel.shape[1:]), a_bnd, shift_bd, scale_bd
 
     def _updates_by_kernel(self, a_bnd, shift_bd, scale_bd, assignment: Assignment) -> jax.Array:
-        """The experts' updates by h = Mod(LN(a)), [B, N, 3, D]."""
+        """The experts' updates from h = Mod(LN(a)), [B, N, 3, D]."""
         weights = assignment.combine.reshape(*a_bnd.shape[:2], *assignment.combine.shape[2:])  # [B, N, P, M]
         down, up = self.experts.weights()
         updates = on_each_device(
@@ -133,7 +133,7 @@ class Pool(nnx.Module):
 
 
 def kernels_honour(config: RecursionConfig) -> bool:
-    """Whether the kernels compute what the config asks for; see the module's docstring."""
+    """Whether the kernels can compute this config; see the module's docstring."""
     fields = [field for field in dataclasses.fields(config) if field.name not in KERNELS_HONOUR]
     return "tokens" in config.gate_inputs and all(getattr(config, field.name) == field.default for field in fields)
 
