@@ -36,8 +36,8 @@ STRUCTURE = (
     "optim.ema_decays",
 )
 
-# Exceptions that do not change the trained model: how it and its loss are computed, when tokens halt, and where its text
-# encoders are (text.json records which encoders these must be).
+# Exceptions that do not change the trained model: how it and its loss are computed, when tokens halt, and where its
+# text encoders are (text.json records which encoders these must be).
 FREE = (
     "model.remat",
     "model.attention",
