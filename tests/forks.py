@@ -89,6 +89,7 @@ if __name__ == "__main__":
     if options.mock_images:
         import tensorflow_datasets
 
-        tensorflow_datasets.testing.mock_data(num_examples=options.mock_images).__enter__()
+        mock = tensorflow_datasets.testing.mock_data(num_examples=options.mock_images)
+        mock.__enter__()  # `mock` stays referenced: collected, it would end
     for module, arguments in json.loads(sys.stdin.read()):
         print(json.dumps(in_a_fork(module, arguments)), flush=True)
