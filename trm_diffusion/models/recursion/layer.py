@@ -105,8 +105,7 @@ class Recursion(nnx.Module):
         """The final q, k, v of the modulated visual tokens x~ [B, N, D] of a block.
 
         shift_bd, scale_bd: [B, D], Mod of the block: x~ = LN(x) * (1 + scale) + shift.
-        context: handed to every `attention.attend`; in joint attention the text's keys and values, constants of the
-            recursion.
+        context: passed to every `attention.attend`; in joint attention the text's keys and values, which stay constant.
         latent_steps: T; an int, or a traced integer scalar in 1 .. config.latent_steps (one program serves every
             depth). None is the config's.
         key: in training, draws the gate's noise, and capacity is bounded; None is inference.
@@ -132,10 +131,7 @@ class Recursion(nnx.Module):
             return h_bnd, update.reshape(*x_bnd.shape[:2], PROJECTIONS, self.heads, -1), report
 
         def latent_step(state, t, truncated=False):
-            """One intermediate latent step, t from 0: the state a_t becomes a_{t+1}.
-
-            truncated: a_{t+1} is a constant of the gradient. The halting head that reads it still gets its own.
-            """
+            """Intermediate latent step t, from 0: a_t to a_{t+1}. truncated: only the halting head gets a gradient."""
             # A token that stops before its first latent step asks its experts once, for the keys and values it shows.
             running = None if halting is None else state.progress.running
             asking = None if halting is None else running | (t == 0)
