@@ -27,7 +27,7 @@ flags.DEFINE_string(
     None,
     'sample, encode: file of prompts, one per line or .jsonl with "prompt" fields, or a folder of .txt files',
 )
-flags.DEFINE_string("context", None, "sample: context images to draw from: a file, a folder of files, or .npy")
+flags.DEFINE_string("context", None, "sample, trace: context images to draw from: a file, a folder of files, or .npy")
 flags.DEFINE_enum(
     "export", "", ("", "geneval", "dpg"), "sample: write images of the benchmark's --prompts in its official layout"
 )
@@ -122,8 +122,10 @@ def _check_together(options: flags.FlagValues) -> None:
         raise UserError(f"--prompt goes with --mode=sample, not with --mode={mode}")
     if options.prompts and mode not in ("sample", "encode"):
         raise UserError(f"--prompts goes with --mode=sample or --mode=encode, not with --mode={mode}")
-    if options.context and (mode != "sample" or prompts or options.export or options.num):
-        raise UserError(f"--context={options.context} goes with --mode=sample, and not with prompts, --export or --num")
+    if options.context and (mode not in ("sample", "trace") or prompts or options.export or options.num):
+        raise UserError(
+            f"--context={options.context} goes with --mode=sample or --mode=trace, not with prompts, --export or --num"
+        )
     if options.num and (mode != "sample" or options.num < 0 or prompts):
         raise UserError(f"--num={options.num} must be at least 1 image, with --mode=sample and without prompts")
 

@@ -74,6 +74,11 @@ class Source(abc.ABC):
         """A name by which a person can find record `index`."""
         return f"record {index}"
 
+    @classmethod
+    def focus(cls, context: np.ndarray) -> tuple[int, int]:
+        """The pixel (row, column) of a context image [H, W, C'] whose attention is traced; by default the middle."""
+        return context.shape[0] // 2, context.shape[1] // 2
+
     @abc.abstractmethod
     def __len__(self) -> int:
         """The number of records in one epoch."""

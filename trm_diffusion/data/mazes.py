@@ -135,6 +135,12 @@ class MazeSource(Source):
     def from_config(cls, config: DataConfig) -> "MazeSource":
         return cls(rooms_of(config.image_size), config.split)
 
+    @classmethod
+    def focus(cls, context: np.ndarray) -> tuple[int, int]:
+        """The goal."""
+        goal = context[..., CONTEXT.index("goal")]
+        return divmod(int(goal.argmax()), goal.shape[1])
+
     def __len__(self) -> int:
         return self._num_mazes
 

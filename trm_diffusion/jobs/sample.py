@@ -32,6 +32,26 @@ GRID_PIXELS = 64  # narrower images are enlarged to about this width
 CAPTIONED_PIXELS = 160  # the same, for images with captions
 
 
+def guided_network(
+    experiment: Experiment, parameters: Parameters, condition: Any, *, latent_steps: int | None, **options
+) -> Callable:
+    """The network that samplers call, network(noisy, times) -> (output, reports), with the config's guidance.
+
+    condition: leaves [B, ...]; with guidance the reports are those of 2B images, the unconditional half second.
+    options: passed to the model.
+    """
+    model, sample = experiment.network(parameters), experiment.config.sample
+    return guide(
+        lambda noisy, times, condition: model(noisy, times, condition, latent_steps=latent_steps, **options),
+        experiment.objective,
+        condition,
+        experiment.condition.null_like(condition),
+        scale=sample.guidance,
+        interval=sample.guidance_interval,
+        channels=sample.guidance_channels,
+    )
+
+
 def make_sample_program(
     experiment: Experiment, *, with_reports: bool = False, gathered: bool = True
 ) -> jax.stages.Wrapped:
@@ -47,17 +67,8 @@ def make_sample_program(
     shape = (data.image_size, data.image_size, data.channels)
 
     def program(parameters: Parameters, condition: Any, indices: jax.Array) -> jax.Array:
-        model = experiment.network(parameters)
         keys = jax.vmap(lambda index: key_for(sample.seed, Purpose.SAMPLING, index))(indices)
-        network = guide(
-            lambda noisy, times, condition: model(noisy, times, condition, latent_steps=sample.latent_steps),
-            objective,
-            condition,
-            experiment.condition.null_like(condition),
-            scale=sample.guidance,
-            interval=sample.guidance_interval,
-            channels=sample.guidance_channels,
-        )
+        network = guided_network(experiment, parameters, condition, latent_steps=sample.latent_steps)
         images, reports = run_sampler(
             network,
             objective,

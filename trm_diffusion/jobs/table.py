@@ -102,6 +102,12 @@ def _analyze(options) -> int:
     return _on_run(options, analyze)
 
 
+def _trace(options) -> int:
+    from trm_diffusion.jobs.trace import trace
+
+    return _on_run(options, lambda *run: trace(*run, context=options.context or ""))
+
+
 def _prepare(options) -> int:
     from trm_diffusion.jobs.prepare_latents import prepare
     from trm_diffusion.runtime.signals import StopRequest
@@ -165,6 +171,7 @@ JOBS = {
     "sample": Job(_sample),
     "evaluate": Job(_evaluate),
     "analyze": Job(_analyze),
+    "trace": Job(_trace),
     "prepare": Job(_prepare, shared=True),
     "encode": Job(_encode, shared=True),
     "verify": Job(_verify, one_process=True),

@@ -186,6 +186,17 @@ class Attention(nnx.Module):
         attended = dot_product_attention(q, k, v, mask, implementation=self.implementation)
         return attended.reshape(*attended.shape[:2], self.heads * self.head_dim)
 
+    def weights(self, qkv: jax.Array, context: Context | None = None) -> jax.Array:
+        """The softmax of `attend`, averaged over heads: float32 [B, N, N + L], the context's L keys last."""
+        q, k, _ = self.normalized_heads(qkv)
+        mask = None
+        if context is not None:
+            k = jnp.concatenate([k, context.keys], axis=1)
+            if context.mask is not None:
+                mask = jnp.concatenate([jnp.ones(q.shape[:2], bool), context.mask], axis=1)[:, None, None, :]
+        logits = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32) * self.head_dim**-0.5
+        return jnp.mean(jax.nn.softmax(logits, axis=-1, where=mask), axis=1)
+
 
 def _unstacked(qkv: jax.Array) -> list[jax.Array]:
     """[B, N, 3, H, d] -> three of [B, N, H, d], by a split because its transpose is a concatenation."""

@@ -8,7 +8,13 @@ from trm_diffusion.models.embed import LabelEmbedder, TimestepEmbedder, patchify
 from trm_diffusion.models.layers import linear, modulated_norm
 from trm_diffusion.models.recursion import Conditioning, RoutingReport, recursive_blocks
 from trm_diffusion.models.stack import BlockStack
-from trm_diffusion.models.transformer import FinalLayer, Stream, TransformerConfig, recursion_of
+from trm_diffusion.models.transformer import (
+    FinalLayer,
+    Stream,
+    TransformerConfig,
+    recursion_of,
+    with_decoded_states,
+)
 
 SIZES = {  # name: depth, width, heads (DiT, table 1)
     "S": (12, 384, 6),
@@ -46,7 +52,7 @@ class DiTBlock(Stream):
         # Built last, so that the base weights are the same with and without it.
         self.recursion = recursion_of(config, rngs=rngs) if recursive else None
 
-    def __call__(self, x_bnd, *, conditioning: Conditioning, latent_steps=None, key=None):
+    def __call__(self, x_bnd, *, conditioning: Conditioning, latent_steps=None, key=None, trace=False):
         """[B, N, D] -> [B, N, D] and the block's `RoutingReport` (None without recursion)."""
         shift, scale, *rest = self.modulations(conditioning.vector)
         modulated = modulated_norm(x_bnd, shift, scale)
@@ -61,6 +67,7 @@ class DiTBlock(Stream):
                 attention=self.attention,
                 latent_steps=latent_steps,
                 key=key,
+                trace=trace,
             )
         return self.finish(x_bnd, self.attention.attend(qkv), *rest), report
 
@@ -106,15 +113,21 @@ class DiT(nnx.Module):
         *,
         latent_steps: int | jax.Array | None = None,
         key: jax.Array | None = None,
+        trace: bool = False,
     ) -> tuple[jax.Array, RoutingReport | None]:
         """[B, H, W, C], times [B] in 0..1000, labels [B] -> float32 [B, H, W, out_channels], reports [R, T, ...].
 
-        R is the number of recursive blocks. `key` is passed only in training; it draws the gates' noise.
+        R is the number of recursive blocks. `key` is passed only in training; it draws the gates' noise. With `trace`
+        the reports hold a `Trace` of the latent steps.
         """
         config, size = self.config, self.image_size
         x_bnd = self.patch_embed(patchify(images_bhwc.astype(config.dtype), config.patch))
         x_bnd = x_bnd + sincos_positions(config.width, self._grid, self._grid).astype(config.dtype)[None]
         conditioning = Conditioning(self.timestep_embed(times_b), self.label_embed(labels_b))
-        x_bnd, reports = self.stack(x_bnd, key=key, conditioning=conditioning, latent_steps=latent_steps)
-        patches = self.final(x_bnd, conditioning.vector).astype(jnp.float32)
-        return unpatchify(patches, config.patch, size, size), reports
+        x_bnd, reports = self.stack(x_bnd, key=key, conditioning=conditioning, latent_steps=latent_steps, trace=trace)
+
+        def decode(x_bnd):
+            patches = self.final(x_bnd, conditioning.vector).astype(jnp.float32)
+            return unpatchify(patches, config.patch, size, size)
+
+        return decode(x_bnd), with_decoded_states(reports, decode) if trace else reports

@@ -1,7 +1,7 @@
 """What the diffusion transformers share: settings, one token stream of a block, the final layer."""
 
 import dataclasses
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from flax import nnx
 
 from trm_diffusion.models.attention import IMPLEMENTATIONS, Attention
 from trm_diffusion.models.layers import ZEROS, Mlp, linear, modulated_norm
-from trm_diffusion.models.recursion import Recursion, RecursionConfig, recursive_blocks
+from trm_diffusion.models.recursion import Recursion, RecursionConfig, RoutingReport, recursive_blocks
 from trm_diffusion.models.remat import POLICIES, kept
 from trm_diffusion.models.settings import Settings, setting
 from trm_diffusion.models.stack import StackLayout, segment_lengths
@@ -94,3 +94,14 @@ class FinalLayer(nnx.Module):
     def __call__(self, x_bnd, conditioning_bd):
         shift, scale = jnp.split(self.modulation(jax.nn.silu(conditioning_bd)), 2, axis=-1)
         return self.out(modulated_norm(x_bnd, shift, scale))
+
+
+def with_decoded_states(reports: RoutingReport | None, decode: Callable) -> RoutingReport | None:
+    """Adds `trace.decoded` to reports [R, T, ...]; decode: tokens [B, N, D] -> images [B, H, W, C'].
+
+    A state is not what the final layer was trained to read, so this shows only what it already holds of the output.
+    """
+    if reports is None:
+        return None
+    decoded = jax.vmap(jax.vmap(decode))(reports.trace.state)  # [R, T, B, H, W, C']
+    return reports._replace(trace=reports.trace._replace(decoded=decoded))

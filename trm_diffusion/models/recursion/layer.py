@@ -26,7 +26,7 @@ from trm_diffusion.models.recursion.config import PROJECTIONS, RecursionConfig
 from trm_diffusion.models.recursion.gate import Conditioning
 from trm_diffusion.models.recursion.halting import Halting, Progress
 from trm_diffusion.models.recursion.pool import Pool
-from trm_diffusion.models.recursion.report import RoutingReport
+from trm_diffusion.models.recursion.report import RoutingReport, Trace
 
 
 class BlockAttention(Protocol):
@@ -44,6 +44,9 @@ class BlockAttention(Protocol):
         context: what `Recursion.__call__` was given, such as the keys and values of a text; None is no context.
         Normalisation of queries and keys belongs here.
         """
+
+    def weights(self, qkv: jax.Array, context: Any = None) -> jax.Array:
+        """The mean over heads of the attention that `attend` computes, [B, N, M]; only read for a trace."""
 
 
 class RecursionOutput(NamedTuple):
@@ -101,6 +104,7 @@ class Recursion(nnx.Module):
         context: Any = None,
         latent_steps: int | jax.Array | None = None,
         key: jax.Array | None = None,
+        trace: bool = False,
     ) -> RecursionOutput:
         """The final q, k, v of the modulated visual tokens x~ [B, N, D] of a block.
 
@@ -109,6 +113,7 @@ class Recursion(nnx.Module):
         latent_steps: T; an int, or a traced integer scalar in 1 .. config.latent_steps (one program serves every
             depth). None is the config's.
         key: in training, draws the gate's noise, and capacity is bounded; None is inference.
+        trace: whether the report holds the state and the attention of each latent step.
 
         Raises ValueError for a known depth below 1, or above the number of pools with pool=per_latent_step, and in
         training for a batch that does not divide into routing groups. A traced depth is not known while tracing:
@@ -141,6 +146,8 @@ class Recursion(nnx.Module):
             if halting is not None:  # the others go on attending to the last keys and values of a stopped token
                 qkv = jnp.where(asking[..., None, None, None], qkv, state.qkv)
                 report = report._replace(running=jnp.mean(running.astype(jnp.float32)))
+            if trace:
+                report = report._replace(trace=Trace(state.a_bnd, attention.weights(qkv, context)))
             attended = attention.attend(qkv, context)
             a_bnd = attended + x_bnd if config.residual == "before_norm" else attended
             if truncated:
@@ -163,12 +170,13 @@ class Recursion(nnx.Module):
         if config.halting == "learned" and training:
             a_bnd, divergence = state.progress.expected.astype(x_bnd.dtype), jnp.mean(state.progress.divergence)
         _, update, report = routed(a_bnd, steps - 1, valid=depth.in_range(steps, config))
+        base_input = x_bnd if config.base_input == "modulated" else a_bnd + x_bnd
+        qkv = attention.project(base_input, update)
+        if trace:
+            report = report._replace(trace=Trace(a_bnd, attention.weights(qkv, context)))
         report = report._replace(halting_divergence=divergence)
         reports.append(jax.tree.map(lambda leaf: leaf[None], report))
-        base_input = x_bnd if config.base_input == "modulated" else a_bnd + x_bnd
-        return RecursionOutput(
-            attention.project(base_input, update), jax.tree.map(lambda *parts: jnp.concatenate(parts), *reports)
-        )
+        return RecursionOutput(qkv, jax.tree.map(lambda *parts: jnp.concatenate(parts), *reports))
 
     def _start(self, x_bnd: jax.Array, steps: int | jax.Array, training: bool) -> State:
         """The state before the first latent step, a_0 = x~."""
