@@ -25,6 +25,7 @@ JOBS = {  # module of trm_diffusion/jobs: its jobs
     "sample": ("sample",),
     "evaluate": ("evaluate",),
     "analyze": ("analyze",),
+    "trace": ("trace",),
     "export_images": ("export",),
     "export_prompts": ("export_prompts",),
     "prepare_latents": ("prepare",),
