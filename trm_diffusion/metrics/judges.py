@@ -18,6 +18,7 @@ JUDGES = {  # `evaluate.kind`: its class
     "digits": "trm_diffusion.metrics.digits:DigitsJudge",
     "scenes": "trm_diffusion.metrics.scenes.judge:SceneJudge",
     "mazes": "trm_diffusion.metrics.mazes:MazeJudge",
+    "frozen_lake": "trm_diffusion.metrics.frozen_lake:FrozenLakeJudge",
 }
 
 
