@@ -16,6 +16,6 @@ SOURCES = {  # `data.source`: its class
     "caption_folder": "trm_diffusion.data.captions:CaptionFolderSource",
     "tfds_captions": "trm_diffusion.data.captions:TfdsCaptionSource",
     "mazes": "trm_diffusion.data.mazes:MazeSource",
-    "frozen_lake": "trm_diffusion.data.frozen_lake:FrozenLakeSource",
     "image_pairs": "trm_diffusion.data.contexts:ImagePairSource",
+    "frozen_lake": "trm_diffusion.data.frozen_lake:FrozenLakeSource",
 }
