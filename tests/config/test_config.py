@@ -122,7 +122,7 @@ OTHER_COMMANDS = [
     ("--config=configs/sd3_medium.py --config.data.source=digits", "images without captions"),
     ("--config=configs/scenes32.py --config.model.text.encoder=encoded", "config.evaluate.kind scenes"),
     ("--mode=encode --prompts=a", "--mode=encode needs --config"),
-    ("--config=configs/scenes32.py --config.data.context_channels=3", "is for config.model.architecture dit"),
+    ("--config=configs/scenes32.py --config.data.context_channels=3", "needs context images"),
     ("--config=configs/maze.py:recursion=on", "recursion=on is none of off, paper, live"),
     ("--config=configs/maze.py:rooms=four", "rooms=four: give the number"),
     ("--config=configs/maze.py --config.data.num_classes=0", "config.data.num_classes is 0; it is 1"),
