@@ -97,7 +97,10 @@ MALFORMED = [  # the flags after --config=configs/digits.py, and what the one li
     ("--prompt=a", "--mode=sample"),
     ("--context=maze.png", "--context=maze.png goes with --mode=sample"),
     ("--mode=sample --context=maze.png --prompt=a", "--context=maze.png goes with --mode=sample, and not with prompts"),
-    ("--config.data.context_channels=3", "needs context images: config.data.source one of mazes, image_pairs"),
+    (
+        "--config.data.context_channels=3 --config.data.source=synthetic",
+        "needs context images: config.data.source one of",
+    ),
     ("--config.data.context_channels=-1", "config.data.context_channels is -1; it must be at least 0"),
     ("--prompts=nowhere.txt --mode=sample", "no such file"),
     ("--mode=trane", "mode"),

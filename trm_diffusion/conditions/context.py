@@ -1,7 +1,7 @@
 """An image as a condition, joined to the noisy image along channels, beside another kind of condition.
 
-That kind is a class label for a DiT and a text for an MMDiT. Records with a context image have no captions, so their text is
-the null: of encoded text with `config.data.text` the encoded empty text.
+That kind is a class label for a DiT and a text for an MMDiT. Records with a context image have no captions, so their
+text is the null: of encoded text with `config.data.text` the encoded empty text.
 """
 
 from collections.abc import Sequence

@@ -47,7 +47,7 @@ class Source(abc.ABC):
       sample_shape: (H, W, C) of every image.
       num_classes: labels are 0 .. num_classes - 1; 0 if captioned.
       captioned: whether elements have captions instead of labels.
-      has_context: whether elements have a context image; its channels are `context_channels`.
+      has_context: whether elements can have a context image; its channels are `context_channels`, 0 if they have none.
       vocabulary: every word of the captions, if they form a closed set; the index of a word must not change.
       spec: what the latents are, if records are latents of images.
       encodings: the encoded texts of the records, if any.
