@@ -1,17 +1,23 @@
-"""An image as a condition, joined to the noisy image along channels, and class labels beside it, for a DiT."""
+"""An image as a condition, joined to the noisy image along channels, beside another kind of condition.
+
+That kind is a class label for a DiT and a text for an MMDiT. Records with a context image have no captions, so their
+text is the null: of encoded text with `config.data.text` the encoded empty text.
+"""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
-from trm_diffusion.conditions.base import CONTEXTS, ROWS_SHOWN, TEXTS, Condition, SampleRequest
-from trm_diffusion.conditions.labels import Labels
+from trm_diffusion.conditions import kinds
+from trm_diffusion.conditions.base import CONTEXTS, DATA, LABELS, ROWS_SHOWN, TEXTS, Condition, SampleRequest
 from trm_diffusion.data.base import Element, Source
 from trm_diffusion.data.contexts import read_contexts
-from trm_diffusion.data.sources import CONTEXT_SOURCES
+from trm_diffusion.data.sources import CONTEXT_SOURCES, make_source
+from trm_diffusion.data.texts import ConditionedSource
 from trm_diffusion.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,15 +26,32 @@ if TYPE_CHECKING:
 
 class Context(NamedTuple):
     context: jax.Array  # float32 [B, H, W, C'], in [-1, 1]
-    label: jax.Array  # int32 [B], 0 .. num_classes - 1; all 0 in data without labels
+    beside: Any  # the condition of the other kind; labels are all 0 in data without them
+
+
+class WithNull(ConditionedSource):
+    """Records with a context image and without captions: every text is the null, `arrays`, without the batch axis."""
+
+    mirrored = ("image", "context")
+
+    def __init__(self, source: Source, arrays: Element):
+        super().__init__(source)
+        self._arrays = arrays
+
+    def condition(self, element: Element, rng: np.random.Generator | None = None) -> Element:
+        return {"context": element["context"]} | self._arrays
 
 
 class ContextImage(Condition):
-    """`Context`; an image of zeros with the label num_classes stands for none, so both are dropped together."""
+    """`Context`; an image of zeros stands for none, and both parts are dropped together."""
 
     name = "context image"
     draws = CONTEXTS
     instead = "give images with --context=FILE_OR_FOLDER"
+
+    def __init__(self, config: "Config", workdir: epath.Path | None = None, reads: str = DATA):
+        super().__init__(config, workdir, reads)
+        self._beside = _kind_beside(config)(config, workdir, reads)
 
     @classmethod
     def matches(cls, config: "Config") -> bool:
@@ -37,11 +60,6 @@ class ContextImage(Condition):
     @classmethod
     def check_config(cls, config: "Config") -> None:
         data = config.data
-        if config.model.architecture != "dit":
-            raise UserError(
-                f"config.data.context_channels {data.context_channels} is for config.model.architecture dit, not "
-                f"{config.model.architecture}"
-            )
         if data.source not in CONTEXT_SOURCES:
             raise UserError(
                 f"config.data.context_channels {data.context_channels} needs context images: config.data.source one "
@@ -51,63 +69,92 @@ class ContextImage(Condition):
             raise UserError(
                 "config.data.num_classes is 0; it is 1 for context images without labels (config.data.context_channels)"
             )
-        Labels.check_config(config)
+        _kind_beside(config).check_config(config)
 
     def wrap(self, source: Source) -> Source:
-        return source
+        if self._has_labels:
+            return source
+        names = self._beside.record_shapes
+        return WithNull(source, dict(zip(names, jax.tree.leaves(self._beside.null), strict=True)))
 
     @property
     def record_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         data = self.config.data
         shape = (data.image_size, data.image_size, data.context_channels)
-        return {"context": jax.ShapeDtypeStruct(shape, np.float32), "label": jax.ShapeDtypeStruct((), np.int32)}
+        return {"context": jax.ShapeDtypeStruct(shape, np.float32), **self._beside.record_shapes}
 
     def from_batch(self, batch: dict) -> Context:
-        return Context(batch["context"], batch["label"])
+        return Context(batch["context"], self._beside.from_batch(batch))
 
     @property
     def null(self) -> Context:
-        shape = self.record_shapes["context"].shape
-        return Context(np.zeros(shape, np.float32), np.asarray(self.config.data.num_classes, np.int32))
+        return Context(np.zeros(self.record_shapes["context"].shape, np.float32), self._beside.null)
 
     @property
     def input_channels(self) -> int:
-        return self.config.data.channels + self.config.data.context_channels
+        return self._beside.input_channels + self.config.data.context_channels
+
+    @property
+    def sharded_widths(self) -> tuple[int, ...]:
+        return self._beside.sharded_widths
 
     @property
     def model_fields(self) -> dict:
-        return {"num_classes": self.config.data.num_classes}
+        return self._beside.model_fields
 
     def apply(self, network, noisy: jax.Array, times: jax.Array, condition: Context, **options):
         joined = jnp.concatenate([noisy, condition.context.astype(noisy.dtype)], axis=-1)  # [B, H, W, C + C']
-        return network(joined, times, condition.label, **options)
+        return self._beside.apply(network, joined, times, condition.beside, **options)
 
     def encode(self, wanted: Sequence[Element]) -> Context:
-        """The condition of these records of the data: their "context" and "label"."""
-        return Context(*(np.stack([record[name] for record in wanted]) for name in Context._fields))
+        """The condition of these records of the data: their "context", and "label" if the model reads labels."""
+        contexts = np.stack([record["context"] for record in wanted])
+        return self._join(contexts, [record["label"] for record in wanted] if self._has_labels else ())
 
     def request(self, prompts: Sequence[str] = ()) -> SampleRequest:
         if prompts:
             self.require(TEXTS, "--prompt")
-        source = self.source()
+        source = make_source(self.config.data)
         return self._request(self.encode([source[index] for index in range(min(ROWS_SHOWN, len(source)))]))
 
     def request_context(self, path: str) -> SampleRequest:
         data, sample = self.config.data, self.config.sample
         contexts, names = read_contexts(path, size=data.image_size, channels=data.context_channels)
         classes = sample.classes or ((0,) if data.num_classes == 1 else ())
-        if len(classes) not in (1, len(contexts)):
+        if self._has_labels and len(classes) not in (1, len(contexts)):
             raise UserError(
                 f"config.sample.classes has {len(classes)} labels for the {len(contexts)} images of --context={path}; "
                 "give one label for all, or one for each"
             )
-        labels = np.resize(np.asarray(classes, np.int32), len(contexts))
-        return self._request(Context(contexts, labels), names)
+        return self._request(self._join(contexts, np.resize(classes, len(contexts)) if self._has_labels else ()), names)
+
+    def check(self, source: Source) -> None:
+        if self.config.data.text:
+            self._beside.check(source)
+
+    def keep(self, source: Source) -> None:
+        if self.config.data.text:  # how the empty text is encoded
+            self._beside.keep(source)
+
+    @property
+    def _has_labels(self) -> bool:
+        return self._beside.draws == LABELS
+
+    def _join(self, contexts: np.ndarray, labels: Sequence[int]) -> Context:
+        """Contexts [N, H, W, C'] with their labels, or with the null text."""
+        if self._has_labels:
+            return Context(contexts, self._beside.encode(labels))
+        return Context(contexts, jax.tree.map(lambda leaf: np.stack([leaf] * len(contexts)), self._beside.null))
 
     def _request(self, condition: Context, names: Sequence[str] = ()) -> SampleRequest:
         """`sample.per_class` images of each context."""
-        rows = np.repeat(np.arange(len(condition.label)), self.config.sample.per_class)
+        rows = np.repeat(np.arange(len(condition.context)), self.config.sample.per_class)
         condition = jax.tree.map(lambda leaf: leaf[rows], condition)
         captions = [names[row] for row in rows] if names else None
-        arrays = {"context": condition.context, "labels": condition.label}
+        arrays = {"context": condition.context} | ({"labels": condition.beside} if self._has_labels else {})
         return SampleRequest(condition, arrays, captions, above=condition.context)
+
+
+def _kind_beside(config: "Config") -> type[Condition]:
+    """The kind of condition that the config would describe without its context images."""
+    return next(kind for kind in kinds() if kind is not ContextImage and kind.matches(config))

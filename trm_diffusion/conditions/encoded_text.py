@@ -46,7 +46,7 @@ class EncodedText(TextCondition):
     @classmethod
     def check_config(cls, config: "Config") -> None:
         text, source = config.model.text, config.data.source
-        if source not in SOURCES:
+        if source not in SOURCES and not config.data.context_channels:
             raise UserError(
                 f"config.data.source is {source}, images without captions; config.model.text.encoder encoded needs "
                 f"encoded text: choose one of {', '.join(SOURCES)}"

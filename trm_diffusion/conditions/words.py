@@ -48,7 +48,7 @@ class Words(TextCondition):
             raise UserError(
                 "config.data.text needs config.model.architecture mmdit with config.model.text.encoder encoded"
             )
-        if source not in CAPTIONED_SOURCES:
+        if source not in CAPTIONED_SOURCES and not config.data.context_channels:
             raise UserError(
                 f"config.model.text.encoder learned needs captions; config.data.source {source} has none: "
                 f"choose one of {', '.join(CAPTIONED_SOURCES)}"

@@ -55,7 +55,7 @@ class SampleConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig(Settings):
-    # digits: class accuracy, Frechet distance, memorisation; scenes: prompt following; mazes: share solved
+    # digits: class accuracy, Frechet distance, memorisation; scenes: prompt following; mazes, frozen_lake: share solved
     kind: str = setting("none", choices=("none", *JUDGES))
     # images to generate; scenes: this many of seen and of held-out compositions each
     num_samples: int = setting(2000, least=2)
@@ -64,7 +64,7 @@ class EvaluateConfig(Settings):
     min_class_accuracy: float = 0.9  # digits: minimum class accuracy of generated images for `pass`
     min_judge_accuracy: float = 0.97  # digits: minimum accuracy of the judge on real test images for `pass`
     min_strict_score: float = 0.6  # scenes: minimum strict overall score of seen compositions for `pass`
-    min_solved: float = setting(0.8, least=0, most=1)  # mazes: minimum share of solved mazes for `pass`
+    min_solved: float = setting(0.8, least=0, most=1)  # mazes, frozen_lake: minimum share of solved ones for `pass`
 
 
 @dataclasses.dataclass(frozen=True)

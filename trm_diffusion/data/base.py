@@ -23,7 +23,7 @@ class DataConfig(Settings):
     text: str = ""  # directory written by --mode=encode, with encoded text of the data's captions or of prompts
     path: str = ""  # folders, pairs, tars, latents: the directory; tfds, tfds_captions: data_dir ("" = TFDS's default)
     tfds_name: str = "imagenet2012"  # tfds, tfds_captions: the dataset's name, with config and version if needed
-    # digits, mazes: train or test; scenes: train, seen, held_out or all; tfds: any split expression
+    # digits, mazes, frozen_lake: train or test; scenes: train, seen, held_out or all; tfds: any split expression
     split: str = "train"
     image_size: int = setting(8, least=1)  # height and width in pixels or latent cells
     vae: str = ""  # converted autoencoder for --mode=prepare and to decode sampled latents; "" shows the latents
@@ -47,7 +47,7 @@ class Source(abc.ABC):
       sample_shape: (H, W, C) of every image.
       num_classes: labels are 0 .. num_classes - 1; 0 if captioned.
       captioned: whether elements have captions instead of labels.
-      has_context: whether elements have a context image; its channels are `context_channels`.
+      has_context: whether elements can have a context image; its channels are `context_channels`, 0 if they have none.
       vocabulary: every word of the captions, if they form a closed set; the index of a word must not change.
       spec: what the latents are, if records are latents of images.
       encodings: the encoded texts of the records, if any.
