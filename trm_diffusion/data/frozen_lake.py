@@ -161,6 +161,11 @@ class FrozenLakeSource(Source):
     def from_config(cls, config: DataConfig) -> "FrozenLakeSource":
         return cls(size_of(config.image_size), config.split)
 
+    @classmethod
+    def focus(cls, context: np.ndarray) -> tuple[int, int]:
+        """The goal, in the last cell."""
+        return context.shape[0] - 1, context.shape[1] - 1
+
     def __len__(self) -> int:
         return self._num_lakes
 
