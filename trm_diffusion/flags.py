@@ -122,9 +122,9 @@ def _check_together(options: flags.FlagValues) -> None:
         raise UserError(f"--prompt goes with --mode=sample, not with --mode={mode}")
     if options.prompts and mode not in ("sample", "encode"):
         raise UserError(f"--prompts goes with --mode=sample or --mode=encode, not with --mode={mode}")
-    if options.context and (mode not in ("sample", "trace") or prompts or options.export or options.num):
+    if options.context and (mode not in ("sample", "trace") or options.export or options.num):
         raise UserError(
-            f"--context={options.context} goes with --mode=sample or --mode=trace, not with prompts, --export or --num"
+            f"--context={options.context} goes with --mode=sample or --mode=trace, and not with --export or --num"
         )
     if options.num and (mode != "sample" or options.num < 0 or prompts):
         raise UserError(f"--num={options.num} must be at least 1 image, with --mode=sample and without prompts")

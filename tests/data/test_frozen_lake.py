@@ -23,6 +23,7 @@ CONFIG = dict(source="frozen_lake", image_size=16, channels=3, context_channels=
 @pytest.mark.parametrize("size", [4, 7])
 def test_a_record_shows_the_lake_and_a_path_over_ice(size):
     source = FrozenLakeSource(size)
+    assert source.mirrored == ("image", "context")
     for index in range(10):
         lake, record = source.lake(index), source[index]
         assert lake.rows[0][0] == "S" and lake.rows[-1][-1] == "G" and lake.density in DENSITIES

@@ -155,10 +155,10 @@ class Condition(abc.ABC):
         Raises UserError for prompts to a model that reads none, or if no encoder is available for them.
         """
 
-    def request_context(self, path: str) -> SampleRequest:
-        """What to draw from the images of --context: a file, or a folder of them.
+    def request_context(self, path: str, prompts: Sequence[str] = ()) -> SampleRequest:
+        """What to draw from the images of --context, a file or a folder of them; prompts: one for all, or one for each.
 
-        Raises UserError where the kind takes none, or they cannot be read.
+        Raises UserError where the kind takes none, or no prompts, or they cannot be read.
         """
         self.require(CONTEXTS, "--context")
         raise NotImplementedError(f"{type(self).__name__} draws {CONTEXTS}")

@@ -91,16 +91,21 @@ class CaptionFolderSource(_CaptionedSource):
         records = []
         for path in sorted(self._root.rglob("*")):
             if path.suffix.lower() in IMAGE_SUFFIXES:
-                text = path.with_suffix(".txt")
-                captions = text.read_text("utf-8").splitlines() if text.exists() else []
                 file = path.relative_to(self._root).as_posix()
-                records.append(_checked(self._root, file, captions, str(text)))
+                records.append((file, read_captions(path)))
         return records
 
     def _read(self, index: int) -> tuple[np.ndarray, list[str]]:
         file, captions = self._records[index]
         size, _, channels = self.sample_shape
         return read_training_image(str(self._root / file), size, channels), captions
+
+
+def read_captions(image: pathlib.Path) -> list[str]:
+    """The captions in the .txt file beside an image, one per line. Raises UserError if it has none."""
+    text = image.with_suffix(".txt")
+    captions = text.read_text("utf-8").splitlines() if text.exists() else []
+    return _checked(image.parent, image.name, captions, str(text))[1]
 
 
 def _checked(root: pathlib.Path, file: str, captions: list[str], where: str) -> tuple[str, list[str]]:

@@ -1,11 +1,12 @@
-"""Context images: a user's own, for sampling, and `image_pairs`, a folder of contexts and targets to train on."""
+"""Context images: a user's own, for sampling, and folders of contexts and targets to train on, with captions or not."""
 
 import pathlib
 
 import numpy as np
 from etils import epath
 
-from trm_diffusion.data.base import DataConfig, Element, Source, make_context_element
+from trm_diffusion.data.base import DataConfig, Element, Source, make_captioned_element, make_context_element
+from trm_diffusion.data.captions import read_captions
 from trm_diffusion.data.images import IMAGE_SUFFIXES, pixel_format, read_training_image
 from trm_diffusion.errors import UserError
 
@@ -106,3 +107,22 @@ class ImagePairSource(Source):
         context, target = self._pairs[index]
         image = read_training_image(target, self._size, self.sample_shape[-1])
         return make_context_element(image, read_training_image(context, self._size, self.context_channels), 0, index)
+
+
+class CaptionedPairSource(ImagePairSource):
+    """`ImagePairSource`, with `directory/target/NAME.txt` beside each target, which holds one caption per line."""
+
+    captioned = True
+    num_classes = 0
+
+    def __init__(self, directory: str, **sizes):
+        super().__init__(directory, **sizes)
+        self._captions = [read_captions(target) for _, target in self._pairs]
+
+    def captions(self, index: int) -> list[str]:
+        return self._captions[index]
+
+    def __getitem__(self, index: int) -> Element:
+        pair = super().__getitem__(index)
+        element = make_captioned_element(pair["image"], self._captions[index][0], index)
+        return element | {"context": pair["context"]}

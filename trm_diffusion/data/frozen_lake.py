@@ -137,6 +137,7 @@ class FrozenLakeSource(Source):
     has_context = True
     context_channels = 3
     num_classes = 1
+    mirrored = ("image", "context")
     in_memory = True
 
     def __init__(

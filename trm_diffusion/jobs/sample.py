@@ -165,19 +165,19 @@ def write_grid(
 def sample(
     config: Config, workdir: epath.Path, stop: StopRequest, prompts: Sequence[str] = (), context: str = ""
 ) -> None:
-    """Draws the grid of the config, of the prompts or of the context images at a path, from the run in `workdir`.
+    """Draws the grid of the config, of the prompts or the context images at a path, or both, from the run in `workdir`.
 
     Writes a PNG and an npz of the images; for prompts and contexts, also each image as its own PNG.
     """
-    experiment, state = load_run(config, workdir, reads=PROMPTS if prompts else DATA)
+    experiment, state = load_run(config, workdir, reads=PROMPTS if prompts or context else DATA)
     condition = experiment.condition
-    request = condition.request_context(context) if context else condition.request(prompts)
+    request = condition.request_context(context, prompts) if context else condition.request(prompts)
     parameters = sampling_parameters(experiment, state)
     draw = make_sample_fn(experiment, load_decoder(experiment, workdir))
     images = np.concatenate(list(draw_all(draw, config, parameters, request.condition, stop)))
     directory = workdir / "samples"
     step = f"{int(state.step):07d}"
-    asked = "prompts" if prompts else "context" if context else ""
+    asked = "context" if context else "prompts" if prompts else ""
     path = directory / f"{asked or 'grid'}_{step}.png"
     write_grid(path, images, config, request.captions, request.above)
     arrays = path.with_suffix(".npz")
@@ -188,7 +188,7 @@ def sample(
             write_images(directory / f"{asked}_{step}", images, request.captions)
     say(f"drew {len(images)} images with {config.sample.parameters} parameters: {path} and {arrays}")
     if asked:
-        by = "prompt" if prompts else "context"
+        by = "context" if context else "prompt"
         say(f"each image, named after its {by}: {directory / f'{asked}_{step}'}")
 
 
