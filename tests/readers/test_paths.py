@@ -57,7 +57,7 @@ def test_every_path_flag_is_read_by_the_same_function(tmp_path):
 
 def test_jobs_on_local_files_refuse_buckets():
     commands = [
-        "python -m trm_diffusion.main --config=configs/digits.py --mode=prepare --out=gs://bucket/latents --config.data.vae=x",
+        "python -m trm_diffusion.main --config=configs/digits.py --mode=prepare --out=gs://bucket/latents",
         "python -m trm_diffusion.main --config=configs/digits.py --workdir=gs://bucket/run",
     ]
     for code, text in ran(commands, ROOT):
