@@ -66,7 +66,7 @@ def test_a_part_of_the_benchmark_is_not_passed_off_as_the_whole():
         (lambda lines: lines.append(lines[0]), "appears twice"),
         (lambda lines: lines[1].update(tag="colour"), "'colour' is none of"),
         (lambda lines: lines[2].update(correct="True"), "correct is 'True'"),
-        (lambda lines: lines[3].pop("metadata"), "line 4: no 'metadata'"),
+        (lambda lines: lines[3].pop("metadata"), "line 4: metadata is missing"),
         (lambda lines: lines.clear(), "holds no records"),
     ],
 )

@@ -18,6 +18,7 @@ from trm_diffusion.data.base import Source
 from trm_diffusion.data.sources import make_source
 from trm_diffusion.diffusion.objective import per_sample
 from trm_diffusion.errors import UserError
+from trm_diffusion.readers.paths import any_path
 
 if TYPE_CHECKING:
     from trm_diffusion.config import Config
@@ -175,4 +176,4 @@ class Condition(abc.ABC):
 
     def runs(self) -> list[epath.Path]:
         """The directories of the run and of the run it starts from, if there are any."""
-        return [epath.Path(run) for run in (self.workdir, self.config.init.workdir) if run]
+        return [any_path(run) for run in (self.workdir, self.config.init.workdir) if run]

@@ -1,7 +1,6 @@
 """Words of a closed vocabulary, read by a text encoder that is trained with the model."""
 
 import functools
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,6 +16,7 @@ from trm_diffusion.data.texts import TokenizedSource
 from trm_diffusion.errors import UserError
 from trm_diffusion.files import write_json
 from trm_diffusion.models.tokenizer import SPECIAL_WORDS, Tokenizer, null_tokens, split
+from trm_diffusion.readers.records import read_json
 from trm_diffusion.runtime.processes import is_main_process
 
 if TYPE_CHECKING:
@@ -147,5 +147,5 @@ def load_words(workdir: epath.Path) -> RunWords:
     path = workdir / WORDS_FILE
     if not path.exists():
         raise UserError(f"{workdir} holds no {WORDS_FILE}; train first, or give the right --workdir")
-    record = json.loads(path.read_text())
+    record = read_json(path, {"vocabulary": [str], "captions": [str]})
     return RunWords(tuple(record["vocabulary"]), tuple(record["captions"]))

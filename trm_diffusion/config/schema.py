@@ -70,8 +70,9 @@ class EvaluateConfig(Settings):
 @dataclasses.dataclass(frozen=True)
 class InitConfig(Settings):
     # start from the parameters of another run (first EMA) or a converted directory; "" starts from scratch
-    workdir: str = ""
-    adapter: str = ""  # gates and experts to add, as exported by --mode=convert --to-layout=adapter
+    workdir: str = setting("", path=True)
+    # gates and experts to add, as exported by --mode=convert --to-layout=adapter
+    adapter: str = setting("", path=True)
     missing: str = ""  # patterns of parameters to initialise if init.workdir lacks them, such as "*/recursion/*"
 
 

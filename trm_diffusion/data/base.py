@@ -20,13 +20,16 @@ Element = dict[str, np.ndarray]
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Settings):
     source: str = setting("digits", choices=SOURCES)  # where the records come from; data/registry.py
-    text: str = ""  # directory written by --mode=encode, with encoded text of the data's captions or of prompts
-    path: str = ""  # folders, pairs, tars, latents: the directory; tfds, tfds_captions: data_dir ("" = TFDS's default)
+    # directory written by --mode=encode, with encoded text of the data's captions or of prompts
+    text: str = setting("", path=True)
+    # folders, pairs, tars, latents: the directory; tfds, tfds_captions: data_dir ("" = TFDS's default)
+    path: str = setting("", path=True)
     tfds_name: str = "imagenet2012"  # tfds, tfds_captions: the dataset's name, with config and version if needed
     # digits, mazes, frozen_lake: train or test; scenes: train, seen, held_out or all; tfds: any split expression
     split: str = "train"
     image_size: int = setting(8, least=1)  # height and width in pixels or latent cells
-    vae: str = ""  # converted autoencoder for --mode=prepare and to decode sampled latents; "" shows the latents
+    # converted autoencoder for --mode=prepare and to decode sampled latents; "" shows the latents
+    vae: str = setting("", path=True)
     channels: int = setting(1, least=1)  # 1 = grey, 3 = RGB; for latents: the VAE's channels
     num_classes: int = setting(10, least=0)  # labels are 0 .. num_classes - 1; 0 for captioned data
     context_channels: int = setting(0, least=0)  # of the image that each image is conditioned on; 0 = none

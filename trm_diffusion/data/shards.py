@@ -5,7 +5,6 @@ manifest; see `latents.py` and `encodings.py`.
 """
 
 import abc
-import json
 import os
 import pathlib
 import threading
@@ -14,9 +13,12 @@ import numpy as np
 
 from trm_diffusion.errors import UserError
 from trm_diffusion.files import clear_partial, partial_path, remove, sha256_of_file, write_json
+from trm_diffusion.readers.paths import local_path
+from trm_diffusion.readers.records import read_json
 
 MANIFEST_NAME = "manifest.json"
 LISTED_FIELDS = ("file", "records", "sha256")  # fields of a shard's JSON record that the manifest repeats
+SHARD_FORM = {"file": str, "records": int, "sha256?": str}  # of a shard, in its own record and in the manifest
 INDENT = 1  # spaces, in the JSON files of a directory of shards
 
 
@@ -57,13 +59,13 @@ class ShardFile(abc.ABC):
         write_json(self.path.with_suffix(".json"), record | self.about(), INDENT)
 
 
-def read_about(path: pathlib.Path, fields: set[str]) -> dict | None:
-    """The JSON record of the shard `path`, or None if it lacks a field, is damaged, or either file is missing."""
+def read_about(path: pathlib.Path, form: dict) -> dict | None:
+    """The JSON record of the shard `path`; None if it is of another form or damaged, or if either file is missing."""
     try:
-        about = json.loads(path.with_suffix(".json").read_text())
-    except (OSError, ValueError):
+        about = read_json(path.with_suffix(".json"), form)
+    except UserError:
         return None
-    return about if about.keys() >= fields and path.is_file() else None
+    return about if path.is_file() else None
 
 
 def holds_all_records(directory: pathlib.Path, record: dict) -> bool:
@@ -92,11 +94,13 @@ class ShardReader:
     """
 
     def __init__(self, directory: str | os.PathLike, shards: list[dict], remedy: str):
-        self._paths = [pathlib.Path(directory) / shard["file"] for shard in shards]
+        self._paths = [local_path(directory) / shard["file"] for shard in shards]
         self._counts = [shard["records"] for shard in shards]
         self._ends = np.cumsum(self._counts, dtype=np.int64)
         self._remedy = remedy
-        for path in self._paths:
+        for path, count in zip(self._paths, self._counts, strict=True):
+            if count < 0:
+                raise UserError(f"{path} cannot hold {count} records: {remedy}")
             if not path.is_file():
                 raise UserError(f"{path} is missing: {remedy}")
         self._forget_readers()

@@ -4,11 +4,11 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
-from etils import epath
 
 from trm_diffusion.config import Config
 from trm_diffusion.errors import UserError
 from trm_diffusion.files import write_json
+from trm_diffusion.readers.paths import any_path, local_path
 from trm_diffusion.run.decoder import kept_spec
 from trm_diffusion.run.restore import layers_of_run, model_of
 from trm_diffusion.run.workdir import load_config
@@ -60,7 +60,7 @@ def convert(
 
 
 def _open(source: str, layout: str) -> Weights:
-    path = Path(source).expanduser()
+    path = local_path(source, "--from")
     if holds_weights(path):
         return load_weights(path)
     if (path / "checkpoints").is_dir():
@@ -70,7 +70,7 @@ def _open(source: str, layout: str) -> Weights:
 
 def _of_run(workdir: Path) -> Weights:
     """A run's sampling parameters (by default the first EMA)."""
-    path = epath.Path(workdir)
+    path = any_path(workdir)
     weights = weights_of(load_config(path), layers_of_run(path), str(workdir))
     spec = kept_spec(path)
     latent = {"latent": dataclasses.asdict(spec)} if spec else {}

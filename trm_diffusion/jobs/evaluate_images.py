@@ -21,6 +21,8 @@ from trm_diffusion.metrics.adm import (
 )
 from trm_diffusion.metrics.image_sets import ImageSet, open_images
 from trm_diffusion.metrics.precision_recall import NEIGHBOURS
+from trm_diffusion.readers.paths import any_path
+from trm_diffusion.readers.records import read_json
 from trm_diffusion.run.protocol import git_commit
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.processes import is_main_process
@@ -62,7 +64,7 @@ def evaluate_images(
     samples = open_images(images, image_size)
     target = read_reference(reference)
     weights, weights_sha256 = load_inception(inception)
-    path = epath.Path(out) if out else beside(samples, "evaluation.json")
+    path = any_path(out, "--out") if out else beside(samples, "evaluation.json")
     warnings = warnings_about(samples)
     for warning in warnings:
         say(f"warning: {warning}")
@@ -108,7 +110,7 @@ def evaluate_images(
 
 def make_reference(images: str, inception: str, out: str, image_size: int = 0) -> None:
     """Writes a reference .npz of all images of a folder or npz; see `metrics.adm`."""
-    path = epath.Path(out)
+    path = any_path(out, "--out")
     if path.suffix != ".npz":
         raise UserError(f"--out={out} must end in .npz, the format of a reference")
     source = open_images(images, image_size)
@@ -126,7 +128,7 @@ def make_reference(images: str, inception: str, out: str, image_size: int = 0) -
 def sampling_record(samples: ImageSet) -> dict:
     """How the samples were drawn: `SAMPLING_FIELDS` from sampling.json beside them, None for those it lacks."""
     path = beside(samples, "sampling.json")
-    record = json.loads(path.read_text()) if path.exists() else {}
+    record = read_json(path) if path.exists() else {}
     return {field: None for field in SAMPLING_FIELDS} | record
 
 

@@ -11,7 +11,6 @@ sampling.json    how they were drawn
 
 import contextlib
 import io
-import json
 import zipfile
 from collections.abc import Iterator, Sequence
 
@@ -27,6 +26,9 @@ from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.files import replacing, write_json
 from trm_diffusion.jobs.sample import make_sample_fn
 from trm_diffusion.metrics.image_sets import FolderImages
+from trm_diffusion.readers.folders import list_files
+from trm_diffusion.readers.paths import any_path
+from trm_diffusion.readers.records import read_json
 from trm_diffusion.run.decoder import load_decoder
 from trm_diffusion.run.protocol import evaluation_labels, protocol
 from trm_diffusion.run.restore import load_run, sampling_parameters
@@ -54,7 +56,7 @@ def export(config: Config, workdir: epath.Path, stop: StopRequest, count: int, o
     require_images(config)
     experiment, state = load_run(config, workdir)
     update = int(state.step)
-    target = epath.Path(out or workdir / "samples" / f"images_{update:07d}")
+    target = any_path(out or workdir / "samples" / f"images_{update:07d}")
     folder = target.with_suffix("") if target.suffix == ".npz" else target
     labels = evaluation_labels(config, count)
     batches = unfinished_batches(folder, count, config.sample.batch_size)
@@ -97,7 +99,7 @@ def image_path(folder: epath.Path, index: int) -> epath.Path:
 
 def unfinished_batches(folder: epath.Path, count: int, size: int) -> list[np.ndarray]:
     """The indices of each batch that lacks an image, as process 0 sees the folder."""
-    existing = {file.name for file in folder.iterdir()} if folder.exists() else set()
+    existing = set(list_files(folder)) if folder.exists() else set()
     batches = [np.arange(first, min(first + size, count)) for first in range(0, count, size)]
     lacking = broadcast_flags(
         [any(image_path(folder, index).name not in existing for index in batch) for batch in batches]
@@ -124,7 +126,7 @@ def keep_record(path: epath.Path, folder: epath.Path, record: dict) -> bool:
     Raises UserError if the record there has other settings.
     """
     if path.exists():
-        before = _fixed(json.loads(path.read_text()))
+        before = _fixed(read_json(path))
         now = _fixed(record)
         changed = [field for field in now if before.get(field) != now[field]]
         if changed:
@@ -154,7 +156,7 @@ def pack(folder: epath.Path, target: epath.Path, labels: np.ndarray) -> None:
                 stream.write(np.ascontiguousarray(batch).tobytes())
         with _array(archive, "arr_1", labels.shape, labels.dtype) as stream:
             stream.write(labels.tobytes())
-    write_json(target.with_name(f"{folder.name}.sampling.json"), json.loads((folder / "sampling.json").read_text()))
+    write_json(target.with_name(f"{folder.name}.sampling.json"), read_json(folder / "sampling.json"))
 
 
 @contextlib.contextmanager

@@ -25,6 +25,8 @@ from trm_diffusion.files import clear_partial, sha256_of_json
 from trm_diffusion.jobs.export_images import broadcast_flags, keep_record, require_images
 from trm_diffusion.jobs.sample import draw_all, make_sample_fn
 from trm_diffusion.metrics import dpg, geneval
+from trm_diffusion.readers.folders import list_files, list_folders
+from trm_diffusion.readers.paths import local_path
 from trm_diffusion.run.decoder import load_decoder
 from trm_diffusion.run.protocol import protocol
 from trm_diffusion.run.restore import load_run, sampling_parameters
@@ -99,7 +101,7 @@ def export_prompts(
     experiment, state = load_run(config, workdir, reads=PROMPTS)
     texts = experiment.condition
     decoder = load_decoder(experiment, workdir)
-    folder = pathlib.Path(out or workdir / "samples" / f"{benchmark}_{int(state.step):07d}")
+    folder = local_path(out or workdir / "samples" / f"{benchmark}_{int(state.step):07d}")
     record = protocol(config, int(state.step), decoder) | {"text": texts.encoding()}
     prepare_folder(folder, benchmark, suite.texts, record)
     problems = [problem for problem in map(texts.problem, suite.texts) if problem]
@@ -134,7 +136,7 @@ def prepare_folder(folder: pathlib.Path, benchmark: str, texts: list[str], recor
     Raises UserError if the folder holds images drawn with other settings, or files without a record.
     """
     path = folder.with_name(f"{folder.name}.sampling.json")
-    if not path.exists() and folder.exists() and any(folder.iterdir()):
+    if not path.exists() and folder.exists() and (list_files(folder) or list_folders(folder)):
         raise UserError(f"{folder} is not empty and has no {path.name} beside it: give another --out")
     del record["label_rule"]
     keep_record(path, folder, {**record, "samples": IMAGES * len(texts), benchmark: sha256_of_json(texts)})

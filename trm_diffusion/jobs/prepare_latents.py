@@ -18,7 +18,7 @@ import numpy as np
 
 from trm_diffusion.config import Config
 from trm_diffusion.data.base import Element, Source
-from trm_diffusion.data.images import CROP_RULE, UnreadableImage
+from trm_diffusion.data.images import CROP_RULE
 from trm_diffusion.data.latents import ShardWriter, assemble_manifest, read_shard_record
 from trm_diffusion.data.sharded import ShardedJob, consecutive_ranges, make_shards, process_share
 from trm_diffusion.data.sources import IMAGE_FILE_SOURCES, make_source
@@ -26,6 +26,8 @@ from trm_diffusion.errors import UserError
 from trm_diffusion.files import sha256_of_names
 from trm_diffusion.models.latent import LatentSpec
 from trm_diffusion.models.vae import VAE
+from trm_diffusion.readers.images import UnreadableImage
+from trm_diffusion.readers.paths import local_path
 from trm_diffusion.run.decoder import config_vae, images_at_once, sharded_over_batch
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.signals import StopRequest
@@ -59,10 +61,11 @@ def prepare(
     """
     if not out:
         raise UserError("--mode=prepare needs --out=DIR, the directory to write")
+    directory = local_path(out, "--out")
     share = process_share(process_index, process_count, images_per_shard)
     if not config.data.vae:
         raise UserError("--mode=prepare needs --config.data.vae=DIR, an autoencoder written by --mode=convert")
-    manifest = make_shards(LatentJob(config, pathlib.Path(out), images_per_shard), share, stop)
+    manifest = make_shards(LatentJob(config, directory, images_per_shard), share, stop)
     if manifest is None:
         return
     records, shards, bad = manifest["records"], len(manifest["shards"]), manifest["bad_images"]

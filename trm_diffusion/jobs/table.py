@@ -7,9 +7,8 @@ mode does not load the others.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from etils import epath
-
 from trm_diffusion.errors import EXIT_USER_ERROR, UserError
+from trm_diffusion.readers.paths import any_path
 
 
 class Job(NamedTuple):
@@ -41,7 +40,7 @@ def _on_run(options, *jobs: Callable) -> int:
     from trm_diffusion.runtime.signals import StopRequest
 
     config = _config(options)
-    workdir = epath.Path(options.workdir or f"runs/{config.name}")
+    workdir = any_path(options.workdir or f"runs/{config.name}")
     use_compilation_cache(options.compilation_cache, workdir)
     with StopRequest() as stop:
         for job in jobs:

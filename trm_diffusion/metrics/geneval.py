@@ -23,11 +23,14 @@ import numpy as np
 from trm_diffusion.analysis.grids import save_png
 from trm_diffusion.errors import UserError
 from trm_diffusion.files import write_text
-from trm_diffusion.metrics.exports import check_files, print_json, read_json_lines
+from trm_diffusion.metrics.exports import check_files, print_json
+from trm_diffusion.readers.paths import local_path
+from trm_diffusion.readers.records import read_json_lines
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 IMAGES_PER_PROMPT = 4
 NUM_PROMPTS = 553
+RESULT = {"filename": str, "tag": str, "correct": bool, "metadata": object}  # form of a line of results
 
 
 def read_prompts(path: str | pathlib.Path) -> list[dict]:
@@ -36,23 +39,23 @@ def read_prompts(path: str | pathlib.Path) -> list[dict]:
     Raises:
       UserError: an unreadable file, a line without one of these keys, an unknown tag, or a prompt that is not text.
     """
-    prompts = read_json_lines(path, ("tag", "include", "prompt"))
-    for number, prompt in enumerate(prompts):
-        if not isinstance(prompt["prompt"], str) or not prompt["prompt"].strip():
-            raise UserError(f"{path}, prompt {number}: prompt {prompt['prompt']!r} is not text")
+    prompts = read_json_lines(path, {"tag": str, "include": list, "prompt": str})
+    for where, prompt in prompts:
+        if not prompt["prompt"].strip():
+            raise UserError(f"{where}: the prompt is empty")
         if prompt["tag"] not in TASKS:
-            raise UserError(f"{path}, prompt {number}: tag {prompt['tag']!r} is none of {', '.join(TASKS)}")
-    return prompts
+            raise UserError(f"{where}: tag {prompt['tag']!r} is none of {', '.join(TASKS)}")
+    return [prompt for _, prompt in prompts]
 
 
 def image_path(directory: str | pathlib.Path, prompt: int, image: int) -> pathlib.Path:
     """The path of image `image` of prompt `prompt`; both count from 0."""
-    return pathlib.Path(directory) / f"{prompt:05d}" / "samples" / f"{image:04d}.png"
+    return local_path(directory) / f"{prompt:05d}" / "samples" / f"{image:04d}.png"
 
 
 def metadata_path(directory: str | pathlib.Path, prompt: int) -> pathlib.Path:
     """The path of the copy of the prompt's line."""
-    return pathlib.Path(directory) / f"{prompt:05d}" / "metadata.jsonl"
+    return local_path(directory) / f"{prompt:05d}" / "metadata.jsonl"
 
 
 def write_image(directory: str | pathlib.Path, prompts: Sequence[dict], prompt: int, image: int, pixels: np.ndarray):
@@ -89,8 +92,8 @@ def check_export(
         expected |= {path.as_posix() for path in paths}
     check_files(directory, expected)
     for folder, prompt in zip(folders, prompts, strict=True):
-        metadata = pathlib.Path(directory) / folder / "metadata.jsonl"
-        if read_json_lines(metadata, ("prompt",)) != [prompt]:
+        metadata = local_path(directory) / folder / "metadata.jsonl"
+        if [record for _, record in read_json_lines(metadata)] != [prompt]:
             raise UserError(f"{metadata} is not the prompt {prompt['prompt']!r}: export into an empty directory")
     return {
         "num_prompts": len(prompts),
@@ -148,8 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if bool(options.results) == bool(options.images) or bool(options.images) != bool(options.prompts):
         parser.error("give either --results, or both --prompts and --images")
     if options.results:
-        required = ("filename", "tag", "correct", "metadata")
-        return print_json(lambda: summarise(read_json_lines(options.results, required)))
+        return print_json(lambda: summarise([record for _, record in read_json_lines(options.results, RESULT)]))
     return print_json(lambda: check_export(options.images, read_prompts(options.prompts)))
 
 

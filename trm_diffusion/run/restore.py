@@ -23,6 +23,7 @@ from trm_diffusion.errors import UserError
 from trm_diffusion.experiment import Experiment, build
 from trm_diffusion.models.architecture import stack_layout
 from trm_diffusion.models.stack import from_per_layer, per_layer
+from trm_diffusion.readers.paths import any_path
 from trm_diffusion.run.workdir import changed_fields, load_config, save_config
 from trm_diffusion.runtime.checkpoints import Checkpoints
 from trm_diffusion.runtime.logging import say
@@ -103,7 +104,7 @@ def state_from_pretrained(experiment: Experiment) -> TrainState:
     config, model = experiment.config, experiment.model
     layout = stack_layout(config.model)
     adapter = config.init.adapter
-    layers = _pretrained_layers(epath.Path(config.init.workdir), config)
+    layers = _pretrained_layers(any_path(config.init.workdir, "config.init.workdir"), config)
     if adapter:
         added = load_weights(adapter)
         check_adapter(added, model_of(config), adapter)

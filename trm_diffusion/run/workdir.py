@@ -12,8 +12,6 @@ evaluation.json    metrics, with their evaluation settings
 analysis.json      routing and halting by diffusion step, from --mode=analyze
 """
 
-import json
-
 import ml_collections
 from etils import epath
 
@@ -21,6 +19,7 @@ import trm_diffusion
 from trm_diffusion.config import Config, resolve, to_dict
 from trm_diffusion.errors import UserError
 from trm_diffusion.files import write_json
+from trm_diffusion.readers.records import read_json
 
 FORMAT = 1  # version of the directory's and the checkpoints' format
 # Config fields that must not change when a run resumes; changes of other fields are reported.
@@ -62,12 +61,15 @@ def load_config(workdir: epath.Path) -> Config:
     path = workdir / "config.json"
     if not path.exists():
         raise UserError(f"{workdir} holds no run (no config.json); train first, or give the right --workdir")
-    record = json.loads(path.read_text())
+    record = read_json(path, {"format": int, "config": dict})
     if record["format"] > FORMAT:
         raise UserError(
             f"{path} has format {record['format']}; this version reads up to {FORMAT}: update trm_diffusion"
         )
-    return resolve(ml_collections.ConfigDict(record["config"]))
+    try:
+        return resolve(ml_collections.ConfigDict(record["config"]))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def changed_fields(workdir: epath.Path, config: Config) -> list[str]:
