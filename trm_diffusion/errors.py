@@ -17,8 +17,9 @@ class Interrupted(Exception):
     """The job was asked to stop and saved its progress, or other processes are missing. It resumes when rerun."""
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REMEDIES = {  # by error number; what to do about a path that cannot be read or written
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space, or choose another place"),
+    **dict.fromkeys(FULL, "free some space, or choose another place"),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "choose a place where you may write"),
     **dict.fromkeys(
         (errno.ENOTDIR, errno.EEXIST), "a file is where a folder should be: move it, or choose another path"
@@ -40,31 +41,32 @@ def told(error: BaseException) -> Exception | None:
 
     Returns None if the error is a fault of the program.
     """
-    chain = list(_chain(error, set()))
-    for link in chain:
+    for link in _chain(error, set(), contexts=True):
         if isinstance(link, UserError | Interrupted):
             return link
-    for link in chain:
+    # Not the contexts: a library may have tried a file, not found it, and failed at something else.
+    for link in _chain(error, set(), contexts=False):
         if isinstance(link, OSError) and link.errno and link.filename is not None:
             return UserError(f"{link.filename}: {link.strerror}: {_remedy(link.errno)}")
         number = link.errno if isinstance(link, OSError) else _number_in(str(link))
-        if number in REMEDIES:
+        if number in (*FULL, errno.EROFS):
             return UserError(
                 f"a file cannot be written ({os.strerror(number)}{_path_in(str(link))}): {_remedy(number)}"
             )
     return None
 
 
-def _chain(error: BaseException | None, seen: set[int]) -> Iterator[BaseException]:
-    """The error, those it contains, and those that led to it."""
+def _chain(error: BaseException | None, seen: set[int], *, contexts: bool) -> Iterator[BaseException]:
+    """The error, those it contains, and those that caused it; contexts: also those in whose handling it was raised."""
     if error is None or id(error) in seen:
         return
     seen.add(id(error))
     yield error
     for part in error.exceptions if isinstance(error, BaseExceptionGroup) else ():
-        yield from _chain(part, seen)
-    yield from _chain(error.__cause__, seen)
-    yield from _chain(error.__context__, seen)
+        yield from _chain(part, seen, contexts=contexts)
+    yield from _chain(error.__cause__, seen, contexts=contexts)
+    if contexts and not error.__suppress_context__:
+        yield from _chain(error.__context__, seen, contexts=contexts)
 
 
 def _number_in(text: str) -> int | None:

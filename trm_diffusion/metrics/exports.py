@@ -9,7 +9,7 @@ from trm_diffusion.errors import EXIT_USER_ERROR, UserError
 
 
 def check_files(directory: str | pathlib.Path, expected: Iterable[str]) -> None:
-    """Checks that the files below `directory` are exactly the expected ones, given relative to it.
+    """Checks that the files below `directory`, but for hidden ones, are the expected ones, given relative to it.
 
     Raises:
       UserError: a missing or an extra file; names the first one and counts the others.
@@ -17,7 +17,7 @@ def check_files(directory: str | pathlib.Path, expected: Iterable[str]) -> None:
     directory = pathlib.Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory: export the images there first")
-    present = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()}
+    present = {path.relative_to(directory).as_posix() for path in directory.rglob("[!.]*") if not path.is_dir()}
     expected = set(expected)
     for names, what, remedy in (
         (expected - present, "missing", "run the export again, which continues where it stopped"),
