@@ -31,6 +31,7 @@ from trm_diffusion.jobs.train import train
 from trm_diffusion.jobs.train_step import loss_and_metrics
 from trm_diffusion.jobs.verify_data import verify
 from trm_diffusion.models.text import Text
+from trm_diffusion.run.claim import CLAIM, claimed
 from trm_diffusion.runtime.signals import StopRequest
 
 CAPTIONS = [["a cat", "one cat", "a grey cat"], ["a dog"], ["no picture"], ["two birds", "birds"], ["a cat"]]
@@ -126,11 +127,17 @@ def test_killed_and_started_again_it_is_the_same(place, tmp_path):
     program = [sys.executable, "-m", "tests.jobs.killed_in_shard", *flags]
     killed = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    left, *whole = sorted(contents(out))
+    claim, left, *whole = sorted(contents(out))
+    assert claim == CLAIM
     assert whole == ["texts-00000.array_record", "texts-00000.json"]
     assert left.startswith(".texts-00001.array_record.partial-")
     encoded(place, out)
     assert contents(out) == contents(place / "texts")
+
+
+def test_a_directory_in_use_is_refused(place, tmp_path):
+    with claimed(tmp_path, "--mode=encode", StopRequest()), pytest.raises(UserError, match="is in use: --mode=encode"):
+        encoded(place, tmp_path)
 
 
 def test_what_was_encoded_otherwise_is_refused(place, tmp_path, monkeypatch):

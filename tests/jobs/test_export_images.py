@@ -10,6 +10,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
+from tests.full_disk import full_disk
 from tests.jobs.tiny import command, finished, tiny_config
 from trm_diffusion.config import to_dict
 from trm_diffusion.diffusion.samplers import draw_initial_noise
@@ -19,6 +20,7 @@ from trm_diffusion.jobs.evaluate_images import sampling_record
 from trm_diffusion.jobs.export_images import export
 from trm_diffusion.jobs.train import train
 from trm_diffusion.metrics.image_sets import open_images
+from trm_diffusion.run.claim import claimed
 from trm_diffusion.runtime.random import Purpose, key_for
 from trm_diffusion.runtime.signals import StopRequest
 
@@ -119,9 +121,7 @@ def test_killed_and_started_again_ends_with_the_same_bytes(workdir, tmp_path):
     process.communicate(timeout=300)
     assert 20 <= len(list(images.glob("0*.png"))) < count
     finished(command(*flags, f"--out={images}"))
-    # A partial file, whose name starts with a dot, may remain.
-    kept = {name: data for name, data in contents(images).items() if not name.startswith(".")}
-    assert kept == contents(tmp_path / "whole")
+    assert contents(images) == contents(tmp_path / "whole")  # nothing half-written is left
 
 
 def test_eight_devices_and_the_command_line_give_the_same_images(workdir, whole, tmp_path):
@@ -146,6 +146,17 @@ def test_a_folder_of_other_images_is_refused(workdir, whole):
         exported(workdir, whole, sample__diffusion_steps=3)
     assert contents(whole) == before
     assert json.loads(before["sampling.json"])["diffusion_steps"] == 2
+
+
+def test_a_folder_in_use_is_refused(workdir, tmp_path):
+    with claimed(tmp_path, "--mode=sample", StopRequest()), pytest.raises(UserError, match="is in use: --mode=sample"):
+        exported(workdir, tmp_path)
+
+
+def test_a_full_disk_is_one_line(workdir, tmp_path):
+    with full_disk(350), pytest.raises(UserError, match="sampling.json cannot be written .File too large.: free some"):
+        exported(workdir, tmp_path / "images")
+    assert not (tmp_path / "images").exists()
 
 
 def test_latents_cannot_be_exported(workdir, tmp_path):

@@ -20,11 +20,14 @@ from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.experiment import build
 from trm_diffusion.jobs.export_prompts import export_prompts
 from trm_diffusion.jobs.sample import sample
+from trm_diffusion.machine import machine
 from trm_diffusion.metrics import dpg, geneval
+from trm_diffusion.run.claim import claimed
 from trm_diffusion.run.workdir import save_config
 from trm_diffusion.runtime.checkpoints import Checkpoints
 from trm_diffusion.runtime.signals import StopRequest
 
+DEAD = 2**30  # no process has this number
 TEXTS = ["a red circle", "two blue squares", "a zebra left of a photo", "a green cross", "three red circles"]
 
 
@@ -133,7 +136,7 @@ def test_interrupted_and_started_again_ends_with_the_same_bytes(place, whole, tm
     folder = tmp_path / "images" / "00001"
     (folder / "samples" / "0003.png").unlink()
     (folder / "metadata.jsonl").unlink()
-    (folder / "samples" / ".0003.png.partial-9").write_bytes(b"torn")
+    (folder / "samples" / f".0003.png.partial-{machine()}-{DEAD}").write_bytes(b"torn")
     assert exported(place, tmp_path / "images") == whole
     monkeypatch.setattr(geneval, "write_image", None)  # would raise: nothing is drawn twice
     assert exported(place, tmp_path / "images") == whole
@@ -152,10 +155,15 @@ def test_killed_and_started_again_ends_with_the_same_bytes(place, tmp_path):
         time.sleep(0.005)
     process.kill()
     process.communicate(timeout=300)
-    before = {path: data for path, data in contents(killed).items() if ".partial" not in path}
+    before = {path: data for path, data in contents(killed).items() if Path(path).name[0] != "."}
     assert 10 <= len(before) < 5 * 60
     after, whole = (exported(place, out, prompts=source, sample__batch_size=4) for out in (killed, tmp_path / "whole"))
     assert after == whole and before.items() <= whole.items()
+
+
+def test_a_folder_in_use_is_refused(place, tmp_path):
+    with claimed(tmp_path, "--mode=sample", StopRequest()), pytest.raises(UserError, match="is in use: --mode=sample"):
+        exported(place, tmp_path)
 
 
 def test_what_is_wrong_is_one_line(place, whole, tmp_path):

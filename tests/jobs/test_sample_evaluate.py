@@ -1,12 +1,14 @@
 """Sampling and evaluation of a small run."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 from etils import epath
 from PIL import Image
 
+from tests.full_disk import full_disk
 from tests.jobs.tiny import tiny_config
 from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.jobs.evaluate import evaluate
@@ -61,6 +63,22 @@ def test_evaluate_writes_and_prints_one_report(workdir, capsys):
               "version", "git_commit"}  # fmt: skip
     assert wanted <= printed["protocol"].keys()
     assert (workdir / "samples" / "evaluation.png").exists()
+
+
+def test_figures_are_printed_before_a_full_disk_can_lose_them(workdir, capsys, monkeypatch):
+    monkeypatch.setattr(sys.modules[evaluate.__module__], "check_writable", lambda path: None)  # it fills up later
+    with full_disk(100), pytest.raises(UserError, match="cannot be written .File too large.: free some space"):
+        evaluate(tiny_config(evaluate__kind="digits", evaluate__num_samples=30), workdir, StopRequest())
+    assert json.loads(capsys.readouterr().out)["judge_test_accuracy"] >= 0.97
+
+
+@pytest.mark.parametrize("job", [sample, evaluate])
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, job, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sys.modules[job.__module__], "load_run", None)  # would raise
+    with pytest.raises(UserError, match="cannot be written .*a file is where a folder should be"):
+        job(tiny_config(evaluate__kind="digits"), epath.Path(tmp_path / "file" / "run"), StopRequest())
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_labels_are_never_sorted_by_class():

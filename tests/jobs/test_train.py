@@ -17,7 +17,8 @@ from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.experiment import build
 from trm_diffusion.jobs.train import train
 from trm_diffusion.jobs.train_step import draw_latent_steps, loss_and_metrics, make_train_step
-from trm_diffusion.run.restore import layers_of_run
+from trm_diffusion.run.claim import claimed
+from trm_diffusion.run.restore import layers_of_run, load_run
 from trm_diffusion.runtime.checkpoints import Checkpoints
 from trm_diffusion.runtime.logging import WALL_CLOCK_FIELDS
 from trm_diffusion.runtime.random import Purpose, key_for
@@ -249,6 +250,35 @@ def test_another_runs_parameters_start_a_run_and_missing_ones_must_be_named(tmp_
     added = after.keys() - before.keys()
     assert before.keys() < after.keys() and all("/recursion/" in name for name in added)
     chex.assert_trees_all_equal({name: after[name] for name in before}, before)
+
+
+def test_a_run_in_use_is_refused(tmp_path):
+    run = epath.Path(tmp_path / "run")
+    with claimed(run, "--mode=train", StopRequest()):
+        with pytest.raises(UserError, match=f"{run} is in use: --mode=train by process"):
+            train(tiny_config(), run, StopRequest())
+    assert not run.exists()
+
+
+def test_readers_of_a_run_change_nothing_in_it(tmp_path):
+    """Not even what looks left behind: the run may be saving at this moment."""
+    run, config = epath.Path(tmp_path / "run"), tiny_config(train__updates=2)
+    train(config, run, StopRequest())
+    for name in ("checkpoints/4.orbax-checkpoint-tmp", "checkpoints/2/tmp", ".config.json.partial-1"):
+        (tmp_path / "run" / name).mkdir()
+
+    def files():
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+    before = files()
+    load_run(config, run)
+    load_run(tiny_config(init__workdir=str(run)), epath.Path(tmp_path / "other"))
+    assert files() == before
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "checkpoints")
+    with pytest.raises(UserError, match="holds no checkpoint yet"):
+        load_run(config, run)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "other").exists()
 
 
 def test_another_model_in_the_workdir_is_refused(tmp_path):

@@ -1,11 +1,13 @@
 """The metrics file is cut back to the checkpoint, and every line reaches every destination in the config."""
 
+import errno
 import json
 import sys
 
 import pytest
 from etils import epath
 
+from tests.full_disk import full_disk
 from trm_diffusion.errors import UserError
 from trm_diffusion.runtime.logging import LogConfig, MetricsFile, RunLogger
 
@@ -84,3 +86,30 @@ def test_wandb_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
     config = LogConfig(tensorboard=False, wandb=True)
     with pytest.raises(UserError, match="wandb is not installed; pip install wandb"):
         RunLogger(epath.Path(tmp_path), config, name="run", total_steps=10, resume_step=0)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_training_goes_on_when_tensorboard_cannot_write(tmp_path, monkeypatch, capsys):
+    """Its thread ends with the error; a queue that nobody empties must not block."""
+    logger = RunLogger(epath.Path(tmp_path), LogConfig(), name="x", total_steps=99, resume_step=0)
+    writer = logger._tensorboard.file_writer.event_writer
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for method in ("write_event", "flush", "close"):
+        monkeypatch.setattr(writer._ev_writer, method, full)
+    for step in range(1, 100):
+        logger.metrics(step, LINE)
+    writer._worker.join(60)
+    logger.metrics(100, LINE)
+    logger.close()
+    assert steps_in(tmp_path / "metrics.jsonl") == [*range(1, 101)]
+    assert capsys.readouterr().err.count("TensorBoard's event files cannot be written any more") == 1
+
+
+def test_a_metrics_file_that_cannot_be_written_is_named(tmp_path):
+    path = epath.Path(tmp_path / "metrics.jsonl")
+    metrics = MetricsFile(path, 0)
+    with full_disk(), pytest.raises(UserError, match=f"{path} cannot be written .File too large.: free some space"):
+        metrics.write(LINE)

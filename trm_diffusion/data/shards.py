@@ -5,9 +5,11 @@ manifest; see `latents.py` and `encodings.py`.
 """
 
 import abc
+import contextlib
 import os
 import pathlib
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -25,7 +27,7 @@ INDENT = 1  # spaces, in the JSON files of a directory of shards
 class ShardFile(abc.ABC):
     """Writes one shard; a context manager. After an error nothing of the shard is left.
 
-    Only one process may write a shard at a time.
+    Only one process may write a shard at a time. Raises UserError if it cannot be written.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -36,10 +38,12 @@ class ShardFile(abc.ABC):
         clear_partial(path.parent, path.name)
         self._partial = partial_path(path)
         # Groups of one record, so that a random read touches only its own bytes.
-        self._file = ArrayRecordWriter(str(self._partial), "group_size:1")
+        with self._writing():
+            self._file = ArrayRecordWriter(str(self._partial), "group_size:1")
 
     def append(self, record: bytes) -> None:
-        self._file.write(record)
+        with self._writing():
+            self._file.write(record)
         self.records += 1
 
     @abc.abstractmethod
@@ -50,13 +54,29 @@ class ShardFile(abc.ABC):
         return self
 
     def __exit__(self, error_type, error, traceback) -> None:
-        self._file.close()
+        try:
+            with self._writing():
+                self._file.close()
+        except UserError:
+            remove(self._partial)
+            raise
         if error_type is not None:
             remove(self._partial)
             return
         self._partial.replace(self.path)
         record = {"file": self.path.name, "records": self.records, "sha256": sha256_of_file(self.path)}
         write_json(self.path.with_suffix(".json"), record | self.about(), INDENT)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # the library's error for any failure to write
+            reason = str(error).partition(";")[0]
+            raise UserError(
+                f"{self.path} cannot be written ({reason}): free some space, or choose another --out; then start the "
+                "same command again"
+            ) from error
 
 
 def read_about(path: pathlib.Path, form: dict) -> dict | None:

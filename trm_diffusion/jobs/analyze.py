@@ -20,7 +20,7 @@ from trm_diffusion.conditions import SampleRequest
 from trm_diffusion.config import Config
 from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.experiment import Experiment, build
-from trm_diffusion.files import write_json
+from trm_diffusion.files import check_writable, write_json
 from trm_diffusion.jobs.sample import make_sample_fn
 from trm_diffusion.models.architecture import stack_layout
 from trm_diffusion.models.recursion.report import RoutingReport
@@ -28,7 +28,7 @@ from trm_diffusion.run.protocol import protocol
 from trm_diffusion.run.restore import load_run, sampling_parameters
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.parameters import Parameters
-from trm_diffusion.runtime.processes import is_main_process
+from trm_diffusion.runtime.processes import in_process_0, is_main_process
 from trm_diffusion.runtime.signals import StopRequest
 from trm_diffusion.runtime.timing import interleaved_seconds
 
@@ -40,6 +40,7 @@ def analyze(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
     """Writes analysis.json of the run in `workdir`; prints it as one line, without the part by diffusion step."""
     if config.model.recursion.blocks == "none":
         raise UserError("config.model.recursion.blocks is none: no block recurses, so there is nothing to analyze")
+    in_process_0(lambda: check_writable(workdir / "analysis.json"))
     experiment, state = load_run(config, workdir)
     parameters = sampling_parameters(experiment, state)
     condition = _condition_of_batch(experiment, experiment.condition.request())
@@ -56,9 +57,9 @@ def analyze(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
         report["halting"] |= _halting(experiment, parameters, condition, images, reports, stop)
     if not is_main_process():
         return
+    print(json.dumps(report), flush=True)
     write_json(workdir / "analysis.json", {**report, "by_diffusion_step": _by_diffusion_step(experiment, reports)})
     say(f"wrote {workdir / 'analysis.json'}")
-    print(json.dumps(report), flush=True)
 
 
 def _condition_of_batch(experiment: Experiment, request: SampleRequest):

@@ -8,7 +8,7 @@ import numpy as np
 
 from trm_diffusion.analysis.grids import image_grid
 from trm_diffusion.errors import UserError
-from trm_diffusion.files import write_text
+from trm_diffusion.files import check_writable, write_text
 from trm_diffusion.metrics.image_sets import open_images
 from trm_diffusion.readers.paths import any_path
 from trm_diffusion.readers.records import check, read_json
@@ -42,6 +42,7 @@ def compare(paths: list[str], out: str) -> None:
     """
     if len(paths) < 2:
         raise UserError("--evaluations needs two files or more, separated by commas")
+    check_writable(out)
     reports = {path: read_evaluation(path) for path in paths}
     first = paths[0]
     for path, report in reports.items():

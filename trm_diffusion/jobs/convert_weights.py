@@ -18,7 +18,7 @@ from trm_diffusion.weights.adapters import adapter_of, merged
 from trm_diffusion.weights.convert import LAYOUTS, Weights, in_dtype, to_ours, to_theirs
 from trm_diffusion.weights.safetensors import TensorSpec, write_safetensors
 from trm_diffusion.weights.source import open_source
-from trm_diffusion.weights.store import holds_weights, load_weights, new_directory, save_weights
+from trm_diffusion.weights.store import check_new, holds_weights, load_weights, new_directory, save_weights
 
 DIFFUSERS_FILE, PLAIN_FILE = "diffusion_pytorch_model.safetensors", "model.safetensors"
 ADAPTER = "adapter"  # given instead of a layout: only gates and experts
@@ -38,6 +38,7 @@ def convert(
     for flag, name, known in (("layout", layout, [*LAYOUTS]), ("to-layout", to_layout, [*LAYOUTS, ADAPTER])):
         if name and name not in known:
             raise UserError(f"--{flag}={name} is none of {', '.join(known)}")
+    check_new(destination)
     weights = _open(source, layout)
     if dtype:
         weights = in_dtype(weights, dtype, source)

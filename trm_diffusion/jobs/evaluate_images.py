@@ -9,7 +9,7 @@ from etils import epath
 
 import trm_diffusion
 from trm_diffusion.errors import UserError
-from trm_diffusion.files import replacing, write_json
+from trm_diffusion.files import check_writable, replacing, write_json
 from trm_diffusion.metrics.adm import (
     PROTOCOL,
     adm_metrics,
@@ -25,7 +25,7 @@ from trm_diffusion.readers.paths import any_path
 from trm_diffusion.readers.records import read_json
 from trm_diffusion.run.protocol import git_commit
 from trm_diffusion.runtime.logging import say
-from trm_diffusion.runtime.processes import is_main_process
+from trm_diffusion.runtime.processes import in_process_0, is_main_process
 from trm_diffusion.weights.inception import load_inception
 
 BATCH_SIZE = 64
@@ -49,7 +49,7 @@ SAMPLING_FIELDS = (
 def evaluate_images(
     images: str, reference: str, inception: str, out: str = "", image_size: int = 0, precision_dtype: str = "float32"
 ) -> dict:
-    """Evaluates a folder or npz of samples; writes and prints one JSON object with all metrics and their settings.
+    """Evaluates a folder or npz of samples; prints and writes one JSON object with all metrics and their settings.
 
     Args:
       images: folder of pictures or .npz; `sampling.json` beside them records how they were drawn.
@@ -65,6 +65,7 @@ def evaluate_images(
     target = read_reference(reference)
     weights, weights_sha256 = load_inception(inception)
     path = any_path(out, "--out") if out else beside(samples, "evaluation.json")
+    in_process_0(lambda: check_writable(path))
     warnings = warnings_about(samples)
     for warning in warnings:
         say(f"warning: {warning}")
@@ -102,9 +103,9 @@ def evaluate_images(
         },
     }
     if is_main_process():
+        print(json.dumps(report), flush=True)
         write_json(path, report)
         say(f"wrote {path}")
-        print(json.dumps(report), flush=True)
     return report
 
 
@@ -113,6 +114,7 @@ def make_reference(images: str, inception: str, out: str, image_size: int = 0) -
     path = any_path(out, "--out")
     if path.suffix != ".npz":
         raise UserError(f"--out={out} must end in .npz, the format of a reference")
+    in_process_0(lambda: check_writable(path))
     source = open_images(images, image_size)
     if len(source) < 2:
         raise UserError(f"--images={images} holds one image; a reference needs at least 2, usually a whole data set")

@@ -23,19 +23,22 @@ from trm_diffusion.analysis.grids import image_grid, save_png
 from trm_diffusion.conditions import LABELS, kind_of
 from trm_diffusion.config import Config
 from trm_diffusion.errors import Interrupted, UserError
-from trm_diffusion.files import replacing, write_json
+from trm_diffusion.experiment import Experiment
+from trm_diffusion.files import check_writable, replacing, write_json
 from trm_diffusion.jobs.sample import make_sample_fn
 from trm_diffusion.metrics.image_sets import FolderImages
 from trm_diffusion.readers.folders import list_files
 from trm_diffusion.readers.paths import any_path
 from trm_diffusion.readers.records import read_json
+from trm_diffusion.run.claim import claimed
 from trm_diffusion.run.decoder import load_decoder
 from trm_diffusion.run.protocol import evaluation_labels, protocol
 from trm_diffusion.run.restore import load_run, sampling_parameters
 from trm_diffusion.runtime.logging import say
-from trm_diffusion.runtime.processes import barrier, is_main_process
+from trm_diffusion.runtime.processes import barrier, in_process_0, is_main_process
 from trm_diffusion.runtime.sharding import own_shards
 from trm_diffusion.runtime.signals import StopRequest
+from trm_diffusion.runtime.state import TrainState
 
 # Fields of the record that may differ when an export is resumed: software and device.
 FREE = ("version", "git_commit", "jax", "device")
@@ -49,15 +52,32 @@ def export(config: Config, workdir: epath.Path, stop: StopRequest, count: int, o
         beside it, in ADM's layout: arr_0 uint8 [N, H, W, C], arr_1 labels [N].
 
     Raises:
-      UserError: a model of texts, latents without an autoencoder, or a folder of images drawn with other settings.
+      UserError: a model of texts, latents without an autoencoder, a folder of images drawn with other settings, or one
+        in use.
       Interrupted: asked to stop; the images drawn so far are kept.
     """
     kind_of(config).require(LABELS, "--num")
     require_images(config)
     experiment, state = load_run(config, workdir)
-    update = int(state.step)
-    target = any_path(out or workdir / "samples" / f"images_{update:07d}")
+    target = any_path(out or workdir / "samples" / f"images_{int(state.step):07d}")
     folder = target.with_suffix("") if target.suffix == ".npz" else target
+    if target != folder:
+        in_process_0(lambda: check_writable(target))
+    with claimed(folder, "--mode=sample --num", stop):
+        _export(experiment, state, workdir, stop, count, target, folder)
+
+
+def _export(
+    experiment: Experiment,
+    state: TrainState,
+    workdir: epath.Path,
+    stop: StopRequest,
+    count: int,
+    target: epath.Path,
+    folder: epath.Path,
+) -> None:
+    """Draws the images that `folder` lacks, and packs them if `target` is an npz."""
+    config, update = experiment.config, int(state.step)
     labels = evaluation_labels(config, count)
     batches = unfinished_batches(folder, count, config.sample.batch_size)
     decoder = load_decoder(experiment, workdir, experiment.mesh.local_mesh)

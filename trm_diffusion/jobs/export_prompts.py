@@ -21,18 +21,21 @@ from trm_diffusion.analysis.grids import image_grid
 from trm_diffusion.conditions import PROMPTS, TEXTS, kind_of
 from trm_diffusion.config import Config
 from trm_diffusion.errors import UserError
-from trm_diffusion.files import clear_partial, sha256_of_json
+from trm_diffusion.experiment import Experiment
+from trm_diffusion.files import sha256_of_json
 from trm_diffusion.jobs.export_images import broadcast_flags, keep_record, require_images
 from trm_diffusion.jobs.sample import draw_all, make_sample_fn
 from trm_diffusion.metrics import dpg, geneval
 from trm_diffusion.readers.folders import list_files, list_folders
 from trm_diffusion.readers.paths import local_path
+from trm_diffusion.run.claim import claimed
 from trm_diffusion.run.decoder import load_decoder
 from trm_diffusion.run.protocol import protocol
 from trm_diffusion.run.restore import load_run, sampling_parameters
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.processes import is_main_process
 from trm_diffusion.runtime.signals import StopRequest
+from trm_diffusion.runtime.state import TrainState
 
 IMAGES = 4  # images per prompt, in both benchmarks
 
@@ -88,7 +91,7 @@ def export_prompts(
 
     Raises:
       UserError: a model of labels, latents without an autoencoder, malformed prompts, or a folder that holds something
-        else.
+        else or is in use.
       Interrupted: asked to stop; the images drawn so far are kept.
     """
     kind_of(config).require(TEXTS, f"--export={benchmark}")
@@ -99,9 +102,27 @@ def export_prompts(
         )
     suite = {"geneval": _geneval, "dpg": _dpg}[benchmark](prompts)
     experiment, state = load_run(config, workdir, reads=PROMPTS)
-    texts = experiment.condition
-    decoder = load_decoder(experiment, workdir)
     folder = local_path(out or workdir / "samples" / f"{benchmark}_{int(state.step):07d}")
+    with claimed(folder, f"--mode=sample --export={benchmark}", stop):
+        _export(experiment, state, workdir, stop, benchmark, suite, folder)
+    if is_main_process():
+        suite.check(folder)
+    drawn = f"{IMAGES} images of each of {len(suite.texts)} prompts"
+    say(f"drew {drawn} with {config.sample.parameters} parameters: {folder}")
+
+
+def _export(
+    experiment: Experiment,
+    state: TrainState,
+    workdir: epath.Path,
+    stop: StopRequest,
+    benchmark: str,
+    suite: Benchmark,
+    folder: pathlib.Path,
+) -> None:
+    """Draws the images that `folder` lacks."""
+    config, texts = experiment.config, experiment.condition
+    decoder = load_decoder(experiment, workdir)
     record = protocol(config, int(state.step), decoder) | {"text": texts.encoding()}
     prepare_folder(folder, benchmark, suite.texts, record)
     problems = [problem for problem in map(texts.problem, suite.texts) if problem]
@@ -125,13 +146,10 @@ def export_prompts(
             for prompt, four in zip(group, images.reshape(len(group), IMAGES, *images.shape[1:]), strict=True):
                 pixels = [image_grid(image[None], columns=1, padding=0) for image in four]
                 suite.write(folder, prompt, np.stack(pixels))
-    if is_main_process():
-        suite.check(folder)
-    say(f"drew {IMAGES} images of each of {count} prompts with {config.sample.parameters} parameters: {folder}")
 
 
 def prepare_folder(folder: pathlib.Path, benchmark: str, texts: list[str], record: dict) -> None:
-    """Writes the record of the images beside them, and removes the partial files of a killed job.
+    """Writes the record of the images beside them.
 
     Raises UserError if the folder holds images drawn with other settings, or files without a record.
     """
@@ -140,5 +158,3 @@ def prepare_folder(folder: pathlib.Path, benchmark: str, texts: list[str], recor
         raise UserError(f"{folder} is not empty and has no {path.name} beside it: give another --out")
     del record["label_rule"]
     keep_record(path, folder, {**record, "samples": IMAGES * len(texts), benchmark: sha256_of_json(texts)})
-    if is_main_process():
-        clear_partial(folder)

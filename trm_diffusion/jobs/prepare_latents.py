@@ -28,6 +28,7 @@ from trm_diffusion.models.latent import LatentSpec
 from trm_diffusion.models.vae import VAE
 from trm_diffusion.readers.images import UnreadableImage
 from trm_diffusion.readers.paths import local_path
+from trm_diffusion.run.claim import claimed
 from trm_diffusion.run.decoder import config_vae, images_at_once, sharded_over_batch
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.signals import StopRequest
@@ -56,7 +57,8 @@ def prepare(
         own by default.
 
     Raises:
-      UserError: data without images, no autoencoder, or `out` holds shards made with other settings.
+      UserError: data without images, no autoencoder, `out` holds shards made with other settings or
+        is in use.
       Interrupted: asked to stop; complete shards are kept.
     """
     if not out:
@@ -65,7 +67,8 @@ def prepare(
     share = process_share(process_index, process_count, images_per_shard)
     if not config.data.vae:
         raise UserError("--mode=prepare needs --config.data.vae=DIR, an autoencoder written by --mode=convert")
-    manifest = make_shards(LatentJob(config, directory, images_per_shard), share, stop)
+    with claimed(directory, "--mode=prepare", stop, share):
+        manifest = make_shards(LatentJob(config, directory, images_per_shard), share, stop)
     if manifest is None:
         return
     records, shards, bad = manifest["records"], len(manifest["shards"]), manifest["bad_images"]

@@ -16,13 +16,13 @@ from trm_diffusion.diffusion.samplers import draw_initial_noise
 from trm_diffusion.diffusion.samplers import sample as run_sampler
 from trm_diffusion.errors import Interrupted
 from trm_diffusion.experiment import Experiment
-from trm_diffusion.files import replacing
+from trm_diffusion.files import check_writable, replacing
 from trm_diffusion.run.decoder import LatentDecoder, load_decoder
 from trm_diffusion.run.restore import load_run, sampling_parameters
 from trm_diffusion.runtime.devices import compiler_options
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.parameters import Parameters
-from trm_diffusion.runtime.processes import is_main_process
+from trm_diffusion.runtime.processes import in_process_0, is_main_process
 from trm_diffusion.runtime.random import Purpose, key_for
 from trm_diffusion.runtime.sharding import batch_sharding, distribute, replicated
 from trm_diffusion.runtime.signals import StopRequest
@@ -169,6 +169,7 @@ def sample(
 
     Writes a PNG and an npz of the images; for prompts and contexts, also each image as its own PNG.
     """
+    in_process_0(lambda: check_writable(workdir / "samples" / "grid.png"))
     experiment, state = load_run(config, workdir, reads=PROMPTS if prompts or context else DATA)
     condition = experiment.condition
     request = condition.request_context(context, prompts) if context else condition.request(prompts)

@@ -16,6 +16,7 @@ from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.experiment import Experiment, build
 from trm_diffusion.jobs.sample import make_sample_fn, save_grid
 from trm_diffusion.jobs.train_step import make_train_step
+from trm_diffusion.run.claim import claimed
 from trm_diffusion.run.decoder import check_latents, keep_spec, load_decoder
 from trm_diffusion.run.restore import restore_or_init
 from trm_diffusion.runtime.checkpoints import Checkpoints
@@ -29,7 +30,15 @@ from trm_diffusion.runtime.window import Window
 
 
 def train(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
-    """Trains the run up to `train.updates`, resuming if it can. On a stop request, saves and raises Interrupted."""
+    """Trains the run up to `train.updates`, resuming if it can. On a stop request, saves and raises Interrupted.
+
+    Raises UserError if another job trains in `workdir`.
+    """
+    with claimed(workdir, "--mode=train", stop):
+        _train(config, workdir, stop)
+
+
+def _train(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
     condition = make_condition(config, workdir)
     experiment = build(config, condition=condition)
     source = condition.source()

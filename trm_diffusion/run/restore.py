@@ -40,6 +40,7 @@ FIXED = {"depth", "width", "heads", "patch", "mlp_ratio", "qk_norm", "in_channel
 def load_run(config: Config, workdir: epath.Path, reads: str = DATA) -> tuple[Experiment, TrainState]:
     """Restores the latest checkpoint of the run in `workdir`; the config may sample and evaluate in another way.
 
+    Writes and deletes nothing: the run may be training, and saving, at this moment.
     Without a run there, loads what `config.init` names. reads: where conditions come from, conditions.DATA or PROMPTS.
     """
     condition = make_condition(config, workdir, reads)
@@ -48,7 +49,9 @@ def load_run(config: Config, workdir: epath.Path, reads: str = DATA) -> tuple[Ex
         return experiment, state_from_pretrained(experiment)
     changed_fields(workdir, config)  # raises if the model differs
     experiment = build(config, condition=condition)
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
+    if not (workdir / "checkpoints").exists():  # opening them would make the directory
+        raise UserError(f"{workdir} holds no checkpoint yet; train first")
+    with Checkpoints(workdir / "checkpoints", writes=False) as checkpoints:
         latest = checkpoints.latest_step()
         if latest is None:
             raise UserError(f"{workdir} holds no checkpoint yet; train first")

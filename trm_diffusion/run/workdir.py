@@ -10,6 +10,7 @@ tensorboard/       the same metrics as event files
 samples/           grids drawn during training and by --mode=sample
 evaluation.json    metrics, with their evaluation settings
 analysis.json      routing and halting by diffusion step, from --mode=analyze
+.claim             while it trains: who does (run/claim.py)
 """
 
 import ml_collections

@@ -4,14 +4,16 @@ A checkpoint holds the training state, the data iterator, and a small JSON recor
 and become visible only when complete, so a job killed during a save resumes from the previous checkpoint.
 """
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as orbax
 
-from trm_diffusion.errors import UserError
+from trm_diffusion.errors import UserError, told
 from trm_diffusion.models.settings import Settings, setting
 
 _save_policies = orbax.training.save_decision_policies
@@ -26,9 +28,13 @@ class CheckpointConfig(Settings):
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `directory`."""
+    """The checkpoints of one run, in `directory`.
 
-    def __init__(self, directory, config: CheckpointConfig | None = None):
+    writes: False if the run may be another's, which may be saving at this moment; then nothing is written or deleted.
+    Otherwise what an interrupted save left is deleted. Only one process at a time, or one run of several, may write.
+    """
+
+    def __init__(self, directory, config: CheckpointConfig | None = None, *, writes: bool = True):
         config = config or CheckpointConfig()
         keep = [_keep_policies.LatestN(config.keep)]
         if config.keep_every:
@@ -38,7 +44,7 @@ class Checkpoints:
             directory if "://" in str(directory) else os.path.abspath(directory),  # Orbax needs absolute paths
             save_decision_policy=_save_policies.FixedIntervalPolicy(1),  # the training loop decides when
             preservation_policy=_keep_policies.AnyPreservationPolicy(keep),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=writes,
         )
 
     def latest_step(self) -> int | None:
@@ -50,8 +56,10 @@ class Checkpoints:
 
         The error of a failed save is raised by the next `save` or by `close`.
         """
-        self._checkpointer.wait()
-        self._checkpointer.save_checkpointables_async(step, dict(state=state, data=iterator, loop=loop), overwrite=True)
+        with self._saving():
+            self._checkpointer.wait()
+            contents = dict(state=state, data=iterator, loop=loop)
+            self._checkpointer.save_checkpointables_async(step, contents, overwrite=True)
 
     def restore(self, step: int, abstract_state, iterator=None) -> tuple[Any, dict[str, Any]]:
         """Returns the state, sharded like `abstract_state`, and the loop record; restores the position of `iterator`.
@@ -84,7 +92,21 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until all saves are complete on disk."""
-        self._checkpointer.close()
+        with self._saving():
+            self._checkpointer.close()
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Turns a failure to write into a UserError."""
+        try:
+            yield
+        except Exception as error:
+            reason = told(error)
+            if reason is None:
+                raise
+            raise UserError(
+                f"{self.directory}: a checkpoint cannot be saved; earlier ones are whole. {reason}"
+            ) from error
 
     def __enter__(self):
         return self

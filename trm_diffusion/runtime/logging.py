@@ -4,6 +4,7 @@ metrics.jsonl is the authoritative record. A resumed run first drops the lines p
 equals that of an uninterrupted run, except for the wall-clock fields.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -13,7 +14,7 @@ import tqdm
 from etils import epath
 
 from trm_diffusion.errors import UserError
-from trm_diffusion.files import write_text
+from trm_diffusion.files import write_text, writing
 from trm_diffusion.models.settings import Settings, setting
 
 WALL_CLOCK_FIELDS = ("images_per_second", "data_wait_share", "seconds")
@@ -38,12 +39,13 @@ class MetricsFile:
 
     def write(self, line: dict) -> None:
         text = json.dumps(line) + "\n"
-        if str(self._path).startswith("gs://"):  # object stores cannot append
-            before = self._path.read_text() if self._path.exists() else ""
-            self._path.write_text(before + text)
-        else:
-            with open(self._path, "a") as file:
-                file.write(text)
+        with writing(self._path):
+            if str(self._path).startswith("gs://"):  # object stores cannot append
+                before = self._path.read_text() if self._path.exists() else ""
+                self._path.write_text(before + text)
+            else:
+                with open(self._path, "a") as file:
+                    file.write(text)
 
 
 class RunLogger:
@@ -56,7 +58,8 @@ class RunLogger:
         if config.tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+            # max_queue=0: a bounded queue blocks this process for ever once the writer's thread has failed
+            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1, max_queue=0)
         if config.wandb:
             self._wandb = start_wandb(workdir, name)
         self._bar = None
@@ -67,6 +70,9 @@ class RunLogger:
         """Writes one line. Lists (load per expert) are written whole to the file and entry by entry elsewhere."""
         self._file.write({"step": step, **scalars})
         flat = dict(_flatten(scalars))
+        if self._tensorboard and not self._tensorboard.file_writer.event_writer._worker.is_alive():
+            self._tensorboard = None
+            say("TensorBoard's event files cannot be written any more; metrics.jsonl goes on")
         if self._tensorboard:
             for key, value in flat.items():
                 self._tensorboard.add_scalar(key, value, step)
@@ -91,7 +97,8 @@ class RunLogger:
         if self._bar is not None:
             self._bar.close()
         if self._tensorboard:
-            self._tensorboard.close()
+            with contextlib.suppress(OSError):  # they are a copy of metrics.jsonl
+                self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
 

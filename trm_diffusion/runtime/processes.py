@@ -12,8 +12,10 @@ import socket
 import sys
 import time
 import warnings
+from collections.abc import Callable
 
 import jax
+import numpy as np
 from jax._src.clusters import ClusterEnv  # JAX has no public API for cluster detection
 from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
@@ -24,6 +26,7 @@ RETRY_SECONDS = 0.2  # between attempts to reach process 0
 VERDICT_SECONDS = 1  # past the deadline: connected processes wait to learn who is missing, and to be counted
 HELLO_BYTES = 1024  # maximum size of the first message from a process
 LAST_WORD_SECONDS = 10  # how long a process with an error waits for the others to have one too
+MESSAGE_BYTES = 2048  # of an error of process 0, for the others
 END_SECONDS = 7 * 24 * 3600  # how long finished processes wait for the others; JAX's heartbeats detect dead ones
 
 
@@ -191,6 +194,25 @@ def barrier(what: str) -> None:
     """
     if is_distributed():
         multihost_utils.sync_global_devices(what)
+
+
+def in_process_0(act: Callable[[], None]) -> None:
+    """Runs `act` in process 0. Every process raises the UserError or Interrupted that it raises there."""
+    kinds = (UserError, Interrupted)
+    error = None
+    if is_main_process():
+        try:
+            act()
+        except kinds as caught:
+            error = caught
+    if is_distributed():
+        text = b"" if error is None else f"{kinds.index(type(error))}{error}".encode()
+        sent = np.frombuffer(text[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0"), np.uint8)
+        received = np.asarray(multihost_utils.broadcast_one_to_all(sent), np.uint8).tobytes()
+        message = received.rstrip(b"\0").decode(errors="replace")
+        error = kinds[int(message[0])](message[1:]) if message else None
+    if error is not None:
+        raise error
 
 
 def end_after_error(code: int) -> int:

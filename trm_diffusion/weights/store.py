@@ -14,7 +14,7 @@ from flax import nnx
 
 import trm_diffusion
 from trm_diffusion.errors import UserError
-from trm_diffusion.files import replacing, sha256_of_file, write_json
+from trm_diffusion.files import check_writable, clear_partial, replacing, sha256_of_file, write_json
 from trm_diffusion.models.latent import LatentSpec
 from trm_diffusion.models.vae import VAE
 from trm_diffusion.readers.paths import local_path
@@ -82,12 +82,19 @@ def load_vae(directory: str | os.PathLike, latent_size: int) -> tuple[VAE, Laten
     return nnx.merge(graphdef, nnx.from_flat_state(flat)), spec
 
 
+def check_new(directory: str | os.PathLike) -> None:
+    """Raises UserError if the directory exists, or could not be made; leaves nothing."""
+    if Path(directory).exists():
+        raise UserError(f"{directory} exists already; choose another --to, or remove it")
+    check_writable(directory)
+
+
 @contextlib.contextmanager
 def new_directory(directory: str | os.PathLike) -> Iterator[Path]:
     """Yields a directory to fill, which gets its name at the end. After an error nothing of it is left."""
     directory = local_path(directory, "--to")
-    if directory.exists():
-        raise UserError(f"{directory} exists already; choose another --to, or remove it")
+    check_new(directory)
+    clear_partial(directory.parent, directory.name, below=False)
     with replacing(directory) as partial:
         partial.mkdir()
         yield local_path(partial)
