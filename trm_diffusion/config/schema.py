@@ -72,6 +72,8 @@ class InitConfig(Settings):
     # start from the parameters of another run (first EMA) or a converted directory; "" starts from scratch
     workdir: str = ""
     adapter: str = ""  # gates and experts to add, as exported by --mode=convert --to-layout=adapter
+    # go on from this checkpoint of the run itself and set newer ones aside; None, or the same command again: the newest
+    step: int | None = setting(None, least=1)
     missing: str = ""  # patterns of parameters to initialise if init.workdir lacks them, such as "*/recursion/*"
 
 

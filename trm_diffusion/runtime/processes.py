@@ -14,6 +14,7 @@ import time
 import warnings
 
 import jax
+import numpy as np
 from jax._src.clusters import ClusterEnv  # JAX has no public API for cluster detection
 from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
@@ -191,6 +192,27 @@ def barrier(what: str) -> None:
     """
     if is_distributed():
         multihost_utils.sync_global_devices(what)
+
+
+def from_main_process(text: str) -> str:
+    """The `text` that process 0 has. All processes must call it."""
+    if not is_distributed():
+        return text
+    data = np.frombuffer(text.encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
+    data = data if data.size == size else np.zeros(size, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(data)).tobytes().decode()
+
+
+def first_of_all(text: str) -> str:
+    """The text of the first process whose text is not empty; "" if all are. All processes must call it."""
+    if not is_distributed():
+        return text
+    lengths = np.ravel(multihost_utils.process_allgather(np.int32(len(text.encode()))))
+    padded = np.zeros(max(1, int(lengths.max())), np.uint8)
+    padded[: len(text.encode())] = np.frombuffer(text.encode(), np.uint8)
+    texts = np.reshape(multihost_utils.process_allgather(padded), (len(lengths), -1))
+    return next((one[:length].tobytes().decode() for one, length in zip(texts, lengths, strict=True) if length), "")
 
 
 def end_after_error(code: int) -> int:
