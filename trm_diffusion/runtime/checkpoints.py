@@ -32,12 +32,22 @@ class CheckpointConfig(Settings):
     verify: bool = True  # compare a checkpoint with its checksums when it is restored
 
 
+class _Protected:
+    """Keeps all checkpoints older than the update `before`."""
+
+    before = 0
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        return [checkpoint.step < self.before for checkpoint in checkpoints]
+
+
 class Checkpoints:
     """The checkpoints of one run, in `directory`."""
 
     def __init__(self, directory, config: CheckpointConfig | None = None):
         config = config or CheckpointConfig()
-        keep = [_keep_policies.LatestN(config.keep)]
+        self._protected = _Protected()
+        keep = [_keep_policies.LatestN(config.keep), self._protected]
         if config.keep_every:
             keep.append(_keep_policies.EveryNSteps(config.keep_every))
         self.directory = directory
@@ -58,6 +68,10 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The update numbers of all checkpoints, ascending."""
         return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+
+    def protect(self, before: int) -> None:
+        """From now on no save deletes a checkpoint older than the update `before`; 0 protects none."""
+        self._protected.before = before
 
     def save(self, step: int, state, iterator, loop: dict[str, Any]) -> None:
         """Starts an asynchronous save, after waiting for the previous one. `loop` must be JSON-serialisable.
