@@ -20,6 +20,7 @@ from trm_diffusion.models.architecture import make_network
 from trm_diffusion.runtime import state as train_state
 from trm_diffusion.runtime.optimizer import make_optimizer
 from trm_diffusion.runtime.parameters import Parameters, PureModel
+from trm_diffusion.runtime.processes import compiled_together
 from trm_diffusion.runtime.random import Purpose, key_for
 from trm_diffusion.runtime.sharding import batch_sharding, batch_shards, make_mesh, models_over
 from trm_diffusion.runtime.state import TrainState, state_sharding
@@ -62,7 +63,7 @@ class Experiment:
     def init_state(self) -> TrainState:
         """The state before the first update; each device initialises only its own shards."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-        return jax.jit(self._init_state, out_shardings=shardings)()
+        return compiled_together(jax.jit(self._init_state, out_shardings=shardings))()
 
     def _init_state(self) -> TrainState:
         return _init_state(self.config, self.model, self.optimizer)

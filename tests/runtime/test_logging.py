@@ -3,6 +3,7 @@
 import errno
 import json
 import sys
+import tracemalloc
 
 import pytest
 from etils import epath
@@ -47,6 +48,32 @@ def test_a_torn_last_line_is_dropped(tmp_path, torn):
     path.write_text('{"step": 2}\n' + torn)
     MetricsFile(path, 8).write({"step": 6})
     assert steps_in(path) == [2, 6]
+
+
+@pytest.mark.parametrize("damaged", [
+    b'{"step": 3, "lo{"step": 4, "loss": 0.5}', b"\0" * 40, b'{"step": 3, "loss": 0.\xb5}', b"[" * 100_000, b"",
+    b'{"step": ' + b"9" * 5000 + b"}", b'{"step": "3"}', b'{"step": true}', b"[3]",
+])  # fmt: skip
+def test_damaged_lines_are_dropped_and_told(tmp_path, capsys, damaged):
+    path = epath.Path(tmp_path / "metrics.jsonl")
+    good = [b'{"step": 2, "loss": 0.5, "expert_load": [0.25, 0.75]}', '{"loss": "é", "step": 6}'.encode()]
+    path.write_bytes(b"\n".join([good[0], damaged, damaged, good[1], b'{"step": 8}']) + b"\n")
+    MetricsFile(path, 6)
+    assert path.read_bytes() == b"\n".join(good) + b"\n"
+    assert capsys.readouterr().err == f"{path}: dropped 2 damaged lines, the first at line 2\n"
+    MetricsFile(path, 6)
+    assert path.read_bytes() == b"\n".join(good) + b"\n" and not capsys.readouterr().err
+
+
+def test_a_long_file_is_never_held_in_memory(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    line = json.dumps({"step": 1, **LINE, "note": "x" * 2000}) + "\n"
+    path.write_text(line * 10_000)
+    tracemalloc.start()
+    MetricsFile(epath.Path(path), 0)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert path.read_bytes() == b"" and most < 2**20
 
 
 @pytest.mark.parametrize(("total", "left"), [(10, "0:00:16"), (100_002, "2 days, 7:33:20")])

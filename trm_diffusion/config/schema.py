@@ -73,6 +73,8 @@ class InitConfig(Settings):
     workdir: str = setting("", path=True)
     # gates and experts to add, as exported by --mode=convert --to-layout=adapter
     adapter: str = setting("", path=True)
+    # go on from this checkpoint of the run itself and set newer ones aside; None, or the same command again: the newest
+    step: int | None = setting(None, least=1)
     missing: str = ""  # patterns of parameters to initialise if init.workdir lacks them, such as "*/recursion/*"
 
 

@@ -22,7 +22,7 @@ from trm_diffusion.run.restore import load_run, sampling_parameters
 from trm_diffusion.runtime.devices import compiler_options
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.parameters import Parameters
-from trm_diffusion.runtime.processes import in_process_0, is_main_process
+from trm_diffusion.runtime.processes import compiled_together, in_process_0, is_main_process
 from trm_diffusion.runtime.random import Purpose, key_for
 from trm_diffusion.runtime.sharding import batch_sharding, distribute, replicated
 from trm_diffusion.runtime.signals import StopRequest
@@ -82,12 +82,13 @@ def make_sample_program(
 
     batch = batch_sharding(experiment.mesh)
     out = replicated(experiment.mesh) if gathered else batch
-    return jax.jit(
+    jitted = jax.jit(
         program,
         in_shardings=(None, batch, batch),
         out_shardings=out,
         compiler_options=compiler_options(experiment.mesh),
     )
+    return compiled_together(jitted)
 
 
 def make_sample_fn(

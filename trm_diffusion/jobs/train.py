@@ -20,6 +20,7 @@ from trm_diffusion.run.claim import claimed
 from trm_diffusion.run.decoder import check_latents, keep_spec, load_decoder
 from trm_diffusion.run.restore import restore_or_init
 from trm_diffusion.runtime.checkpoints import Checkpoints
+from trm_diffusion.runtime.doubt import RECOVERED, Doubt
 from trm_diffusion.runtime.logging import RunLogger, say
 from trm_diffusion.runtime.parameters import count, device_bytes
 from trm_diffusion.runtime.processes import is_main_process
@@ -82,7 +83,8 @@ def _loop(experiment, workdir, stop, checkpoints, iterator, state, loop) -> None
     start, total = int(state.step), config.train.updates
     train_step = make_train_step(experiment)
     sharding = batch_sharding(experiment.mesh)
-    window = Window(loop, config.train.batch_size)
+    window, doubt = Window(loop, config.train.batch_size), Doubt(loop)
+    checkpoints.protect(doubt.since)
     logger = None
     if is_main_process():
         logger = RunLogger(workdir, config.log, name=config.name, total_steps=total, resume_step=start)
@@ -90,13 +92,16 @@ def _loop(experiment, workdir, stop, checkpoints, iterator, state, loop) -> None
     def record(step: int, metrics: dict) -> None:
         """Reads the metrics of update `step`, logs a line when due, and raises UserError at `train.nonfinite_limit`."""
         window.add({name: np.asarray(value) for name, value in metrics.items()})
+        begins = doubt.add(step, bool(window.skipped_in_a_row))
+        checkpoints.protect(doubt.since)
         if window.skipped_in_a_row:
-            say(f"update {step}: skipped, because {_first_bad(metrics, state)} is not finite")
+            kept = f"; {_kept(checkpoints, step)}" if begins else ""
+            say(f"update {step}: skipped, because {_first_bad(metrics, state)} is not finite{kept}")
         if window.skipped_in_a_row >= config.train.nonfinite_limit:
             raise UserError(
                 f"{window.skipped_in_a_row} updates in a row up to {step} were not finite, the last in "
-                f"{_first_bad(metrics, state)}; lower config.optim.lr or set config.optim.clip_norm. "
-                f"The last good checkpoint is in {checkpoints.directory}"
+                f"{_first_bad(metrics, state)}. {_way_back(checkpoints, doubt.since)}lower config.optim.lr (here "
+                f"{float(metrics['learning_rate']):.3g}) or set config.optim.clip_norm"
             )
         if step % config.log.every == 0 or step == total:
             line = window.line()
@@ -132,13 +137,38 @@ def _loop(experiment, workdir, stop, checkpoints, iterator, state, loop) -> None
                 if logger:
                     logger.image(step, "samples", image)
             if saving:
-                checkpoints.save(step, state, iterator, window.record())
+                checkpoints.save(step, state, iterator, window.record() | doubt.record())
             if stopping:
                 checkpoints.close()
                 raise Interrupted(f"stopped at update {step} of {total}, saved in {workdir}")
     finally:
         if logger:
             logger.close()
+
+
+def _kept(checkpoints: Checkpoints, skipped: int) -> str:
+    older = [str(step) for step in checkpoints.steps() if step < skipped]
+    if not older:
+        return "there is no checkpoint from before it"
+    listed = f"checkpoint {older[0]}" if len(older) == 1 else f"checkpoints {', '.join(older)}"
+    return f"from before it, {listed} will be kept until {RECOVERED} updates in a row are finite"
+
+
+def _way_back(checkpoints: Checkpoints, skipped: int) -> str:
+    """Names the last good checkpoint from before the first `skipped` update, and how to go on from it.
+
+    The good one is the newest with a finite update after it: a state whose very next update fails may be ruined.
+    """
+    older = [step for step in checkpoints.steps() if step < skipped]
+    if not older:
+        return f"There is no checkpoint from before update {skipped}, the first of these: start again, and "
+    good = max([step for step in older if step < skipped - 1] or older)
+    others = ", ".join(str(step) for step in older if step != good)
+    return (
+        f"The last good checkpoint is {good}, from before the first skipped update, {skipped}"
+        + (f" (also kept: {others})" if others else "")
+        + f": go on from it with --config.init.step={good}, and "
+    )
 
 
 def _first_bad(metrics: dict, state: TrainState) -> str:

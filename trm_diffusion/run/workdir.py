@@ -4,7 +4,8 @@ config.json        the resolved config, with the format and the package version
 latent.json        the latent spec, for a model of latents
 text.json          how texts were encoded, for a model of encoded text
 words.json         the vocabulary and the captions of grids, for a model of words
-checkpoints/       Orbax checkpoints, by update number
+checkpoints/       Orbax checkpoints, by update number, each with its checksums.json
+checkpoints_set_aside/   newer checkpoints, after a resume from an older one
 metrics.jsonl      one line of metrics every `log.every` updates
 tensorboard/       the same metrics as event files
 samples/           grids drawn during training and by --mode=sample
