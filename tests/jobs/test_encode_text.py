@@ -325,6 +325,9 @@ def test_samples_are_guided_away_from_the_empty_text(place, workdir, monkeypatch
     sample_module.sample(latents_of(place), workdir, StopRequest(), ["a dog"])
     np.testing.assert_array_equal(seen[0].condition.null.pooled, FakeEncoder(seen[0].config.model.text).one("").pooled)
     assert [path.name for path in (workdir / "samples" / "prompts_0000002").iterdir()] == ["0000_a-dog.png"]
+    record = json.loads((workdir / "samples" / "prompts_0000002.sampling.json").read_text())
+    assert record["text"] == FakeEncoder(latents_of(place).model.text).encoding and record["samples"] == 1
+    assert record["requested_sha256"].keys() == {"prompts"} and len(record["weights_sha256"]) == 64
 
 
 @pytest.fixture(scope="module")

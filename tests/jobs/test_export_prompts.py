@@ -116,7 +116,8 @@ def test_an_image_depends_on_its_prompt_and_index_alone(place, whole, tmp_path):
     assert exported(place, tmp_path / "dpg", "dpg") == grids
     write_prompts(tmp_path, [TEXTS[0], TEXTS[0], *TEXTS[2:]])
     other = exported(place, tmp_path / "other", prompts=tmp_path / "geneval.jsonl")
-    changed = {path for path in whole if path.endswith(".png") and other[path] != whole[path]}
+    images = [path for path in whole if path.endswith(".png")]
+    changed = {path for path in images if (pixels(other[path]) != pixels(whole[path])).any()}
     assert changed == {f"00001/samples/{image:04d}.png" for image in range(4)}
     assert np.abs(pixels(other["00000/samples/0000.png"]) - pixels(other["00001/samples/0000.png"])).max() > 50
 
@@ -136,6 +137,9 @@ def test_interrupted_and_started_again_ends_with_the_same_bytes(place, whole, tm
     folder = tmp_path / "images" / "00001"
     (folder / "samples" / "0003.png").unlink()
     (folder / "metadata.jsonl").unlink()
+    first, other = (tmp_path / "images" / "00000" / "samples" / f"000{image}.png" for image in (0, 1))
+    first.write_bytes(other.read_bytes())
+    (tmp_path / "images" / "00000" / "metadata.jsonl").write_text('{"prompt": "another"}')
     (folder / "samples" / f".0003.png.partial-{machine()}-{DEAD}").write_bytes(b"torn")
     assert exported(place, tmp_path / "images") == whole
     monkeypatch.setattr(geneval, "write_image", None)  # would raise: nothing is drawn twice
@@ -176,6 +180,16 @@ def test_what_is_wrong_is_one_line(place, whole, tmp_path):
         exported(place, place / "whole", sample__diffusion_steps=3)
     with pytest.raises(UserError, match=r"is not empty and has no run\.sampling\.json beside it"):
         exported(place, place / "run")
+    record = place / "whole.sampling.json"
+    words, text = place / "run" / "words.json", (place / "run" / "words.json").read_text()
+    first, second, *_ = json.loads(text)["vocabulary"]
+    words.write_text(
+        text.replace(f'"{first}"', '"?"').replace(f'"{second}"', f'"{first}"').replace('"?"', f'"{second}"')
+    )
+    with pytest.raises(UserError, match="drawn with text.words_sha256 = "):
+        exported(place, place / "whole")
+    words.write_text(text)
+    assert json.loads(record.read_text())["text"].keys() == {"words_sha256"}
     assert contents(place / "whole") == whole
     for benchmark, line, says in (
         ("geneval", '{"tag": "counting", "prompt": "a"}', "line 1: no 'include'"),

@@ -164,6 +164,10 @@ class Condition(abc.ABC):
         self.require(CONTEXTS, "--context")
         raise NotImplementedError(f"{type(self).__name__} draws {CONTEXTS}")
 
+    def encoding(self) -> dict | None:
+        """How texts are encoded, for the record of a set of images; None if this kind draws no texts."""
+        return None
+
     # The run's directory
 
     def check(self, source: Source) -> None:

@@ -14,7 +14,7 @@ from trm_diffusion.data.base import Source
 from trm_diffusion.data.sources import CAPTIONED_SOURCES
 from trm_diffusion.data.texts import TokenizedSource
 from trm_diffusion.errors import UserError
-from trm_diffusion.files import write_json
+from trm_diffusion.files import sha256_of_names, write_json
 from trm_diffusion.models.tokenizer import SPECIAL_WORDS, Tokenizer, null_tokens, split
 from trm_diffusion.readers.records import read_json
 from trm_diffusion.runtime.processes import is_main_process
@@ -104,6 +104,9 @@ class Words(TextCondition):
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         return np.stack([self._tokenizer.encode(text) for text in texts])
+
+    def encoding(self) -> dict:
+        return {"words_sha256": sha256_of_names(self._words.vocabulary)}
 
     def shown_captions(self) -> Sequence[str]:
         return self._words.captions

@@ -24,7 +24,7 @@ FORM = {
 # Fields in which compared evaluations may differ: file locations and the models themselves.
 FREE_PROTOCOL = ("reference",)
 SHOWN = ("latent_steps", "recursive_blocks", "update", "train_seed")
-FREE_SAMPLING = (*SHOWN, "version", "git_commit", "jax", "device")
+FREE_SAMPLING = (*SHOWN, "config", "weights_sha256", "version", "git_commit", "jax", "device")
 GRID_IMAGES, GRID_COLUMNS, GRID_PIXELS = 32, 8, 64
 STYLE = """
 body { font: 15px sans-serif; margin: 2em auto; max-width: 75em }

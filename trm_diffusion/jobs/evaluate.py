@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
+from trm_diffusion.analysis.grids import check_finite
 from trm_diffusion.config import Config
 from trm_diffusion.files import check_writable, write_json
 from trm_diffusion.jobs.sample import draw_all, make_sample_fn, write_grid
@@ -39,7 +40,9 @@ def evaluate(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
 
     def generate(requested: Sequence) -> np.ndarray:
         say(f"drawing {len(requested)} images to evaluate {workdir} at update {update}")
-        return np.concatenate(list(draw_all(draw, config, parameters, experiment.condition.encode(requested), stop)))
+        images = np.concatenate(list(draw_all(draw, config, parameters, experiment.condition.encode(requested), stop)))
+        check_finite(images)
+        return images
 
     evaluation = judge.evaluate(generate)
     report = {**evaluation.measures, "protocol": protocol(config, update, decoder), "pass": bool(evaluation.passed)}

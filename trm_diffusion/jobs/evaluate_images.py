@@ -33,6 +33,7 @@ BATCH_SIZE = 64
 SAMPLING_FIELDS = (
     "sampler",
     "diffusion_steps",
+    "eta",
     "guidance_scale",
     "guidance_interval",
     "guidance_channels",

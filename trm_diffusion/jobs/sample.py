@@ -8,16 +8,18 @@ import jax
 import numpy as np
 from etils import epath
 
-from trm_diffusion.analysis.grids import captioned_grid, image_grid, save_png, stacked
+from trm_diffusion.analysis.grids import captioned_grid, check_finite, image_grid, save_png, stacked, to_uint8
 from trm_diffusion.conditions import DATA, PROMPTS, SampleRequest
 from trm_diffusion.config import Config
 from trm_diffusion.diffusion.guidance import guide
 from trm_diffusion.diffusion.samplers import draw_initial_noise
 from trm_diffusion.diffusion.samplers import sample as run_sampler
-from trm_diffusion.errors import Interrupted
+from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.experiment import Experiment
-from trm_diffusion.files import check_writable, replacing
+from trm_diffusion.files import check_writable, replacing, sha256_of_arrays, write_json
 from trm_diffusion.run.decoder import LatentDecoder, load_decoder
+from trm_diffusion.run.drawn_set import visible
+from trm_diffusion.run.protocol import set_record
 from trm_diffusion.run.restore import load_run, sampling_parameters
 from trm_diffusion.runtime.devices import compiler_options
 from trm_diffusion.runtime.logging import say
@@ -134,9 +136,17 @@ def draw_all(
 def save_grid(
     draw: Callable, experiment: Experiment, state: TrainState, request: SampleRequest, path: epath.Path
 ) -> np.ndarray:
-    """Draws a request and writes it as one PNG grid; returns the grid, uint8 [H, W, 3]."""
+    """Draws a request and writes it as one PNG grid; returns the grid, uint8 [H, W, 3].
+
+    Images that are not finite are shown in grey and reported: they need not end a training run.
+    """
     parameters = sampling_parameters(experiment, state)
     images = np.concatenate(list(draw_all(draw, experiment.config, parameters, request.condition)))
+    try:
+        check_finite(images)
+    except UserError as error:
+        say(f"warning: {path.name}: {error}")
+        images = np.where(np.isfinite(images), images, 0.0)
     return write_grid(path, images, experiment.config, request.captions, request.above)
 
 
@@ -168,14 +178,16 @@ def sample(
 ) -> None:
     """Draws the grid of the config, of the prompts or the context images at a path, or both, from the run in `workdir`.
 
-    Writes a PNG and an npz of the images; for prompts and contexts, also each image as its own PNG.
+    Writes a PNG and an npz of the images; for prompts and contexts, also each image as its own PNG, in a folder with a
+    record beside it. Raises UserError if an image is not finite.
     """
     in_process_0(lambda: check_writable(workdir / "samples" / "grid.png"))
     experiment, state = load_run(config, workdir, reads=PROMPTS if prompts or context else DATA)
     condition = experiment.condition
     request = condition.request_context(context, prompts) if context else condition.request(prompts)
     parameters = sampling_parameters(experiment, state)
-    draw = make_sample_fn(experiment, load_decoder(experiment, workdir))
+    decoder = load_decoder(experiment, workdir)
+    draw = make_sample_fn(experiment, decoder)
     images = np.concatenate(list(draw_all(draw, config, parameters, request.condition, stop)))
     directory = workdir / "samples"
     step = f"{int(state.step):07d}"
@@ -183,20 +195,36 @@ def sample(
     path = directory / f"{asked or 'grid'}_{step}.png"
     write_grid(path, images, config, request.captions, request.above)
     arrays = path.with_suffix(".npz")
+    if asked:
+        record = set_record(config, int(state.step), parameters, decoder) | {
+            "samples": len(images),
+            "label_rule": None,
+            "text": condition.encoding() if prompts else None,
+            "requested_sha256": {name: sha256_of_arrays([("", array)]) for name, array in request.arrays.items()},
+        }
     if is_main_process():
         with replacing(arrays) as partial, partial.open("wb") as file:
             np.savez(file, images=images, **request.arrays)
         if asked:
-            write_images(directory / f"{asked}_{step}", images, request.captions)
+            write_images(directory / f"{asked}_{step}", images, request.captions, record)
     say(f"drew {len(images)} images with {config.sample.parameters} parameters: {path} and {arrays}")
     if asked:
         by = "context" if context else "prompt"
         say(f"each image, named after its {by}: {directory / f'{asked}_{step}'}")
 
 
-def write_images(directory: epath.Path, images: np.ndarray, captions: Sequence[str]) -> None:
-    """Writes each image, not enlarged, as "NUMBER_WORDS-OF-ITS-CAPTION.png"."""
-    directory.mkdir(parents=True, exist_ok=True)
+def write_images(directory: epath.Path, images: np.ndarray, captions: Sequence[str], record: dict) -> None:
+    """Writes each image, not enlarged, as "NUMBER_WORDS-OF-ITS-CAPTION.png", and how they were drawn beside the folder.
+
+    Images that an earlier call left in the folder are removed: it holds one set. The record is removed first and
+    written last, so a folder that has one is complete.
+    """
+    record_path = directory.with_name(f"{directory.name}.sampling.json")
+    record_path.unlink(missing_ok=True)
+    for name in visible(directory):
+        if re.fullmatch(r"\d{4,}_[a-z0-9-]*\.png", name):
+            (directory / name).unlink()
     for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        name = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:80]
-        save_png(directory / f"{number:04d}_{name}.png", image_grid(image[None], columns=1, padding=0))
+        words = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:80]
+        save_png(directory / f"{number:04d}_{words}.png", to_uint8(image, caption))
+    write_json(record_path, record)

@@ -135,9 +135,9 @@ def split_grid(grid: np.ndarray) -> np.ndarray:
     return rows.transpose(0, 2, 1, 3, 4).reshape(CROPS, height // 2, width // 2, channels)
 
 
-def write_grid(directory: str | pathlib.Path, item_id: str, images: np.ndarray) -> None:
-    """Writes the grid of uint8 images [4, H, W, 3] as <item_id>.png, atomically."""
-    save_png(local_path(directory) / f"{item_id}.png", make_grid(images))
+def write_grid(directory: str | pathlib.Path, item_id: str, images: np.ndarray, mark: str = "") -> None:
+    """Writes the grid of uint8 images [4, H, W, 3] as <item_id>.png, atomically, with a mark as in `save_png`."""
+    save_png(local_path(directory) / f"{item_id}.png", make_grid(images), mark)
 
 
 def check_export(directory: str | pathlib.Path, item_ids: Iterable[str]) -> None:

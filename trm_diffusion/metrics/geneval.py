@@ -58,20 +58,19 @@ def metadata_path(directory: str | pathlib.Path, prompt: int) -> pathlib.Path:
     return local_path(directory) / f"{prompt:05d}" / "metadata.jsonl"
 
 
-def write_image(directory: str | pathlib.Path, prompts: Sequence[dict], prompt: int, image: int, pixels: np.ndarray):
-    """Writes one image, uint8 [H, W, 3], and its prompt's metadata, each atomically."""
-    path, metadata = image_path(directory, prompt, image), metadata_path(directory, prompt)
-    if not metadata.exists():
-        write_text(metadata, json.dumps(prompts[prompt]) + "\n")
-    save_png(path, pixels)
+def write_metadata(directory: str | pathlib.Path, prompts: Sequence[dict], prompt: int) -> None:
+    """Writes the prompt's line beside its images, unless it is there."""
+    path, line = metadata_path(directory, prompt), json.dumps(prompts[prompt]) + "\n"
+    if not path.exists() or path.read_bytes() != line.encode():
+        write_text(path, line)
 
 
-def missing_images(
-    directory: str | pathlib.Path, num_prompts: int, images_per_prompt: int = IMAGES_PER_PROMPT
-) -> list[tuple[int, int]]:
-    """The (prompt, image) pairs still to be written, in order; a stopped export continues with them."""
-    pairs = ((prompt, image) for prompt in range(num_prompts) for image in range(images_per_prompt))
-    return [pair for pair in pairs if not image_path(directory, *pair).exists()]
+def write_image(
+    directory: str | pathlib.Path, prompts: Sequence[dict], prompt: int, image: int, pixels: np.ndarray, mark: str = ""
+) -> None:
+    """Writes one image, uint8 [H, W, 3], with a mark as in `save_png`, and its prompt's metadata, each atomically."""
+    write_metadata(directory, prompts, prompt)
+    save_png(image_path(directory, prompt, image), pixels, mark)
 
 
 def check_export(
