@@ -131,13 +131,15 @@ class Result(typing.NamedTuple):
 
 
 def recursion(
-    x, shift, scale, timestep, condition, pools, base, heads, config, *, steps, gumbel, norms, context, head, fixed=None
-):
+    x, shift, scale, timestep, condition, pools, base, heads, config, *, steps, gumbel, norms, context, head, forms,
+    fixed=None,
+):  # fmt: skip
     """The latent steps on modulated tokens x [B, N, D].
 
     pools: a list of {"token_kernel", "condition_kernel" [D, P, M], "down" and "up" [3, M, r, D]}, one, or one
     for each latent step. base: (kernel [D, 3 D], bias [3 D]). gumbel: [T, B, N, P, M], or None at inference.
     context: (keys, values) [B, L, H, d] of the text, or None. head: (kernel [D], bias) of the learned halting, or None.
+    forms: {name: array} of the parameters of models/recursion/forms.py.
     fixed: None, or what truncation makes constants of the gradient: a_0 and the start of a trajectory, taken as given.
     """
     images, tokens, width = x.shape
@@ -160,8 +162,12 @@ def recursion(
                 h[b, n] = h[b, n] * (1 + scale[b]) + shift[b]
             if config.residual == "after_norm":
                 h[b, n] = h[b, n] + x[b, n]
+            of_h, of_gate = 0, 0
+            if config.step_embedding:
+                of_h, of_gate = forms["step_embedding"][min(t, config.latent_steps - 1)]
+            h[b, n] = h[b, n] + of_h
             noise = None if gumbel is None else gumbel[t][b, n]
-            decision, probabilities[b][n] = route(h[b, n], timestep[b], condition[b], pool, config, noise)
+            decision, probabilities[b][n] = route(h[b, n], timestep[b] + of_gate, condition[b], pool, config, noise)
             if asking[b, n]:
                 decisions[b][n] = decision
         if gumbel is not None:

@@ -86,10 +86,13 @@ def as_reference(graphdef, state, data, *, joint) -> dict:
     if config.halting == "learned":
         kernel, bias = float64(recursion.halting.head.kernel, recursion.halting.head.bias)
         head = [kernel[:, 0], bias[0]]
+    forms = {
+        path[-1]: np.asarray(v, np.float64) for path, v in nnx.to_flat_state(nnx.as_pure(nnx.state(recursion.forms)))
+    }
     return dict(
         x=x, shift=shift, scale=scale, timestep=conditioning.timestep, condition=conditioning.condition, pools=pools,
         base=float64(attention.qkv.kernel, attention.qkv.bias), norms=norms, head=head,
-        context=context if joint else None,
+        context=context if joint else None, forms=forms,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ CASES = {  # name: training, joint, fields of the config
     "one_hot": (True, True, dict(dispatch="one_hot", capacity_factor=0.8, routing_scope="per_projection")),
     "inference": (False, True, dict(pool="per_latent_step", residual="after_norm", base_input="carry")),
     "base_every_step": (True, False, dict(base_every_step=True, halting="convergence", halting_epsilon=0.6)),
+    "step_embedding": (True, True, dict(step_embedding=True)),
     "learned_halting": (True, True, dict(halting="learned", experts=2, base_input="carry")),
     "truncated": (True, False, dict(truncated_latent_steps=1, base_input="carry")),
     "truncated_convergence": (True, True, dict(truncated_latent_steps=1, halting="convergence", halting_epsilon=0.6)),

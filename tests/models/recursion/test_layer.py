@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.models.recursion.small import (
+    HEADS,
     IMAGES,
     INTERPRETED,
     SMALL,
@@ -27,6 +28,8 @@ from tests.models.recursion.small import (
     run_reference,
     with_zero_up,
 )
+from trm_diffusion.models.attention import Attention
+from trm_diffusion.models.recursion import Recursion
 from trm_diffusion.models.recursion.config import GATE_INPUTS, recursive_blocks
 
 
@@ -85,6 +88,7 @@ FACTORS = {
     "pool": ("shared", "per_latent_step"),
     "routing_scope": ("shared", "per_projection"),
     "forward_weight": ("straight_through", "soft"),
+    "step_embedding": (False, True),
     "base_every_step": (False, True),
     "gate_inputs": tuple(SUBSETS),
     "dispatch": ("dense", "capacity", "one_hot"),
@@ -128,7 +132,13 @@ def test_every_switch_equals_reference(row):
     assert_equals_reference(dataclasses.replace(SWITCHED, **row), steps=3, **call)
 
 
-PLAIN_ALONE = ("normalization", "modulation", "residual", "dispatch")  # the kernels know only the paper's value
+PLAIN_ALONE = (
+    "normalization",
+    "modulation",
+    "residual",
+    "step_embedding",
+    "dispatch",
+)  # the kernels know only the paper's value
 FUSED_FACTORS = {name: values for name, values in FACTORS.items() if name not in PLAIN_ALONE} | {
     "gate_inputs": tuple(subset for subset in SUBSETS if "tokens" in subset)
 }
@@ -198,6 +208,23 @@ def test_both_forms_of_figure_1_together_leave_the_base_in_self_attention():
     qkv, _ = run(graphdef, with_zero_up(state), data, steps=2)
     attention, _ = nnx.merge(graphdef, state)
     np.testing.assert_array_equal(qkv, attention.project(data[0]).reshape(qkv.shape))
+
+
+STARTS_AS_BASE = {  # forms that leave the base model unchanged at the start
+    "step_embedding": dict(step_embedding=True),
+}
+
+
+@pytest.mark.parametrize("form", STARTS_AS_BASE)
+def test_a_form_starts_as_the_base(form):
+    """To the bit, with the initial parameters, at every T, also above the config's."""
+    config = dataclasses.replace(SMALL, latent_steps=3, **STARTS_AS_BASE[form])
+    data = inputs()
+    attention = Attention(WIDTH, HEADS, qk_norm=False, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split((attention, Recursion(WIDTH, HEADS, config, dtype=jnp.float32, rngs=nnx.Rngs(1))))
+    for steps in (1, 2, 4):
+        qkv, _ = run(graphdef, state, data, joint=True, steps=steps)
+        np.testing.assert_array_equal(qkv, attention.project(data[0]).reshape(qkv.shape))
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -33,6 +33,7 @@ class RecursionConfig(Settings):
     residual: str = setting("before_norm", choices=("before_norm", "after_norm"))
     pool: str = setting("shared", choices=("shared", "per_latent_step"))  # one pool and gate for all latent steps?
     routing_scope: str = setting("shared", choices=("shared", "per_projection"))  # one choice for q, k and v, or three
+    step_embedding: bool = False  # add a learned embedding of the latent step's index to h and to the gate's y
     base_every_step: bool = False  # also add the base projection of h_t in the intermediate latent steps
     dispatch: str = setting("auto", choices=DISPATCH)  # how tokens reach their experts
     remat: str = setting("full", choices=POLICIES)  # what the backward pass keeps (with T = 2, full keeps products too)

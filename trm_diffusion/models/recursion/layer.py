@@ -11,7 +11,8 @@ With x~ the modulated visual tokens of the block, T latent steps refine a state 
 
 and the block goes on with attention over the final q, k, v. Mod is the block's own shift and scale, Attn the block's
 own attention before its output projection, W_qkv the base projection, applied once. One pool of experts and one gate
-serve all latent steps. The switches in `RecursionConfig` cover what the sources leave open.
+serve all latent steps. The switches in `RecursionConfig` cover what the sources leave open; those that go beyond the
+paper are in forms.py.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -23,6 +24,7 @@ from flax import nnx
 from trm_diffusion.models.layers import layer_norm, modulate
 from trm_diffusion.models.recursion import depth
 from trm_diffusion.models.recursion.config import PROJECTIONS, RecursionConfig
+from trm_diffusion.models.recursion.forms import Forms
 from trm_diffusion.models.recursion.gate import Conditioning
 from trm_diffusion.models.recursion.halting import Halting, Progress
 from trm_diffusion.models.recursion.pool import Pool
@@ -63,8 +65,8 @@ class Recursion(nnx.Module):
     """The latent steps of one block.
 
     Parameters added: S * (6 M r D + 2 P M D), with S pools (1, or T with one pool per latent step), P choices (1, or 3
-    when routed per projection), M experts of rank r, width D; P M more per pool with a balance bias, and D + 1 with
-    learned halting.
+    when routed per projection), M experts of rank r, width D; P M more per pool with a balance bias, D + 1 with
+    learned halting, and those of models/recursion/forms.py.
     """
 
     def __init__(self, width: int, heads: int, config: RecursionConfig, *, dtype, rngs: nnx.Rngs):
@@ -89,6 +91,7 @@ class Recursion(nnx.Module):
             if config.halting != "none"
             else None
         )
+        self.forms = Forms(width, config)
 
     def __call__(
         self,
@@ -120,10 +123,10 @@ class Recursion(nnx.Module):
         def routed(a_bnd, t, **options):
             """h of latent step t (from 0), the routed update of q, k, v [B, N, 3, H, d], and the report."""
             pool = self._pool_at(t)
-            h_bnd = self._modulated(a_bnd, x_bnd, shift_bd, scale_bd)
+            h_bnd, seen = self.forms.embedded(self._modulated(a_bnd, x_bnd, shift_bd, scale_bd), conditioning, t)
             update, report = pool(
                 h_bnd,
-                conditioning,
+                seen,
                 state=(a_bnd, shift_bd, scale_bd),
                 key=jax.random.fold_in(key, t) if training else None,
                 **options,
