@@ -197,7 +197,13 @@ def recursion(
             attended = attention(qkv[b], heads, norms, None if context is None else (context[0][b], context[1][b]))
             for n in range(tokens):
                 if running[b, n]:
+                    before = states[b][n][-1]
                     state = attended[n] + (x[b, n] if config.residual == "before_norm" else 0)
+                    if config.state == "accumulate":
+                        state = before + forms["gain"] * attended[n]
+                    if config.state == "gated":
+                        z = 1 / (1 + np.exp(-(h[b, n] @ forms["gate_kernel"] + forms["gate_bias"])))
+                        state = (1 - z) * before + z * state
                     states[b][n].append(constants[t][1][b, n] if t < len(constants) else state)
         trajectory.append((qkv.copy(), np.array([[token[-1] for token in image] for image in states])))
     a, divergence = np.array([[token[-1] for token in image] for image in states]), 0.0

@@ -22,6 +22,8 @@ CASES = {  # name: training, joint, fields of the config
     "inference": (False, True, dict(pool="per_latent_step", residual="after_norm", base_input="carry")),
     "base_every_step": (True, False, dict(base_every_step=True, halting="convergence", halting_epsilon=0.6)),
     "step_embedding": (True, True, dict(step_embedding=True)),
+    "accumulate": (True, False, dict(state="accumulate", base_every_step=True)),
+    "gated": (True, False, dict(state="gated", truncated_latent_steps=1)),
     "learned_halting": (True, True, dict(halting="learned", experts=2, base_input="carry")),
     "truncated": (True, False, dict(truncated_latent_steps=1, base_input="carry")),
     "truncated_convergence": (True, True, dict(truncated_latent_steps=1, halting="convergence", halting_epsilon=0.6)),

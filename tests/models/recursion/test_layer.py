@@ -88,6 +88,7 @@ FACTORS = {
     "pool": ("shared", "per_latent_step"),
     "routing_scope": ("shared", "per_projection"),
     "forward_weight": ("straight_through", "soft"),
+    "state": ("restart", "accumulate", "gated"),
     "step_embedding": (False, True),
     "base_every_step": (False, True),
     "gate_inputs": tuple(SUBSETS),
@@ -212,6 +213,8 @@ def test_both_forms_of_figure_1_together_leave_the_base_in_self_attention():
 
 STARTS_AS_BASE = {  # forms that leave the base model unchanged at the start
     "step_embedding": dict(step_embedding=True),
+    "accumulate": dict(state="accumulate"),
+    "gated": dict(state="gated"),
 }
 
 

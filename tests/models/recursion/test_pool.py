@@ -20,6 +20,7 @@ OTHERS = {  # values other than the default, where the type does not give one, o
     "forward_weight": "soft",
     "base_input": "carry",
     "residual": "after_norm",
+    "state": "gated",
     "pool": "per_latent_step",
     "routing_scope": "per_projection",
     "dispatch": "dense",

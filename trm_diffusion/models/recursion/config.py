@@ -33,6 +33,9 @@ class RecursionConfig(Settings):
     residual: str = setting("before_norm", choices=("before_norm", "after_norm"))
     pool: str = setting("shared", choices=("shared", "per_latent_step"))  # one pool and gate for all latent steps?
     routing_scope: str = setting("shared", choices=("shared", "per_projection"))  # one choice for q, k and v, or three
+    # a_t: Attn + x~ (restart), a_{t-1} + g Attn (accumulate), or a learned mean of a_{t-1} and Attn + x~ (gated)
+    state: str = setting("restart", choices=("restart", "accumulate", "gated"))
+    attended_gain: float = 1.0  # initial value of g
     step_embedding: bool = False  # add a learned embedding of the latent step's index to h and to the gate's y
     base_every_step: bool = False  # also add the base projection of h_t in the intermediate latent steps
     dispatch: str = setting("auto", choices=DISPATCH)  # how tokens reach their experts

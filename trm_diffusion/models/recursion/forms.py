@@ -1,8 +1,12 @@
 """Forms of the latent step that the paper does not have; each is a switch of `RecursionConfig`, off by default.
 
 In the paper's form all of a latent step passes through low-rank maps that start at zero, and the state hardly moves.
+Vectors of D learned numbers multiply channel by channel.
 
-    step_embedding   h_t + e_t, and the gate sees y + e'_t; e and e' are learned, one row for each latent step
+    step_embedding      h_t + e_t, and the gate sees y + e'_t; e and e' are learned, one row for each latent step
+    state=accumulate    a_t = a_{t-1} + g Attn(q, k, v), with the vector g
+    state=gated         a_t = a_{t-1} + z (Attn(q, k, v) + x~ - a_{t-1}), z = sigmoid(w . h_t + b), with the vectors w
+                        and b, from zero, so that z starts at 1/2
 """
 
 import jax
@@ -16,16 +20,21 @@ from trm_diffusion.models.recursion.gate import Conditioning
 class Forms(nnx.Module):
     """The parameters of a block's forms, and where they act. Without any it has no parameters and changes nothing.
 
-    Parameters added: 2 T D by step_embedding.
+    Parameters added: 2 T D by step_embedding, D by state=accumulate, 2 D by state=gated.
     """
 
     def __init__(self, width: int, config: RecursionConfig):
         self.config = config
-        self.step_embedding = (
-            nnx.Param(jnp.zeros((config.latent_steps, 2, width)), logical_axes=(None, None, "embed"))
-            if config.step_embedding
-            else None
-        )
+        gated = config.state == "gated"
+
+        def learned(value: float, wanted: bool, *shape: int) -> nnx.Param | None:
+            axes = (None,) * len(shape) + ("embed",)
+            return nnx.Param(jnp.full((*shape, width), value, jnp.float32), logical_axes=axes) if wanted else None
+
+        self.step_embedding = learned(0.0, config.step_embedding, config.latent_steps, 2)
+        self.gain = learned(config.attended_gain, config.state == "accumulate")
+        self.gate_kernel = learned(0.0, gated)
+        self.gate_bias = learned(0.0, gated)
 
     def embedded(self, h_bnd: jax.Array, conditioning: Conditioning, t) -> tuple[jax.Array, Conditioning]:
         """h and the gate's conditioning of latent step t, from 0; those past the table have its last row."""
@@ -35,3 +44,22 @@ class Forms(nnx.Module):
         of_h, of_gate = table[jnp.minimum(t, len(table) - 1)]
         timestep = conditioning.timestep + of_gate[None].astype(conditioning.timestep.dtype)
         return h_bnd + of_h[None, None].astype(h_bnd.dtype), conditioning._replace(timestep=timestep)
+
+    def attended(self, attended_bnd: jax.Array) -> jax.Array:
+        """Attn(q, k, v) as it joins the state."""
+        return attended_bnd if self.gain is None else _scaled(attended_bnd, self.gain)
+
+    def next_state(self, new_bnd, *, before_bnd, attended_bnd, h_bnd) -> jax.Array:
+        """a_t, from that of the paper's form (`new_bnd`), a_{t-1}, what `attended` gives, and h_t."""
+        if self.config.state == "accumulate":
+            return before_bnd + attended_bnd
+        if self.config.state == "restart":
+            return new_bnd
+        logits = jnp.einsum("bnd,d->bn", h_bnd.astype(jnp.float32), self.gate_kernel[...])[..., None]
+        z_bnd = jax.nn.sigmoid(logits + self.gate_bias[...][None, None])
+        return before_bnd + z_bnd.astype(new_bnd.dtype) * (new_bnd - before_bnd)
+
+
+def _scaled(x: jax.Array, vector: nnx.Param) -> jax.Array:
+    """x [..., D] times a learned vector, in x's dtype."""
+    return x * vector[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))

@@ -144,8 +144,9 @@ class Recursion(nnx.Module):
             if halting is not None:  # the others go on attending to the last keys and values of a stopped token
                 qkv = jnp.where(asking[..., None, None, None], qkv, state.qkv)
                 report = report._replace(running=jnp.mean(running.astype(jnp.float32)))
-            attended = attention.attend(qkv, context)
+            attended = self.forms.attended(attention.attend(qkv, context))
             a_bnd = attended + x_bnd if config.residual == "before_norm" else attended
+            a_bnd = self.forms.next_state(a_bnd, before_bnd=state.a_bnd, attended_bnd=attended, h_bnd=h_bnd)
             if truncated:
                 a_bnd, qkv, report = jax.lax.stop_gradient((a_bnd, qkv, report))
             if halting is None:
