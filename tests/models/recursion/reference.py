@@ -71,16 +71,19 @@ def drop_over_capacity(decisions, probabilities, config):
 
 
 def attention(qkv, heads, norms, context):
-    """[N, 3, D] of one image -> [N, D]; context is (keys, values) [L, H, d], or None."""
+    """[N, 3, D] of one image -> [N, D]; norms is a list of scales of q and k, applied in turn.
+
+    context is (keys, values) [L, H, d], or None.
+    """
     tokens, _, width = qkv.shape
     d = width // heads
     out = np.zeros((tokens, width))
     for head in range(heads):
         part = slice(head * d, (head + 1) * d)
         queries, keys, values = (list(qkv[:, i, part]) for i in range(3))
-        if norms is not None:
-            queries = [rms_norm(q, norms[0]) for q in queries]
-            keys = [rms_norm(k, norms[1]) for k in keys]
+        for query_scale, key_scale in norms:
+            queries = [rms_norm(q, query_scale) for q in queries]
+            keys = [rms_norm(k, key_scale) for k in keys]
         if context is not None:
             keys += list(context[0][:, head])
             values += list(context[1][:, head])
@@ -179,6 +182,11 @@ def recursion(
                     qkv[b, n, projection] += weight * (low @ pool["up"][projection, m])
         return h, qkv
 
+    own, of_base = (
+        [(forms["query_scale"], forms["key_scale"])] if config.attention_qk_norm else [],
+        [norms] if norms else [],
+    )
+    step_norms = own + of_base
     averaged = config.halting == "learned" and gumbel is not None  # no token stops, and all states of it count
     start, constants = (x, []) if fixed is None else fixed
     states = [[[start[b, n]] for n in range(tokens)] for b in range(images)]
@@ -194,13 +202,16 @@ def recursion(
         if t < len(constants):
             qkv = constants[t][0].copy()
         for b in range(images):
-            attended = attention(qkv[b], heads, norms, None if context is None else (context[0][b], context[1][b]))
+            text = None if context is None else (context[0][b], context[1][b])
+            attended = attention(qkv[b], heads, step_norms, text)
             for n in range(tokens):
+                if config.attended_norm:
+                    attended[n] = rms_norm(attended[n], forms["gain"])
                 if running[b, n]:
                     before = states[b][n][-1]
                     state = attended[n] + (x[b, n] if config.residual == "before_norm" else 0)
                     if config.state == "accumulate":
-                        state = before + forms["gain"] * attended[n]
+                        state = before + attended[n] * (1 if config.attended_norm else forms["gain"])
                     if config.state == "gated":
                         z = 1 / (1 + np.exp(-(h[b, n] @ forms["gate_kernel"] + forms["gate_bias"])))
                         state = (1 - z) * before + z * state

@@ -24,6 +24,7 @@ CASES = {  # name: training, joint, fields of the config
     "step_embedding": (True, True, dict(step_embedding=True)),
     "accumulate": (True, False, dict(state="accumulate", base_every_step=True)),
     "gated": (True, False, dict(state="gated", truncated_latent_steps=1)),
+    "norms": (True, True, dict(attention_qk_norm=True, attended_norm=True)),
     "learned_halting": (True, True, dict(halting="learned", experts=2, base_input="carry")),
     "truncated": (True, False, dict(truncated_latent_steps=1, base_input="carry")),
     "truncated_convergence": (True, True, dict(truncated_latent_steps=1, halting="convergence", halting_epsilon=0.6)),

@@ -89,6 +89,8 @@ FACTORS = {
     "routing_scope": ("shared", "per_projection"),
     "forward_weight": ("straight_through", "soft"),
     "state": ("restart", "accumulate", "gated"),
+    "attended_norm": (False, True),
+    "attention_qk_norm": (False, True),
     "step_embedding": (False, True),
     "base_every_step": (False, True),
     "gate_inputs": tuple(SUBSETS),
@@ -215,6 +217,7 @@ STARTS_AS_BASE = {  # forms that leave the base model unchanged at the start
     "step_embedding": dict(step_embedding=True),
     "accumulate": dict(state="accumulate"),
     "gated": dict(state="gated"),
+    "norms": dict(attention_qk_norm=True, attended_norm=True, attended_gain=0.1),
 }
 
 

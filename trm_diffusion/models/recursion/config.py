@@ -36,6 +36,8 @@ class RecursionConfig(Settings):
     # a_t: Attn + x~ (restart), a_{t-1} + g Attn (accumulate), or a learned mean of a_{t-1} and Attn + x~ (gated)
     state: str = setting("restart", choices=("restart", "accumulate", "gated"))
     attended_gain: float = 1.0  # initial value of g
+    attended_norm: bool = False  # g RMSNorm(Attn) joins the state instead of Attn
+    attention_qk_norm: bool = False  # RMS-normalise q and k of the intermediate attention, whatever the base does
     step_embedding: bool = False  # add a learned embedding of the latent step's index to h and to the gate's y
     base_every_step: bool = False  # also add the base projection of h_t in the intermediate latent steps
     dispatch: str = setting("auto", choices=DISPATCH)  # how tokens reach their experts

@@ -4,6 +4,8 @@ In the paper's form all of a latent step passes through low-rank maps that start
 Vectors of D learned numbers multiply channel by channel.
 
     step_embedding      h_t + e_t, and the gate sees y + e'_t; e and e' are learned, one row for each latent step
+    attention_qk_norm   q and k of the intermediate attention are RMS-normalised per head, with learned scales
+    attended_norm       g RMSNorm(Attn(q, k, v)) in the place of Attn(q, k, v), normalised per token, with the vector g
     state=accumulate    a_t = a_{t-1} + g Attn(q, k, v), with the vector g
     state=gated         a_t = a_{t-1} + z (Attn(q, k, v) + x~ - a_{t-1}), z = sigmoid(w . h_t + b), with the vectors w
                         and b, from zero, so that z starts at 1/2
@@ -13,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from trm_diffusion.models.layers import EPSILON
 from trm_diffusion.models.recursion.config import RecursionConfig
 from trm_diffusion.models.recursion.gate import Conditioning
 
@@ -20,10 +23,11 @@ from trm_diffusion.models.recursion.gate import Conditioning
 class Forms(nnx.Module):
     """The parameters of a block's forms, and where they act. Without any it has no parameters and changes nothing.
 
-    Parameters added: 2 T D by step_embedding, D by state=accumulate, 2 D by state=gated.
+    Parameters added: 2 T D by step_embedding, D by state=accumulate or attended_norm, 2 D by state=gated, 2 D / H by
+    attention_qk_norm.
     """
 
-    def __init__(self, width: int, config: RecursionConfig):
+    def __init__(self, width: int, heads: int, config: RecursionConfig):
         self.config = config
         gated = config.state == "gated"
 
@@ -32,9 +36,12 @@ class Forms(nnx.Module):
             return nnx.Param(jnp.full((*shape, width), value, jnp.float32), logical_axes=axes) if wanted else None
 
         self.step_embedding = learned(0.0, config.step_embedding, config.latent_steps, 2)
-        self.gain = learned(config.attended_gain, config.state == "accumulate")
+        self.gain = learned(config.attended_gain, config.state == "accumulate" or config.attended_norm)
         self.gate_kernel = learned(0.0, gated)
         self.gate_bias = learned(0.0, gated)
+        normalizes, head_dim = config.attention_qk_norm, width // heads
+        self.query_scale = nnx.Param(jnp.ones(head_dim, jnp.float32)) if normalizes else None
+        self.key_scale = nnx.Param(jnp.ones(head_dim, jnp.float32)) if normalizes else None
 
     def embedded(self, h_bnd: jax.Array, conditioning: Conditioning, t) -> tuple[jax.Array, Conditioning]:
         """h and the gate's conditioning of latent step t, from 0; those past the table have its last row."""
@@ -45,8 +52,18 @@ class Forms(nnx.Module):
         timestep = conditioning.timestep + of_gate[None].astype(conditioning.timestep.dtype)
         return h_bnd + of_h[None, None].astype(h_bnd.dtype), conditioning._replace(timestep=timestep)
 
+    def heads(self, qkv: jax.Array) -> jax.Array:
+        """q, k, v [B, N, 3, H, d] as the intermediate attention gets them."""
+        if self.query_scale is None:
+            return qkv
+        q, k, v = (qkv[:, :, i] for i in range(3))
+        q, k = _scaled(_rms_normalized(q), self.query_scale), _scaled(_rms_normalized(k), self.key_scale)
+        return jnp.stack([q, k, v], axis=2)
+
     def attended(self, attended_bnd: jax.Array) -> jax.Array:
         """Attn(q, k, v) as it joins the state."""
+        if self.config.attended_norm:
+            attended_bnd = _rms_normalized(attended_bnd)
         return attended_bnd if self.gain is None else _scaled(attended_bnd, self.gain)
 
     def next_state(self, new_bnd, *, before_bnd, attended_bnd, h_bnd) -> jax.Array:
@@ -58,6 +75,12 @@ class Forms(nnx.Module):
         logits = jnp.einsum("bnd,d->bn", h_bnd.astype(jnp.float32), self.gate_kernel[...])[..., None]
         z_bnd = jax.nn.sigmoid(logits + self.gate_bias[...][None, None])
         return before_bnd + z_bnd.astype(new_bnd.dtype) * (new_bnd - before_bnd)
+
+
+def _rms_normalized(x: jax.Array) -> jax.Array:
+    """x / sqrt(mean x^2 + EPSILON) over the last axis, computed in float32, returned in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + EPSILON)).astype(x.dtype)
 
 
 def _scaled(x: jax.Array, vector: nnx.Param) -> jax.Array:

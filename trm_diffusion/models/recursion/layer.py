@@ -91,7 +91,7 @@ class Recursion(nnx.Module):
             if config.halting != "none"
             else None
         )
-        self.forms = Forms(width, config)
+        self.forms = Forms(width, heads, config)
 
     def __call__(
         self,
@@ -144,7 +144,7 @@ class Recursion(nnx.Module):
             if halting is not None:  # the others go on attending to the last keys and values of a stopped token
                 qkv = jnp.where(asking[..., None, None, None], qkv, state.qkv)
                 report = report._replace(running=jnp.mean(running.astype(jnp.float32)))
-            attended = self.forms.attended(attention.attend(qkv, context))
+            attended = self.forms.attended(attention.attend(self.forms.heads(qkv), context))
             a_bnd = attended + x_bnd if config.residual == "before_norm" else attended
             a_bnd = self.forms.next_state(a_bnd, before_bnd=state.a_bnd, attended_bnd=attended, h_bnd=h_bnd)
             if truncated:
