@@ -197,7 +197,11 @@ def recursion(
         asking = running | (t == 0)  # a token that stops at once shows the keys and values of its first state
         h, update = refine(np.array([[token[-1] for token in image] for image in states]), t, asking)
         if config.base_every_step:
-            update = update + project(h)
+            now = np.array([[token[-1] for token in image] for image in states])
+            added = project(h if config.base_step_input == "h" else x + forms["blend"] * (now - x))
+            for i, name in enumerate("qkv"):
+                if name in config.base_projections:
+                    update[:, :, i] += added[:, :, i]
         qkv[asking] = update[asking]
         if t < len(constants):
             qkv = constants[t][0].copy()
@@ -223,5 +227,7 @@ def recursion(
             a[b, n], one = expected_state(states[b][n], config, head)
             divergence += one / (images * tokens)
     _, update = refine(a, steps - 1, np.ones((images, tokens), bool))
-    base_input = x if config.base_input == "modulated" else a + x
-    return Result(project(base_input) + update, [*shares, 1.0], divergence, trajectory)
+    base_input = {"modulated": x, "carry": a + x}.get(config.base_input)
+    if base_input is None:
+        base_input = x + forms["blend"] * (a - x)
+    return Result(project(base_input) + update, [*shares, 1.0], divergence, [*updates, update], trajectory)

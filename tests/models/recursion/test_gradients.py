@@ -25,6 +25,8 @@ CASES = {  # name: training, joint, fields of the config
     "accumulate": (True, False, dict(state="accumulate", base_every_step=True)),
     "gated": (True, False, dict(state="gated", truncated_latent_steps=1)),
     "norms": (True, True, dict(attention_qk_norm=True, attended_norm=True)),
+    "blend": (True, True, dict(base_input="blend", base_every_step=True, base_projections="q,k")),
+    "blends": (True, False, dict(base_input="blend", base_step_input="blend", base_every_step=True)),
     "learned_halting": (True, True, dict(halting="learned", experts=2, base_input="carry")),
     "truncated": (True, False, dict(truncated_latent_steps=1, base_input="carry")),
     "truncated_convergence": (True, True, dict(truncated_latent_steps=1, halting="convergence", halting_epsilon=0.6)),

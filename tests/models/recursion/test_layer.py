@@ -81,7 +81,9 @@ def test_equals_reference(latent_steps, experts, k, joint):
 
 SUBSETS = [",".join(c) for size in (1, 2, 3) for c in itertools.combinations(GATE_INPUTS, size)]
 FACTORS = {
-    "base_input": ("modulated", "carry"),
+    "base_input": ("modulated", "carry", "blend"),
+    "base_step_input": ("h", "blend"),
+    "base_projections": ("q,k,v", "q", "v,k"),
     "normalization": (True, False),
     "modulation": (True, False),
     "residual": ("before_norm", "after_norm"),
@@ -217,6 +219,9 @@ STARTS_AS_BASE = {  # forms that leave the base model unchanged at the start
     "step_embedding": dict(step_embedding=True),
     "accumulate": dict(state="accumulate"),
     "gated": dict(state="gated"),
+    "blend": dict(base_input="blend"),
+    "thinking": dict(base_input="blend", base_every_step=True),
+    "thinking_by_blends": dict(base_input="blend", base_every_step=True, base_step_input="blend", state="gated"),
     "norms": dict(attention_qk_norm=True, attended_norm=True, attended_gain=0.1),
 }
 

@@ -19,6 +19,8 @@ OTHERS = {  # values other than the default, where the type does not give one, o
     "gate_inputs": "tokens",
     "forward_weight": "soft",
     "base_input": "carry",
+    "base_step_input": "blend",
+    "base_projections": "q,k",
     "residual": "after_norm",
     "state": "gated",
     "pool": "per_latent_step",

@@ -25,8 +25,8 @@ class RecursionConfig(Settings):
     gate_inputs: str = setting("tokens,timestep,condition", some_of=GATE_INPUTS)  # what the gate sees, any subset
     # straight_through: weights are exactly 1 at k = 1; soft: the gate's probabilities
     forward_weight: str = setting("straight_through", choices=("straight_through", "soft"))
-    # what the base projection sees: x~ (modulated), or a_{T-1} + x~ (carry, figure 1)
-    base_input: str = setting("modulated", choices=("modulated", "carry"))
+    # what the base projection sees: x~ (modulated), a_{T-1} + x~ (carry, figure 1), or x~ + g (a_{T-1} - x~) (blend)
+    base_input: str = setting("modulated", choices=("modulated", "carry", "blend"))
     normalization: bool = True  # h starts from LN(a); False takes a as it is: at T = M = 1 without Mod a plain LoRA
     modulation: bool = True  # Mod is the block's shift and scale; False leaves it out
     # x~ joins a before the norm, or h after it (figure 1)
@@ -39,7 +39,10 @@ class RecursionConfig(Settings):
     attended_norm: bool = False  # g RMSNorm(Attn) joins the state instead of Attn
     attention_qk_norm: bool = False  # RMS-normalise q and k of the intermediate attention, whatever the base does
     step_embedding: bool = False  # add a learned embedding of the latent step's index to h and to the gate's y
-    base_every_step: bool = False  # also add the base projection of h_t in the intermediate latent steps
+    base_every_step: bool = False  # also add the base projection in the intermediate latent steps
+    # base_every_step: the base projection of h_t, or of x~ + g (a_{t-1} - x~) (blend)
+    base_step_input: str = setting("h", choices=("h", "blend"))
+    base_projections: str = setting("q,k,v", some_of=("q", "k", "v"))  # base_every_step: what the base adds to
     dispatch: str = setting("auto", choices=DISPATCH)  # how tokens reach their experts
     remat: str = setting("full", choices=POLICIES)  # what the backward pass keeps (with T = 2, full keeps products too)
     scan_latent_steps: bool = True  # one scan over the latent steps (compiles once); False unrolls

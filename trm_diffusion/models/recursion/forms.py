@@ -6,6 +6,10 @@ Vectors of D learned numbers multiply channel by channel.
     step_embedding      h_t + e_t, and the gate sees y + e'_t; e and e' are learned, one row for each latent step
     attention_qk_norm   q and k of the intermediate attention are RMS-normalised per head, with learned scales
     attended_norm       g RMSNorm(Attn(q, k, v)) in the place of Attn(q, k, v), normalised per token, with the vector g
+    base_input=blend    W_qkv sees x~ + g' (a_{T-1} - x~), with the vector g' from zero: full weights see the state, and
+                        the block starts as its base
+    base_step_input=blend   with base_every_step, W_qkv sees x~ + g' (a_{t-1} - x~) in the other latent steps too
+    base_projections    with base_every_step, which of q, k and v the base adds to
     state=accumulate    a_t = a_{t-1} + g Attn(q, k, v), with the vector g
     state=gated         a_t = a_{t-1} + z (Attn(q, k, v) + x~ - a_{t-1}), z = sigmoid(w . h_t + b), with the vectors w
                         and b, from zero, so that z starts at 1/2
@@ -16,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from trm_diffusion.models.layers import EPSILON
-from trm_diffusion.models.recursion.config import RecursionConfig
+from trm_diffusion.models.recursion.config import PROJECTIONS, RecursionConfig
 from trm_diffusion.models.recursion.gate import Conditioning
 
 
@@ -24,7 +28,7 @@ class Forms(nnx.Module):
     """The parameters of a block's forms, and where they act. Without any it has no parameters and changes nothing.
 
     Parameters added: 2 T D by step_embedding, D by state=accumulate or attended_norm, 2 D by state=gated, 2 D / H by
-    attention_qk_norm.
+    attention_qk_norm, D by blend.
     """
 
     def __init__(self, width: int, heads: int, config: RecursionConfig):
@@ -39,6 +43,7 @@ class Forms(nnx.Module):
         self.gain = learned(config.attended_gain, config.state == "accumulate" or config.attended_norm)
         self.gate_kernel = learned(0.0, gated)
         self.gate_bias = learned(0.0, gated)
+        self.blend = learned(0.0, "blend" in (config.base_input, config.base_step_input))
         normalizes, head_dim = config.attention_qk_norm, width // heads
         self.query_scale = nnx.Param(jnp.ones(head_dim, jnp.float32)) if normalizes else None
         self.key_scale = nnx.Param(jnp.ones(head_dim, jnp.float32)) if normalizes else None
@@ -51,6 +56,22 @@ class Forms(nnx.Module):
         of_h, of_gate = table[jnp.minimum(t, len(table) - 1)]
         timestep = conditioning.timestep + of_gate[None].astype(conditioning.timestep.dtype)
         return h_bnd + of_h[None, None].astype(h_bnd.dtype), conditioning._replace(timestep=timestep)
+
+    def blended(self, a_bnd: jax.Array, x_bnd: jax.Array) -> jax.Array:
+        """x~ + g' (a - x~)."""
+        return x_bnd + _scaled(a_bnd - x_bnd, self.blend)
+
+    def seen_by_base(self, h_bnd: jax.Array, a_bnd: jax.Array, x_bnd: jax.Array) -> jax.Array:
+        """What the base projection sees in an intermediate latent step, [B, N, D]."""
+        return h_bnd if self.config.base_step_input == "h" else self.blended(a_bnd, x_bnd)
+
+    def with_base(self, qkv: jax.Array, base: jax.Array) -> jax.Array:
+        """Adds the base's q, k and v, or those that are named, [B, N, 3, H, d]; the others are then not computed."""
+        named = self.config.base_projections.split(",")
+        if len(set(named)) == PROJECTIONS:
+            return qkv + base
+        parts = [qkv[:, :, i] + base[:, :, i] if name in named else qkv[:, :, i] for i, name in enumerate("qkv")]
+        return jnp.stack(parts, axis=2)
 
     def heads(self, qkv: jax.Array) -> jax.Array:
         """q, k, v [B, N, 3, H, d] as the intermediate attention gets them."""

@@ -140,7 +140,7 @@ class Recursion(nnx.Module):
             asking = None if halting is None else running | (t == 0)
             h_bnd, qkv, report = routed(state.a_bnd, t, asking=asking)
             if config.base_every_step:
-                qkv = qkv + attention.project(h_bnd)
+                qkv = self.forms.with_base(qkv, attention.project(self.forms.seen_by_base(h_bnd, state.a_bnd, x_bnd)))
             if halting is not None:  # the others go on attending to the last keys and values of a stopped token
                 qkv = jnp.where(asking[..., None, None, None], qkv, state.qkv)
                 report = report._replace(running=jnp.mean(running.astype(jnp.float32)))
@@ -169,9 +169,9 @@ class Recursion(nnx.Module):
         _, update, report = routed(a_bnd, steps - 1, valid=depth.in_range(steps, config))
         report = report._replace(halting_divergence=divergence)
         reports.append(jax.tree.map(lambda leaf: leaf[None], report))
-        base_input = x_bnd if config.base_input == "modulated" else a_bnd + x_bnd
         return RecursionOutput(
-            attention.project(base_input, update), jax.tree.map(lambda *parts: jnp.concatenate(parts), *reports)
+            attention.project(self._base_input(a_bnd, x_bnd), update),
+            jax.tree.map(lambda *parts: jnp.concatenate(parts), *reports),
         )
 
     def _start(self, x_bnd: jax.Array, steps: int | jax.Array, training: bool) -> State:
@@ -188,6 +188,12 @@ class Recursion(nnx.Module):
         if self.config.modulation:
             h = modulate(h, shift_bd, scale_bd)
         return h + x_bnd if self.config.residual == "after_norm" else h
+
+    def _base_input(self, a_bnd, x_bnd) -> jax.Array:
+        """What the base projection sees in the last latent step, [B, N, D]."""
+        if self.config.base_input == "modulated":
+            return x_bnd
+        return a_bnd + x_bnd if self.config.base_input == "carry" else self.forms.blended(a_bnd, x_bnd)
 
     def _pool_at(self, t) -> Pool:
         if self.config.pool == "shared":
