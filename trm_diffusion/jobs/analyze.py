@@ -40,6 +40,8 @@ def analyze(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
     """Writes analysis.json of the run in `workdir`; prints it as one line, without the part by diffusion step."""
     if config.model.recursion.blocks == "none":
         raise UserError("config.model.recursion.blocks is none: no block recurses, so there is nothing to analyze")
+    if config.model.recursion.looped:
+        raise UserError("config.model.recursion.looped is True: a loop has no gates, so there is no routing to analyze")
     experiment, state = load_run(config, workdir)
     parameters = sampling_parameters(experiment, state)
     condition = _condition_of_batch(experiment, experiment.condition.request())

@@ -8,7 +8,7 @@ from trm_diffusion.models.embed import LabelEmbedder, TimestepEmbedder, patchify
 from trm_diffusion.models.layers import linear, modulated_norm
 from trm_diffusion.models.recursion import Conditioning, RoutingReport, recursive_blocks
 from trm_diffusion.models.stack import BlockStack
-from trm_diffusion.models.transformer import FinalLayer, Stream, TransformerConfig, recursion_of
+from trm_diffusion.models.transformer import FinalLayer, Stream, TransformerConfig, loop_of, recursion_of
 
 SIZES = {  # name: depth, width, heads (DiT, table 1)
     "S": (12, 384, 6),
@@ -32,19 +32,22 @@ def dit_size(name: str) -> dict[str, int]:
     return dict(depth=depth, width=width, heads=heads, patch=int(patch))
 
 
-def block_kinds(config: TransformerConfig) -> list[bool]:
-    """Whether each block recurses."""
-    recursive = recursive_blocks(config.recursion.blocks, config.depth)
-    return [index in recursive for index in range(config.depth)]
+def block_kinds(config: TransformerConfig) -> list[str]:
+    """Of each block: "plain", "recursive" or "looped"."""
+    chosen, other = (
+        recursive_blocks(config.recursion.blocks, config.depth),
+        "looped" if config.recursion.looped else "recursive",
+    )
+    return [other if index in chosen else "plain" for index in range(config.depth)]
 
 
 class DiTBlock(Stream):
     """One adaLN-Zero block: x + g1 Attn(Mod(LN(x))), then x + g2 MLP(Mod(LN(x))), with recursion in the attention."""
 
-    def __init__(self, config: TransformerConfig, recursive: bool, *, rngs: nnx.Rngs):
+    def __init__(self, config: TransformerConfig, kind: str, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         # Built last, so that the base weights are the same with and without it.
-        self.recursion = recursion_of(config, rngs=rngs) if recursive else None
+        self.recursion = recursion_of(config, rngs=rngs) if kind == "recursive" else None
 
     def __call__(self, x_bnd, *, conditioning: Conditioning, latent_steps=None, key=None):
         """[B, N, D] -> [B, N, D] and the block's `RoutingReport` (None without recursion)."""
@@ -89,11 +92,12 @@ class DiT(nnx.Module):
         self.timestep_embed = TimestepEmbedder(width, frequency_shift=config.frequency_shift, dtype=dtype, rngs=rngs)
         self.label_embed = LabelEmbedder(num_classes, width, dtype=dtype, rngs=rngs)
         self.stack = BlockStack(
-            lambda recursive, key: DiTBlock(config, recursive, rngs=nnx.Rngs(key)),
+            lambda kind, key: DiTBlock(config, kind, rngs=nnx.Rngs(key)),
             block_kinds(config),
             scan=config.scan_blocks,
             remat=config.remat,
             rngs=rngs,
+            **loop_of(config),
         )
         self.final = FinalLayer(config, out_channels, rngs=rngs)
         self._grid = grid

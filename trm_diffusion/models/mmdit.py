@@ -26,7 +26,7 @@ from trm_diffusion.models.recursion import Conditioning, RoutingReport, recursiv
 from trm_diffusion.models.settings import Settings, setting
 from trm_diffusion.models.stack import BlockStack
 from trm_diffusion.models.text import Text
-from trm_diffusion.models.transformer import FinalLayer, Stream, TransformerConfig, attention_of, recursion_of
+from trm_diffusion.models.transformer import FinalLayer, Stream, TransformerConfig, attention_of, loop_of, recursion_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +54,18 @@ class BlockKind(NamedTuple):
     recursive: bool
     dual: bool  # a second attention, over visual tokens only
     last: bool  # the text stream ends here: it is attended to, and not updated
+    looped: bool = False  # in the loop (models/recursion/looped.py)
 
 
 def block_kinds(config: MMDiTConfig) -> list[BlockKind]:
-    recursive = recursive_blocks(config.recursion.blocks, config.depth)
+    chosen, looped = recursive_blocks(config.recursion.blocks, config.depth), config.recursion.looped
     return [
-        BlockKind(index in recursive, index < config.mmdit.dual_attention_blocks, index == config.depth - 1)
+        BlockKind(
+            recursive=index in chosen and not looped,
+            dual=index < config.mmdit.dual_attention_blocks,
+            last=index == config.depth - 1,
+            looped=index in chosen and looped,
+        )
         for index in range(config.depth)
     ]
 
@@ -144,6 +150,7 @@ class MMDiT(nnx.Module):
             scan=config.scan_blocks,
             remat=config.remat,
             rngs=rngs,
+            **loop_of(config),
         )
         self.final = FinalLayer(config, out_channels, rngs=rngs)
 

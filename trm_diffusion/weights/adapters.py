@@ -26,7 +26,7 @@ FREE = {
 FUNCTION = tuple(field.name for field in dataclasses.fields(RecursionConfig) if field.name not in FREE)
 MERGEABLE = {
     "latent_steps": 1, "experts": 1, "normalization": False, "modulation": False, "residual": "before_norm",
-    "base_input": "modulated", "step_embedding": False,
+    "base_input": "modulated", "step_embedding": False, "looped": False,
 }  # fmt: skip
 
 
@@ -73,7 +73,8 @@ def merged(weights: Weights, where: str) -> Weights:
     if recursion is None:
         raise UserError(f"{where} has no gates and experts to merge")
     ups = [name for name in weights.specs if name.endswith("/recursion/pool/experts/up")]
-    untrained = recursion["base_input"] == "modulated" and not any(weights.read(name).any() for name in ups)
+    without_experts = recursion["base_input"] == "modulated" and not recursion["looped"]  # it is the base
+    untrained = without_experts and not any(weights.read(name).any() for name in ups)
     unlike = [f"{name} {recursion[name]!r}" for name, value in MERGEABLE.items() if recursion[name] != value]
     if unlike and not untrained:
         raise UserError(

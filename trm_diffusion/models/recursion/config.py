@@ -15,6 +15,8 @@ class RecursionConfig(Settings):
     """Every default is the paper's setting, or our reading where the paper leaves it open."""
 
     blocks: str = "none"  # which blocks recurse: none, middle, all, or indices such as "4,8,12"
+    # instead of all below but T: these blocks run T times, all their weights, without experts (recursion/looped.py)
+    looped: bool = False
     latent_steps: int = setting(2, least=1)  # T
     experts: int = setting(2, least=1)  # M, low-rank experts in a block's pool
     experts_per_token: int = setting(1, least=1)  # k, at most M
@@ -61,6 +63,8 @@ class RecursionConfig(Settings):
         super().__post_init__()
         if self.experts_per_token > self.experts:
             raise ValueError(f"experts_per_token {self.experts_per_token} exceeds experts {self.experts}")
+        if self.looped and self.halting != "none":
+            raise ValueError(f"halting is {self.halting!r}; with looped there is none: every token runs T loops")
 
 
 def recursive_blocks(blocks: str, depth: int) -> tuple[int, ...]:
