@@ -21,12 +21,12 @@ from trm_diffusion.weights.convert import Weights
 FREE = {
     "capacity_factor", "routing_group", "switch_loss_weight", "z_loss_weight", "balance_bias_rate",
     "truncated_latent_steps", "dispatch", "remat", "scan_latent_steps",
-    "halting_epsilon", "halting_patience", "halting_prior", "halting_weight",
+    "init_down", "init_up", "halting_epsilon", "halting_patience", "halting_prior", "halting_weight",
 }  # fmt: skip
 FUNCTION = tuple(field.name for field in dataclasses.fields(RecursionConfig) if field.name not in FREE)
 MERGEABLE = {
     "latent_steps": 1, "experts": 1, "normalization": False, "modulation": False, "residual": "before_norm",
-    "base_input": "modulated", "step_embedding": False, "looped": False,
+    "base_input": "modulated", "step_embedding": False, "looped": False, "alpha": None,
 }  # fmt: skip
 
 

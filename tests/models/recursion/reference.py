@@ -179,6 +179,7 @@ def recursion(
             for projection in range(3):
                 for m, weight in decisions[b][n][projection if choices == 3 else 0]:
                     low = pool["down"][projection, m] @ h[b, n]
+                    low = low if config.alpha is None else config.alpha / config.rank * low
                     qkv[b, n, projection] += weight * (low @ pool["up"][projection, m])
         return h, qkv
 

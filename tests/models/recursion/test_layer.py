@@ -81,6 +81,7 @@ def test_equals_reference(latent_steps, experts, k, joint):
 
 SUBSETS = [",".join(c) for size in (1, 2, 3) for c in itertools.combinations(GATE_INPUTS, size)]
 FACTORS = {
+    "alpha": (None, 6.0),
     "base_input": ("modulated", "carry", "blend"),
     "base_step_input": ("h", "blend"),
     "base_projections": ("q,k,v", "q", "v,k"),

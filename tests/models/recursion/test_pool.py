@@ -15,6 +15,7 @@ OTHERS = {  # values other than the default, where the type does not give one, o
     "blocks": "all",
     "experts": 1,
     "rank": 64,
+    "alpha": 16.0,
     "experts_per_token": 2,
     "gate_inputs": "tokens",
     "forward_weight": "soft",

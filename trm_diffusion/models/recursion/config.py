@@ -21,6 +21,9 @@ class RecursionConfig(Settings):
     experts: int = setting(2, least=1)  # M, low-rank experts in a block's pool
     experts_per_token: int = setting(1, least=1)  # k, at most M
     rank: int = setting(128, least=1)  # r of the low-rank maps
+    alpha: float | None = setting(None, above=0)  # low-rank updates are scaled by alpha / rank; None does not scale
+    init_down: float = setting(1.0, least=0)  # standard deviation of A at the start, in units of width^-1/2
+    init_up: float = setting(0.0, least=0)  # of B, in units of rank^-1/2; 0: the block starts as its base
     temperature: float = setting(5.0, least=1e-3)  # tau of the gate's softmax in training
     capacity_factor: float = setting(1.25, least=0.01)  # room per expert in training, relative to an even split
     routing_group: int = setting(8, least=1)  # images whose tokens compete for the experts; divides a device's batch

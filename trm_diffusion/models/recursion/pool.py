@@ -30,6 +30,7 @@ KERNELS_HONOUR = frozenset({
     "temperature", "forward_weight", "balance_bias_rate", "gate_inputs",  # `Gate.route`; tokens must be an input
     "routing_scope", "experts", "experts_per_token", "rank", "capacity_factor", "routing_group",  # the assignment
     "switch_loss_weight", "z_loss_weight",  # of the report
+    "alpha", "init_down", "init_up",  # in the experts' weights
 })  # fmt: skip
 
 
@@ -50,7 +51,15 @@ class Pool(nnx.Module):
             rngs=rngs,
         )
         self.experts = LowRankExperts(
-            width, config.experts, config.rank, dispatch=config.dispatch, dtype=dtype, rngs=rngs
+            width,
+            config.experts,
+            config.rank,
+            alpha=config.alpha,
+            init_down=config.init_down,
+            init_up=config.init_up,
+            dispatch=config.dispatch,
+            dtype=dtype,
+            rngs=rngs,
         )
 
     def __call__(
