@@ -44,6 +44,7 @@ class DigitsSource(Source):
     """The train or test part of `load_digits_split`, in memory; `index` counts from 0 within the part."""
 
     in_memory = True
+    held_out_split = "test"
 
     def __init__(self, split: str = "train"):
         if split not in ("train", "test"):

@@ -49,7 +49,7 @@ class DiTBlock(Stream):
         # Built last, so that the base weights are the same with and without it.
         self.recursion = recursion_of(config, rngs=rngs) if kind == "recursive" else None
 
-    def __call__(self, x_bnd, *, conditioning: Conditioning, latent_steps=None, key=None):
+    def __call__(self, x_bnd, *, conditioning: Conditioning, latent_steps=None, key=None, liveness=False):
         """[B, N, D] -> [B, N, D] and the block's `RoutingReport` (None without recursion)."""
         shift, scale, *rest = self.modulations(conditioning.vector)
         modulated = modulated_norm(x_bnd, shift, scale)
@@ -64,6 +64,7 @@ class DiTBlock(Stream):
                 attention=self.attention,
                 latent_steps=latent_steps,
                 key=key,
+                liveness=liveness,
             )
         return self.finish(x_bnd, self.attention.attend(qkv), *rest), report
 
@@ -110,15 +111,19 @@ class DiT(nnx.Module):
         *,
         latent_steps: int | jax.Array | None = None,
         key: jax.Array | None = None,
+        liveness: bool = False,
     ) -> tuple[jax.Array, RoutingReport | None]:
         """[B, H, W, C], times [B] in 0..1000, labels [B] -> float32 [B, H, W, out_channels], reports [R, T, ...].
 
-        R is the number of recursive blocks. `key` is passed only in training; it draws the gates' noise.
+        R is the number of recursive blocks. `key` is passed only in training; it draws the gates' noise. liveness: the
+        reports tell what each latent step does, too.
         """
         config, size = self.config, self.image_size
         x_bnd = self.patch_embed(patchify(images_bhwc.astype(config.dtype), config.patch))
         x_bnd = x_bnd + sincos_positions(config.width, self._grid, self._grid).astype(config.dtype)[None]
         conditioning = Conditioning(self.timestep_embed(times_b), self.label_embed(labels_b))
-        x_bnd, reports = self.stack(x_bnd, key=key, conditioning=conditioning, latent_steps=latent_steps)
+        x_bnd, reports = self.stack(
+            x_bnd, key=key, conditioning=conditioning, latent_steps=latent_steps, liveness=liveness
+        )
         patches = self.final(x_bnd, conditioning.vector).astype(jnp.float32)
         return unpatchify(patches, config.patch, size, size), reports

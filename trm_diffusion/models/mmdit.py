@@ -84,7 +84,9 @@ class MMDiTBlock(nnx.Module):
         # Built last, so that the base weights are the same with and without it.
         self.recursion = recursion_of(config, rngs=rngs) if kind.recursive else None
 
-    def __call__(self, tokens, *, conditioning: Conditioning, text_mask=None, latent_steps=None, key=None):
+    def __call__(
+        self, tokens, *, conditioning: Conditioning, text_mask=None, latent_steps=None, key=None, liveness=False
+    ):
         """(visual [B, N, D], text [B, L, D]) -> the same, and the block's `RoutingReport` (None without recursion)."""
         x_bnd, text_bld = tokens
         shift, scale, *rest = self.visual.modulations(conditioning.vector)
@@ -107,6 +109,7 @@ class MMDiTBlock(nnx.Module):
                 context=context,
                 latent_steps=latent_steps,
                 key=key,
+                liveness=liveness,
             )
         attended = attention.attend(qkv, context, queries=None if self.kind.last else text_queries)
         attended, text_attended = jnp.split(attended, [x_bnd.shape[1]], axis=1)
@@ -162,10 +165,12 @@ class MMDiT(nnx.Module):
         *,
         latent_steps: int | jax.Array | None = None,
         key: jax.Array | None = None,
+        liveness: bool = False,
     ) -> tuple[jax.Array, RoutingReport | None]:
         """[B, H, W, C], times [B] in 0..1000, text -> float32 [B, H, W, out_channels], reports [R, T, ...].
 
-        R is the number of recursive blocks. `key` is passed only in training; it draws the gates' noise.
+        R is the number of recursive blocks. `key` is passed only in training; it draws the gates' noise. liveness: the
+        reports tell what each latent step does, too.
         """
         config, size = self.config, self.image_size
         x_bnd = self.patch_embed(patchify(images_bhwc.astype(config.dtype), config.patch))
@@ -178,6 +183,7 @@ class MMDiT(nnx.Module):
             conditioning=conditioning,
             text_mask=text.mask if config.mmdit.mask_padding else None,
             latent_steps=latent_steps,
+            liveness=liveness,
         )
         patches = self.final(x_bnd, conditioning.vector).astype(jnp.float32)
         return unpatchify(patches, config.patch, size, size), reports

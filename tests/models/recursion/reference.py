@@ -93,6 +93,23 @@ def attention(qkv, heads, norms, context):
     return out
 
 
+def attention_entropy(qkv, heads, norms, context):
+    """[N, 3, D] of one image -> mean entropy of its attention over the logarithm of its length."""
+    tokens, _, width = qkv.shape
+    d, found = width // heads, []
+    for head in range(heads):
+        part = slice(head * d, (head + 1) * d)
+        queries, keys = (list(qkv[:, i, part]) for i in range(2))
+        for query_scale, key_scale in norms:
+            queries = [rms_norm(q, query_scale) for q in queries]
+            keys = [rms_norm(k, key_scale) for k in keys]
+        keys += [] if context is None else list(context[0][:, head])
+        for query in queries:
+            weights = softmax(np.array([query @ key for key in keys]) / math.sqrt(d))
+            found.append(-sum(w * math.log(w) for w in weights) / math.log(len(keys)))
+    return np.mean(found)
+
+
 def chance_to_stop(state, head):
     """lambda of the learned halting head (kernel [D], bias) for one token's state."""
     kernel, bias = head
@@ -130,6 +147,7 @@ class Result(typing.NamedTuple):
     qkv: np.ndarray  # [B, N, 3, D] that the block's own attention sees
     running: list  # [T] share of the tokens that each latent step is computed for
     divergence: float  # mean KL(p || prior) of the learned halting in training, else 0
+    updates: list  # [T] of the experts' update of q, k, v [B, N, 3, D]
     trajectory: list  # [T - 1] of (q, k, v as they are attended with [B, N, 3, D], the states after it [B, N, D])
 
 
@@ -191,12 +209,13 @@ def recursion(
     averaged = config.halting == "learned" and gumbel is not None  # no token stops, and all states of it count
     start, constants = (x, []) if fixed is None else fixed
     states = [[[start[b, n]] for n in range(tokens)] for b in range(images)]
-    qkv, shares, trajectory = np.zeros((images, tokens, 3, width)), [], []
+    qkv, shares, updates, trajectory = np.zeros((images, tokens, 3, width)), [], [], []
     for t in range(steps - 1):
         running = np.array([[averaged or not has_stopped(token, config, head) for token in image] for image in states])
         shares.append(running.mean())
         asking = running | (t == 0)  # a token that stops at once shows the keys and values of its first state
         h, update = refine(np.array([[token[-1] for token in image] for image in states]), t, asking)
+        updates.append(update.copy())
         if config.base_every_step:
             now = np.array([[token[-1] for token in image] for image in states])
             added = project(h if config.base_step_input == "h" else x + forms["blend"] * (now - x))

@@ -48,7 +48,7 @@ def inputs(seed=1, images=IMAGES):
     return x, shift, scale, conditioning, tuple(normal(TEXT, HEADS, WIDTH // HEADS) for _ in range(2))
 
 
-def run(graphdef, state, data, *, steps, joint=False, key=None):
+def run(graphdef, state, data, *, steps, joint=False, key=None, liveness=False):
     """The q, k, v that the block's own attention would see, [B, N, 3, D], and the report."""
     attention, recursion = nnx.merge(graphdef, state)
     x, shift, scale, conditioning, context = data
@@ -61,6 +61,7 @@ def run(graphdef, state, data, *, steps, joint=False, key=None):
         context=Context(*context) if joint else None,
         latent_steps=steps,
         key=key,
+        liveness=liveness,
     )
     return out.qkv.reshape(*x.shape[:2], 3, WIDTH), out.report
 

@@ -27,6 +27,7 @@ from trm_diffusion.models.recursion.config import PROJECTIONS, RecursionConfig
 from trm_diffusion.models.recursion.forms import Forms
 from trm_diffusion.models.recursion.gate import Conditioning
 from trm_diffusion.models.recursion.halting import Halting, Progress
+from trm_diffusion.models.recursion.liveness import Trace, liveness_of
 from trm_diffusion.models.recursion.pool import Pool
 from trm_diffusion.models.recursion.report import RoutingReport
 
@@ -47,10 +48,23 @@ class BlockAttention(Protocol):
         Normalisation of queries and keys belongs here.
         """
 
+    def entropy(self, qkv: jax.Array, context: Any = None) -> jax.Array:
+        """Of the same attention: mean entropy over the logarithm of its length, []. Only to measure liveness."""
+
 
 class RecursionOutput(NamedTuple):
     qkv: jax.Array  # [B, N, 3, H, d], for the block's own attention
     report: RoutingReport  # one entry for each latent step
+
+
+class Constants(NamedTuple):
+    """What all latent steps share; see `Recursion.__call__`."""
+
+    x_bnd: jax.Array
+    shift_bd: jax.Array
+    scale_bd: jax.Array
+    conditioning: Conditioning
+    key: jax.Array | None
 
 
 class State(NamedTuple):
@@ -104,6 +118,7 @@ class Recursion(nnx.Module):
         context: Any = None,
         latent_steps: int | jax.Array | None = None,
         key: jax.Array | None = None,
+        liveness: bool = False,
     ) -> RecursionOutput:
         """The final q, k, v of the modulated visual tokens x~ [B, N, D] of a block.
 
@@ -112,6 +127,7 @@ class Recursion(nnx.Module):
         latent_steps: T; an int, or a traced integer scalar in 1 .. config.latent_steps (one program serves every
             depth). None is the config's.
         key: in training, draws the gate's noise, and capacity is bounded; None is inference.
+        liveness: also report what each latent step does (recursion/liveness.py).
 
         Raises ValueError for a known depth below 1, or above the number of pools with pool=per_latent_step, and in
         training for a batch that does not divide into routing groups. A traced depth is not known while tracing:
@@ -120,40 +136,32 @@ class Recursion(nnx.Module):
         config, halting, training = self.config, self.halting, key is not None
         steps = depth.checked(latent_steps, config)
 
-        def routed(a_bnd, t, **options):
-            """h of latent step t (from 0), the routed update of q, k, v [B, N, 3, H, d], and the report."""
-            pool = self._pool_at(t)
-            h_bnd, seen = self.forms.embedded(self._modulated(a_bnd, x_bnd, shift_bd, scale_bd), conditioning, t)
-            update, report = pool(
-                h_bnd,
-                seen,
-                state=(a_bnd, shift_bd, scale_bd),
-                key=jax.random.fold_in(key, t) if training else None,
-                **options,
-            )
-            return h_bnd, update.reshape(*x_bnd.shape[:2], PROJECTIONS, self.heads, -1), report
+        constants = Constants(x_bnd, shift_bd, scale_bd, conditioning, key)
 
         def latent_step(state, t, truncated=False):
             """Intermediate latent step t, from 0: a_t to a_{t+1}. truncated: only the halting head gets a gradient."""
             # A token that stops before its first latent step asks its experts once, for the keys and values it shows.
             running = None if halting is None else state.progress.running
             asking = None if halting is None else running | (t == 0)
-            h_bnd, qkv, report = routed(state.a_bnd, t, asking=asking)
+            h_bnd, update, report = self._routed(constants, state.a_bnd, t, asking=asking)
+            qkv = update
             if config.base_every_step:
                 qkv = self.forms.with_base(qkv, attention.project(self.forms.seen_by_base(h_bnd, state.a_bnd, x_bnd)))
             if halting is not None:  # the others go on attending to the last keys and values of a stopped token
                 qkv = jnp.where(asking[..., None, None, None], qkv, state.qkv)
                 report = report._replace(running=jnp.mean(running.astype(jnp.float32)))
-            attended = self.forms.attended(attention.attend(self.forms.heads(qkv), context))
+            heads = self.forms.heads(qkv)
+            attended = self.forms.attended(attention.attend(heads, context))
             a_bnd = attended + x_bnd if config.residual == "before_norm" else attended
             a_bnd = self.forms.next_state(a_bnd, before_bnd=state.a_bnd, attended_bnd=attended, h_bnd=h_bnd)
             if truncated:
                 a_bnd, qkv, report = jax.lax.stop_gradient((a_bnd, qkv, report))
-            if halting is None:
-                return State(a_bnd), report
-            a_bnd = jnp.where(running[..., None], a_bnd, state.a_bnd)
-            progress = halting.advance(state.progress, state.a_bnd, a_bnd, t + 1, steps, training=training)
-            return State(a_bnd, qkv, progress), report
+            after = State(a_bnd)
+            if halting is not None:
+                a_bnd = jnp.where(running[..., None], a_bnd, state.a_bnd)
+                progress = halting.advance(state.progress, state.a_bnd, a_bnd, t + 1, steps, training=training)
+                after = State(a_bnd, qkv, progress)
+            return after, report._replace(liveness=Trace(update, heads, a_bnd)) if liveness else report
 
         state, reports = depth.run(
             latent_step,
@@ -166,13 +174,15 @@ class Recursion(nnx.Module):
         a_bnd, divergence = state.a_bnd, jnp.zeros(())
         if config.halting == "learned" and training:
             a_bnd, divergence = state.progress.expected.astype(x_bnd.dtype), jnp.mean(state.progress.divergence)
-        _, update, report = routed(a_bnd, steps - 1, valid=depth.in_range(steps, config))
-        report = report._replace(halting_divergence=divergence)
+        _, update, report = self._routed(constants, a_bnd, steps - 1, valid=depth.in_range(steps, config))
+        qkv = attention.project(self._base_input(a_bnd, x_bnd), update)
+        last = Trace(update, qkv, a_bnd) if liveness else None
+        report = report._replace(halting_divergence=divergence, liveness=last)
         reports.append(jax.tree.map(lambda leaf: leaf[None], report))
-        return RecursionOutput(
-            attention.project(self._base_input(a_bnd, x_bnd), update),
-            jax.tree.map(lambda *parts: jnp.concatenate(parts), *reports),
-        )
+        report = jax.tree.map(lambda *parts: jnp.concatenate(parts), *reports)
+        if liveness:
+            report = report._replace(liveness=liveness_of(report.liveness, report.ran, x_bnd, attention, context))
+        return RecursionOutput(qkv, report)
 
     def _start(self, x_bnd: jax.Array, steps: int | jax.Array, training: bool) -> State:
         """The state before the first latent step, a_0 = x~."""
@@ -181,6 +191,23 @@ class Recursion(nnx.Module):
         batch, tokens, width = x_bnd.shape
         qkv = jnp.zeros((batch, tokens, PROJECTIONS, self.heads, width // self.heads), x_bnd.dtype)
         return State(x_bnd, qkv, self.halting.start(x_bnd, steps, training=training))
+
+    def _routed(self, constants: Constants, a_bnd, t, **options):
+        """h of latent step t (from 0), the routed update of q, k, v [B, N, 3, H, d], and the report.
+
+        options: as `Pool` takes them.
+        """
+        x_bnd, shift_bd, scale_bd, conditioning, key = constants
+        h_bnd = self._modulated(a_bnd, x_bnd, shift_bd, scale_bd)
+        h_bnd, conditioning = self.forms.embedded(h_bnd, conditioning, t)
+        update, report = self._pool_at(t)(
+            h_bnd,
+            conditioning,
+            state=(a_bnd, shift_bd, scale_bd),
+            key=None if key is None else jax.random.fold_in(key, t),
+            **options,
+        )
+        return h_bnd, update.reshape(*x_bnd.shape[:2], PROJECTIONS, self.heads, -1), report
 
     def _modulated(self, a_bnd, x_bnd, shift_bd, scale_bd) -> jax.Array:
         """h, as the gate and the experts see the state, [B, N, D]."""
