@@ -14,6 +14,11 @@ def layer_norm(x):
     return (x - x.mean()) / np.sqrt(x.var() + 1e-6)
 
 
+def gelu(x):
+    """By its tanh approximation."""
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
 def softmax(x):
     e = np.exp(x - x.max())
     return e / e.sum()
@@ -153,14 +158,15 @@ class Result(typing.NamedTuple):
 
 def recursion(
     x, shift, scale, timestep, condition, pools, base, heads, config, *, steps, gumbel, norms, context, head, forms,
-    fixed=None,
+    mlp_gumbel=None, fixed=None,
 ):  # fmt: skip
     """The latent steps on modulated tokens x [B, N, D].
 
     pools: a list of {"token_kernel", "condition_kernel" [D, P, M], "down" and "up" [3, M, r, D]}, one, or one
     for each latent step. base: (kernel [D, 3 D], bias [3 D]). gumbel: [T, B, N, P, M], or None at inference.
     context: (keys, values) [B, L, H, d] of the text, or None. head: (kernel [D], bias) of the learned halting, or None.
-    forms: {name: array} of the parameters of models/recursion/forms.py.
+    forms: {name: array} of the parameters of models/recursion/forms.py, and "expert_mlp", those of expert_mlp.py.
+    mlp_gumbel: like gumbel, of the expert MLP's gate.
     fixed: None, or what truncation makes constants of the gradient: a_0 and the start of a trajectory, taken as given.
     """
     images, tokens, width = x.shape
@@ -170,6 +176,12 @@ def recursion(
     def project(a):
         return (a @ kernel + bias).reshape(images, tokens, 3, width)
 
+    def modulated(token, b, n):
+        h = layer_norm(token) if config.normalization else token
+        if config.modulation:
+            h = h * (1 + scale[b]) + shift[b]
+        return h + x[b, n] if config.residual == "after_norm" else h
+
     def refine(a, t, asking):
         """h, and the update of q, k and v, zero for tokens that ask for none."""
         pool = pools[t] if len(pools) > 1 else pools[0]
@@ -178,11 +190,7 @@ def recursion(
         decisions = [[[[] for _ in range(choices)] for _ in range(tokens)] for _ in range(images)]
         probabilities = [[None] * tokens for _ in range(images)]
         for b, n in every_token:
-            h[b, n] = layer_norm(a[b, n]) if config.normalization else a[b, n]
-            if config.modulation:
-                h[b, n] = h[b, n] * (1 + scale[b]) + shift[b]
-            if config.residual == "after_norm":
-                h[b, n] = h[b, n] + x[b, n]
+            h[b, n] = modulated(a[b, n], b, n)
             of_h, of_gate = 0, 0
             if config.step_embedding:
                 of_h, of_gate = forms["step_embedding"][min(t, config.latent_steps - 1)]
@@ -206,6 +214,14 @@ def recursion(
         [norms] if norms else [],
     )
     step_norms = own + of_base
+
+    def mlp(h, b, n, t):
+        """What the expert MLP adds to one token's state, from its h."""
+        weights = forms["expert_mlp"]
+        noise = None if mlp_gumbel is None else mlp_gumbel[t][b, n]
+        (chosen,), _ = route(h, timestep[b], condition[b], weights, config, noise)
+        return sum(w * gelu(weights["down"][m] @ h) @ weights["up"][m] for m, w in chosen)
+
     averaged = config.halting == "learned" and gumbel is not None  # no token stops, and all states of it count
     start, constants = (x, []) if fixed is None else fixed
     states = [[[start[b, n]] for n in range(tokens)] for b in range(images)]
@@ -239,6 +255,8 @@ def recursion(
                     if config.state == "gated":
                         z = 1 / (1 + np.exp(-(h[b, n] @ forms["gate_kernel"] + forms["gate_bias"])))
                         state = (1 - z) * before + z * state
+                    if config.expert_mlp:
+                        state = state + mlp(modulated(state, b, n), b, n, t)
                     states[b][n].append(constants[t][1][b, n] if t < len(constants) else state)
         trajectory.append((qkv.copy(), np.array([[token[-1] for token in image] for image in states])))
     a, divergence = np.array([[token[-1] for token in image] for image in states]), 0.0

@@ -87,9 +87,14 @@ def as_reference(graphdef, state, data, *, joint) -> dict:
     if config.halting == "learned":
         kernel, bias = float64(recursion.halting.head.kernel, recursion.halting.head.bias)
         head = [kernel[:, 0], bias[0]]
-    forms = {
-        path[-1]: np.asarray(v, np.float64) for path, v in nnx.to_flat_state(nnx.as_pure(nnx.state(recursion.forms)))
-    }
+
+    def parameters(module):
+        """{last name of the path: array}, float64."""
+        return {path[-1]: np.asarray(v, np.float64) for path, v in nnx.to_flat_state(nnx.as_pure(nnx.state(module)))}
+
+    forms = parameters(recursion.forms)
+    if config.expert_mlp:
+        forms["expert_mlp"] = parameters(recursion.expert_mlp)
     return dict(
         x=x, shift=shift, scale=scale, timestep=conditioning.timestep, condition=conditioning.condition, pools=pools,
         base=float64(attention.qkv.kernel, attention.qkv.bias), norms=norms, head=head,
@@ -99,12 +104,15 @@ def as_reference(graphdef, state, data, *, joint) -> dict:
 
 def run_reference(arguments: dict, config: RecursionConfig, *, steps, key=None, fixed=None) -> reference.Result:
     """The plain reference, given the noise that `key` gives the gate."""
-    gumbel = None
+    gumbel = mlp_gumbel = None
     if key is not None:
         images, tokens, _ = arguments["x"].shape
         shape = (images, tokens, 3 if config.routing_scope == "per_projection" else 1, config.experts)
-        gumbel = [np.asarray(jax.random.gumbel(jax.random.fold_in(key, t), shape), np.float64) for t in range(steps)]
-    options = dict(steps=steps, gumbel=gumbel, fixed=fixed)
+        keys = [jax.random.fold_in(key, t) for t in range(steps)]
+        gumbel = [np.asarray(jax.random.gumbel(one, shape), np.float64) for one in keys]
+        shape, keys = (*shape[:2], 1, shape[3]), [jax.random.fold_in(one, 1) for one in keys]
+        mlp_gumbel = [np.asarray(jax.random.gumbel(one, shape), np.float64) for one in keys]
+    options = dict(steps=steps, gumbel=gumbel, mlp_gumbel=mlp_gumbel, fixed=fixed)
     return reference.recursion(**arguments, heads=HEADS, config=config, **options)
 
 

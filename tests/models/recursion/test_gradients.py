@@ -24,6 +24,7 @@ CASES = {  # name: training, joint, fields of the config
     "step_embedding": (True, True, dict(step_embedding=True)),
     "accumulate": (True, False, dict(state="accumulate", base_every_step=True)),
     "gated": (True, False, dict(state="gated", truncated_latent_steps=1)),
+    "expert_mlp": (True, True, dict(expert_mlp=True, truncated_latent_steps=1)),
     "norms": (True, True, dict(attention_qk_norm=True, attended_norm=True)),
     "blend": (True, True, dict(base_input="blend", base_every_step=True, base_projections="q,k")),
     "blends": (True, False, dict(base_input="blend", base_step_input="blend", base_every_step=True)),

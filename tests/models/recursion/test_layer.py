@@ -94,6 +94,7 @@ FACTORS = {
     "state": ("restart", "accumulate", "gated"),
     "attended_norm": (False, True),
     "attention_qk_norm": (False, True),
+    "expert_mlp": (False, True),
     "step_embedding": (False, True),
     "base_every_step": (False, True),
     "gate_inputs": tuple(SUBSETS),
@@ -223,6 +224,7 @@ STARTS_AS_BASE = {  # forms that leave the base model unchanged at the start
     "blend": dict(base_input="blend"),
     "thinking": dict(base_input="blend", base_every_step=True),
     "thinking_by_blends": dict(base_input="blend", base_every_step=True, base_step_input="blend", state="gated"),
+    "expert_mlp": dict(expert_mlp=True),
     "norms": dict(attention_qk_norm=True, attended_norm=True, attended_gain=0.1),
 }
 

@@ -44,6 +44,7 @@ class RecursionConfig(Settings):
     attended_norm: bool = False  # g RMSNorm(Attn) joins the state instead of Attn
     attention_qk_norm: bool = False  # RMS-normalise q and k of the intermediate attention, whatever the base does
     step_embedding: bool = False  # add a learned embedding of the latent step's index to h and to the gate's y
+    expert_mlp: bool = False  # a low-rank expert MLP after the intermediate attention (recursion/expert_mlp.py)
     base_every_step: bool = False  # also add the base projection in the intermediate latent steps
     # base_every_step: the base projection of h_t, or of x~ + g (a_{t-1} - x~) (blend)
     base_step_input: str = setting("h", choices=("h", "blend"))

@@ -24,6 +24,7 @@ from flax import nnx
 from trm_diffusion.models.layers import layer_norm, modulate
 from trm_diffusion.models.recursion import depth
 from trm_diffusion.models.recursion.config import PROJECTIONS, RecursionConfig
+from trm_diffusion.models.recursion.expert_mlp import ExpertMlp
 from trm_diffusion.models.recursion.forms import Forms
 from trm_diffusion.models.recursion.gate import Conditioning
 from trm_diffusion.models.recursion.halting import Halting, Progress
@@ -80,7 +81,7 @@ class Recursion(nnx.Module):
 
     Parameters added: S * (6 M r D + 2 P M D), with S pools (1, or T with one pool per latent step), P choices (1, or 3
     when routed per projection), M experts of rank r, width D; P M more per pool with a balance bias, D + 1 with
-    learned halting, and those of models/recursion/forms.py.
+    learned halting, and those of forms.py and expert_mlp.py.
     """
 
     def __init__(self, width: int, heads: int, config: RecursionConfig, *, dtype, rngs: nnx.Rngs):
@@ -106,6 +107,7 @@ class Recursion(nnx.Module):
             else None
         )
         self.forms = Forms(width, heads, config)
+        self.expert_mlp = ExpertMlp(width, config, dtype=dtype, rngs=rngs) if config.expert_mlp else None
 
     def __call__(
         self,
@@ -154,6 +156,8 @@ class Recursion(nnx.Module):
             attended = self.forms.attended(attention.attend(heads, context))
             a_bnd = attended + x_bnd if config.residual == "before_norm" else attended
             a_bnd = self.forms.next_state(a_bnd, before_bnd=state.a_bnd, attended_bnd=attended, h_bnd=h_bnd)
+            if self.expert_mlp is not None:
+                a_bnd = a_bnd + self._mlp(constants, a_bnd, t)
             if truncated:
                 a_bnd, qkv, report = jax.lax.stop_gradient((a_bnd, qkv, report))
             after = State(a_bnd)
@@ -208,6 +212,12 @@ class Recursion(nnx.Module):
             **options,
         )
         return h_bnd, update.reshape(*x_bnd.shape[:2], PROJECTIONS, self.heads, -1), report
+
+    def _mlp(self, constants: Constants, a_bnd, t) -> jax.Array:
+        """What the expert MLP adds to the state of latent step t (from 0), [B, N, D]."""
+        x_bnd, shift_bd, scale_bd, conditioning, key = constants
+        key = None if key is None else jax.random.fold_in(jax.random.fold_in(key, t), 1)
+        return self.expert_mlp(self._modulated(a_bnd, x_bnd, shift_bd, scale_bd), conditioning, key)
 
     def _modulated(self, a_bnd, x_bnd, shift_bd, scale_bd) -> jax.Array:
         """h, as the gate and the experts see the state, [B, N, D]."""

@@ -24,7 +24,7 @@ from trm_diffusion.models.recursion.report import RoutingReport, report_of
 KERNELS_HONOUR = frozenset({
     "blocks", "latent_steps", "pool", "base_input", "base_every_step",  # around the pool: recursion/layer.py
     "state", "attended_gain", "attended_norm", "attention_qk_norm",  # the same: recursion/forms.py
-    "base_step_input", "base_projections",  # the same
+    "base_step_input", "base_projections", "expert_mlp",  # the same
     "scan_latent_steps", "truncated_latent_steps", "remat",  # recursion/depth.py
     "halting", "halting_epsilon", "halting_patience", "halting_prior", "halting_weight",  # a stopped token selects none
     "temperature", "forward_weight", "balance_bias_rate", "gate_inputs",  # `Gate.route`; tokens must be an input
