@@ -1,6 +1,7 @@
 """What every job builds from its config: mesh, condition, objective, model and optimiser."""
 
 import dataclasses
+import fnmatch
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,9 +17,10 @@ from trm_diffusion.config import Config
 from trm_diffusion.config.rules import check_batch
 from trm_diffusion.diffusion.objective import Objective
 from trm_diffusion.diffusion.objectives import make_objective
+from trm_diffusion.errors import UserError
 from trm_diffusion.models.architecture import make_network
 from trm_diffusion.runtime import state as train_state
-from trm_diffusion.runtime.optimizer import make_optimizer
+from trm_diffusion.runtime.optimizer import make_optimizer, multipliers
 from trm_diffusion.runtime.parameters import Parameters, PureModel
 from trm_diffusion.runtime.processes import compiled_together
 from trm_diffusion.runtime.random import Purpose, key_for
@@ -84,6 +86,12 @@ def build(
     model = make_model(config, objective, condition)
     optimizer = make_optimizer(config.optim, config.train.updates)
     shapes = jax.eval_shape(lambda: _init_state(config, model, optimizer))
+    for pattern in multipliers(config.optim):
+        if not fnmatch.filter(shapes.trainable, pattern):
+            raise UserError(
+                f"config.optim.lr_multipliers has {pattern!r}, which matches no trained parameter; a path looks like "
+                f"{min(shapes.trainable, key=len)}"
+            )
     abstract_state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,

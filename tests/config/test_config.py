@@ -163,7 +163,8 @@ def test_default_config_resolves_to_the_defaults():
 
 
 FREE = {  # fields that accept any value of their type, or that only rules check
-    "name", "model.recursion.blocks", "model.text.pretrained", "model.text.revision", "diffusion.logit_mean",
+    "name", "model.recursion.blocks", "model.recursion.attended_gain", "optim.lr_multipliers",
+    "model.text.pretrained", "model.text.revision", "diffusion.logit_mean",
     "data.text", "data.path", "data.tfds_name", "data.split", "data.vae", "train.latent_steps", "train.trainable",
     "init.workdir", "init.adapter", "init.missing", "sample.guidance", "sample.parameters",
     "evaluate.min_class_accuracy", "evaluate.min_judge_accuracy", "evaluate.min_strict_score",

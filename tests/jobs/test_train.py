@@ -194,6 +194,8 @@ def test_the_per_latent_step_loss_is_the_mean_loss_of_fewer_latent_steps():
     weighted = dict(train__latent_step_loss_weight=0.5)
     expected = [losses[0], losses[1] + 0.5 * losses[0], losses[2] + 0.5 * (losses[0] + losses[1]) / 2]
     np.testing.assert_allclose(total_and_loss(**weighted), (expected[2], losses[2]), rtol=1e-5)
+    later = losses[2] + 0.5 * (losses[0] + 4 * losses[1]) / 5
+    np.testing.assert_allclose(total_and_loss(**weighted, train__latent_step_loss_power=2.0)[0], later, rtol=1e-5)
     drawn = total_and_loss(**weighted, train__latent_steps=(1, 3))
     depth = losses.index(min(losses, key=lambda loss: abs(loss - drawn[1])))
     np.testing.assert_allclose(drawn, (expected[depth], losses[depth]), rtol=1e-5)

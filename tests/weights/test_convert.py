@@ -262,6 +262,11 @@ def test_a_converted_directory_starts_a_run_which_goes_out_again(tmp_path):
     started(tiny_config(**fits, init__missing="*/recursion/*"), tmp_path / "tuned")
     with pytest.raises(UserError, match="recursion/.* has no place in the layout dit"):
         convert(str(tmp_path / "tuned"), str(tmp_path / "refused"), to_layout="dit")
+    started(tiny_config(**fits, model__recursion__looped=True), tmp_path / "looped")
+    with pytest.raises(UserError, match="the loop of config.model.recursion.looped has no place in the layout dit"):
+        convert(str(tmp_path / "looped"), str(tmp_path / "refused"), to_layout="dit")
+    with pytest.raises(UserError, match="cannot be merged exactly with .*looped True"):
+        convert(str(tmp_path / "looped"), str(tmp_path / "refused"), merge=True)
     with pytest.raises(UserError, match="holds a dit; the layout diffusers-vae is for a vae"):
         convert(str(tmp_path / "run"), str(tmp_path / "refused"), to_layout="diffusers-vae")
     assert not (tmp_path / "refused").exists()

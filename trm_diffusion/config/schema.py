@@ -27,6 +27,7 @@ class TrainConfig(Settings):
     latent_steps: tuple = ()  # (): the model's T; (t,): fixed; (low, high): uniform in this range for each update
     # weight of the loss averaged over 1 .. T - 1 latent steps (costs T - 1 more passes)
     latent_step_loss_weight: float = setting(0.0, least=0)
+    latent_step_loss_power: float = setting(0.0, least=0)  # in that average, the loss at t latent steps weighs t^power
     # fraction of labels, texts or context images replaced by the null condition, for classifier-free guidance
     label_dropout: float = setting(0.1, least=0, below=1)
     trainable: str = "all"  # all, recursion (only gates and experts), or comma-separated path patterns

@@ -57,6 +57,7 @@ class Source(abc.ABC):
       mirrored: names of the entries of an element that are images, [H, W, ...]; a flip mirrors these.
       stochastic: whether `sample` uses its generator, so that a record differs between epochs.
       in_memory: whether reads are so cheap that more than one read thread would only cost time.
+      held_out_split: the `DataConfig.split` of records that no run trains on; "" if the source has none.
       reads_image_files: whether records are image files, cropped to the config's size when read.
     """
 
@@ -71,6 +72,7 @@ class Source(abc.ABC):
     mirrored: tuple[str, ...] = ("image",)
     stochastic: bool = False
     in_memory: bool = False
+    held_out_split: str = ""
     reads_image_files: bool = False
 
     def name(self, index: int) -> str:

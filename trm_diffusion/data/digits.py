@@ -48,6 +48,7 @@ class DigitsSource(Source):
 
     in_memory = True
     has_context = True
+    held_out_split = "test"
 
     def __init__(self, split: str = "train", *, with_context: bool = False):
         if split not in ("train", "test"):

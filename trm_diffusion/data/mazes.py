@@ -103,6 +103,7 @@ class MazeSource(Source):
     num_classes = 1
     mirrored = ("image", "context")
     in_memory = True
+    held_out_split = "test"
 
     def __init__(self, rooms: int, split: str = "train", *, seed: int = 0, num_mazes: int = 2**20):
         if split not in SPLITS:

@@ -24,14 +24,14 @@ from trm_diffusion.diffusion.samplers import draw_initial_noise
 from trm_diffusion.diffusion.samplers import sample as run_sampler
 from trm_diffusion.errors import UserError
 from trm_diffusion.experiment import Experiment
-from trm_diffusion.files import replacing
+from trm_diffusion.files import check_writable, replacing
 from trm_diffusion.jobs.sample import guided_network
 from trm_diffusion.run.decoder import LatentDecoder, load_decoder
 from trm_diffusion.run.restore import load_run, sampling_parameters
 from trm_diffusion.runtime.devices import compiler_options
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.parameters import Parameters
-from trm_diffusion.runtime.processes import is_main_process
+from trm_diffusion.runtime.processes import in_process_0, is_main_process
 from trm_diffusion.runtime.random import Purpose, key_for
 from trm_diffusion.runtime.sharding import batch_sharding, distribute, replicated
 from trm_diffusion.runtime.signals import StopRequest
@@ -59,6 +59,9 @@ def trace(config: Config, workdir: epath.Path, stop: StopRequest, context: str =
     """
     if config.model.recursion.blocks == "none":
         raise UserError("config.model.recursion.blocks is none: no block recurses, so no latent step can be traced")
+    if config.model.recursion.looped:
+        raise UserError("config.model.recursion.looped is True: a loop over blocks has no latent states to trace")
+    in_process_0(lambda: check_writable(workdir / "samples" / "trace.npz"))
     experiment, state = load_run(config, workdir)
     condition = experiment.condition
     request = condition.request_context(context) if context else condition.request()
@@ -116,8 +119,8 @@ def _make_program(experiment: Experiment) -> Callable:
                 return objective.predict(output, noisy, times).clean
 
             estimates = jnp.stack([clean(network(k)(noisy, times)[0]) for k in range(1, depth + 1)])
-            _, reports = network(depth, trace=True)(noisy, times)
-            last = jax.tree.map(lambda leaf: leaf[-1, :, : len(noisy)], reports.trace)  # the conditional half
+            _, reports = network(depth, observe=True)(noisy, times)
+            last = jax.tree.map(lambda leaf: leaf[-1, :, : len(noisy)], reports.observed.trace)  # the conditional half
             return estimates, jax.vmap(clean)(last.decoded[1:]), last.attention
 
         noisy, times = jax.tree.map(lambda leaf: leaf[moments], seen)

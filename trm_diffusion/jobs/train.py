@@ -14,6 +14,7 @@ from trm_diffusion.config import Config
 from trm_diffusion.data.pipeline import make_iterator
 from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.experiment import Experiment, build
+from trm_diffusion.jobs.liveness import make_liveness, warn_if_dead
 from trm_diffusion.jobs.sample import make_sample_fn, save_grid
 from trm_diffusion.jobs.train_step import make_train_step
 from trm_diffusion.run.claim import claimed
@@ -89,6 +90,16 @@ def _loop(experiment, workdir, stop, checkpoints, iterator, state, loop) -> None
     if is_main_process():
         logger = RunLogger(workdir, config.log, name=config.name, total_steps=total, resume_step=start)
 
+    measures = config.log.liveness_every if config.model.recursion.blocks != "none" else 0
+    liveness = make_liveness(experiment, workdir) if measures else None
+
+    def line_is_due(step: int) -> bool:
+        return step % config.log.every == 0 or step == total
+
+    def liveness_is_due(step: int) -> bool:
+        """In the first line at or after each multiple of `log.liveness_every`, and in the last."""
+        return bool(measures) and line_is_due(step) and (step % measures < config.log.every or step == total)
+
     def record(step: int, metrics: dict) -> None:
         """Reads the metrics of update `step`, logs a line when due, and raises UserError at `train.nonfinite_limit`."""
         window.add({name: np.asarray(value) for name, value in metrics.items()})
@@ -103,10 +114,13 @@ def _loop(experiment, workdir, stop, checkpoints, iterator, state, loop) -> None
                 f"{_first_bad(metrics, state)}. {_way_back(checkpoints, doubt.since)}lower config.optim.lr (here "
                 f"{float(metrics['learning_rate']):.3g}) or set config.optim.clip_norm"
             )
-        if step % config.log.every == 0 or step == total:
+        if line_is_due(step):
             line = window.line()
+            if liveness_is_due(step):
+                line |= liveness(state.parameters)
             if logger:
                 logger.metrics(step, line)
+                warn_if_dead(experiment, line, step)
 
     if config.log.samples_every:
         draw = make_sample_fn(experiment, load_decoder(experiment, workdir))
@@ -129,7 +143,7 @@ def _loop(experiment, workdir, stop, checkpoints, iterator, state, loop) -> None
             sampling = config.log.samples_every and step % config.log.samples_every == 0
             stopping = stop.reached()
             saving = step % config.checkpoint.every == 0 or step == total or stopping
-            if sampling or saving:
+            if sampling or saving or liveness_is_due(step):
                 record(*unread)
                 unread = None
             if sampling:

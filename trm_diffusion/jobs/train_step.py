@@ -65,6 +65,8 @@ def loss_and_metrics(
         fewer = jnp.arange(1, most)
         each = jax.lax.map(lambda steps: jnp.mean(losses_at(steps)[0]), fewer)  # [most - 1]
         counted = fewer < (most if latent_steps is None else latent_steps)
+        if config.train.latent_step_loss_power:
+            counted = counted * fewer.astype(jnp.float32) ** config.train.latent_step_loss_power
         total += weight * jnp.sum(each * counted) / jnp.maximum(jnp.sum(counted), 1)
     return total, (metrics, reports)
 

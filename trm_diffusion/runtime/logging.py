@@ -27,6 +27,8 @@ class LogConfig(Settings):
     every: int = setting(50, least=1)  # updates per line of metrics, whose values are means over them
     tensorboard: bool = True  # write TensorBoard event files into the workdir
     wandb: bool = False  # also log to Weights & Biases (package wandb, project trm_diffusion)
+    # updates between measurements of what latent steps do (jobs/liveness.py), also after the last update; 0 is never
+    liveness_every: int = setting(1000, least=0)
     samples_every: int = setting(1000, least=0)  # updates between sample grids; 0 draws none
 
 

@@ -15,7 +15,7 @@ from tests.models.recursion.small import run_reference as run_reference_on
 from trm_diffusion.models.attention import Context
 from trm_diffusion.models.dit import DiT, DiTConfig
 from trm_diffusion.models.mmdit import JointConfig, MMDiT, MMDiTConfig
-from trm_diffusion.models.recursion.report import Trace
+from trm_diffusion.models.recursion.observe import Observation
 from trm_diffusion.models.text import Text
 
 SIZES = dict(depth=3, width=16, heads=2, patch=2, dtype="float32")
@@ -48,10 +48,10 @@ def test_states_and_attention_equal_the_reference(fields, joint):
     attention, recursion = nnx.merge(graphdef, state)
     x, shift, scale, conditioning, context = data
     out = recursion(
-        x, shift_bd=shift, scale_bd=scale, conditioning=conditioning, attention=attention, trace=True,
+        x, shift_bd=shift, scale_bd=scale, conditioning=conditioning, attention=attention, observe=True,
         context=Context(*context) if joint else None,
     )  # fmt: skip
-    trace = out.report.trace
+    trace = out.report.observed.trace
     assert trace.decoded is None
     chex.assert_shape(trace.attention, (4, IMAGES, TOKENS, TOKENS + (TEXT if joint else 0)))
 
@@ -101,15 +101,15 @@ def test_a_model_decodes_its_states_and_draws_the_same(index):
     model = nnx.merge(graphdef, state)
     images, times = jnp.asarray(rng.standard_normal((2, 4, 4, 3), np.float32)), jnp.asarray([100.0, 900.0])
     plain, without = model(images, times, condition)
-    output, reports = model(images, times, condition, trace=True)
+    output, reports = model(images, times, condition, observe=True)
     np.testing.assert_allclose(output, plain, rtol=1e-5, atol=1e-5)
-    assert without.trace is None and isinstance(reports.trace, Trace)
-    chex.assert_shape(reports.trace.state, (2, 3, 2, 4, 16))  # [R, T, B, N, D]
-    chex.assert_shape(reports.trace.attention, (2, 3, 2, 4, 4 if index == 0 else 4 + 5))
-    chex.assert_shape(reports.trace.decoded, (2, 3, 2, 4, 4, 3))
+    assert without.observed is None and isinstance(reports.observed, Observation)
+    chex.assert_shape(reports.observed.trace.state, (2, 3, 2, 4, 16))  # [R, T, B, N, D]
+    chex.assert_shape(reports.observed.trace.attention, (2, 3, 2, 4, 4 if index == 0 else 4 + 5))
+    chex.assert_shape(reports.observed.trace.decoded, (2, 3, 2, 4, 4, 3))
 
     bias = model.final.out.bias[...]
     model.final.out.bias[...] = bias + 1  # the states are read by the final layer, and by nothing after it
-    _, moved = model(images, times, condition, trace=True)
-    np.testing.assert_allclose(moved.trace.decoded, reports.trace.decoded + 1, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(moved.trace.state, reports.trace.state)
+    _, moved = model(images, times, condition, observe=True)
+    np.testing.assert_allclose(moved.observed.trace.decoded, reports.observed.trace.decoded + 1, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(moved.observed.trace.state, reports.observed.trace.state)

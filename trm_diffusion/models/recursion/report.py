@@ -1,23 +1,12 @@
 """Statistics of the gates at each latent step, in a form that can be averaged."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from trm_diffusion.models.recursion.assignment import Assignment
 from trm_diffusion.models.recursion.gate import Routing
-
-
-class Trace(NamedTuple):
-    """What each latent step started from and attended to; every array leads with the latent step, [T, ...].
-
-    Zero for a latent step that did not run (`RoutingReport.ran`).
-    """
-
-    state: jax.Array  # [T, B, N, D] a_{t-1}, the state that latent step t refines; the first is x~
-    attention: jax.Array  # [T, B, N, M] mean attention over heads; in the last entry that of the block itself
-    decoded: jax.Array | None = None  # [T, B, H, W, C'] the model's final layer applied to `state`, float32
 
 
 class RoutingReport(NamedTuple):
@@ -31,7 +20,7 @@ class RoutingReport(NamedTuple):
     ran: jax.Array  # [T] 1 where this latent step ran, 0 where fewer were asked for or all tokens had stopped
     running: jax.Array  # [T] share of the tokens that had not stopped; 1 in the last entry
     halting_divergence: jax.Array  # [T] mean KL(p || prior) of the learned halting, in the last entry
-    trace: Trace | None = None  # only where it was asked for; not averaged
+    observed: Any = None  # what the latent steps do, if asked for: an `Observation` (recursion/observe.py)
 
 
 def report_of(routing: Routing, assignment: Assignment, asking: jax.Array | None) -> RoutingReport:
