@@ -205,7 +205,7 @@ def test_verify_reads_encoded_text_again(place, tmp_path, capsys, monkeypatch):
         assert says in capsys.readouterr().err.splitlines()[0]
     for number, content in enumerate(("3", '{"encoding": {}}', '{"format_version": 1, "encoding": 3}')):
         (directory := copy(f"manifest{number}")).joinpath("manifest.json").write_text(content)
-        with pytest.raises(UserError, match="cannot be read"):
+        with pytest.raises(UserError, match="manifest.json: "):
             verify(str(directory))
     assert not verify(str(place / "texts"), config_of(place, model__text__features=12))
     assert "features 8, not config.model.text.features 12" in capsys.readouterr().err
