@@ -16,7 +16,7 @@ import pathlib
 
 import numpy as np
 
-from trm_diffusion.data.base import DataConfig, Element, Source, make_element
+from trm_diffusion.data.base import DataConfig, Element, Source, check_labels, make_element
 from trm_diffusion.data.shards import LISTED_FIELDS, MANIFEST_NAME, ShardFile, ShardReader, read_about
 from trm_diffusion.errors import UserError
 from trm_diffusion.models.latent import LatentSpec
@@ -68,8 +68,7 @@ class ShardWriter(ShardFile):
     def _encode(self, mean: np.ndarray, std: np.ndarray, label: int) -> bytes:
         where = f"{self.path.name}, record {self.records}"
         shape = (self._spec.size, self._spec.size, self._spec.channels)
-        if not 0 <= label < max(1, self._num_classes):
-            raise UserError(f"{where}: label {label} is not one of the {self._num_classes} classes")
+        check_labels([label], self._num_classes, lambda _: where)
         parts = [np.array(label, "<i4").tobytes()]
         for name, values in (("mean", mean), ("std", std)):
             if np.shape(values) != shape:
@@ -153,6 +152,9 @@ class LatentSource(Source):
 
     def __len__(self) -> int:
         return len(self._records)
+
+    def name(self, index: int) -> str:
+        return self._records.where(index)
 
     def __getitem__(self, index: int) -> Element:
         mean, _, label = self._moments(index)

@@ -27,6 +27,9 @@ class ConditionedSource(Source):
     def __len__(self) -> int:
         return len(self._source)
 
+    def name(self, index: int) -> str:
+        return self._source.name(index)
+
     def __getitem__(self, index: int) -> Element:
         return self._exchanged(self._source[index])
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from trm_diffusion.config import Config
-from trm_diffusion.data.base import Element, Source
+from trm_diffusion.data.base import Element, Source, check_labels
 from trm_diffusion.data.images import CROP_RULE, UnreadableImage
 from trm_diffusion.data.latents import ShardWriter, assemble_manifest, read_shard_record
 from trm_diffusion.data.sharded import ShardedJob, consecutive_ranges, make_shards, process_share
@@ -132,6 +132,8 @@ class LatentJob(ShardedJob):
                 if isinstance(read, UnreadableImage):
                     writer.note_bad_image(self._source.name(image), str(read))
                 else:
+                    label = [read.get("label", 0)]
+                    check_labels(label, self._source.num_classes, lambda _, image=image: self._source.name(image))
                     batch.append(read)
                 if len(batch) == self._encode.batch_size:
                     self._write_batch(writer, batch)

@@ -11,7 +11,7 @@ from etils import epath
 
 from trm_diffusion.conditions import make_condition
 from trm_diffusion.config import Config
-from trm_diffusion.data.pipeline import make_iterator
+from trm_diffusion.data.pipeline import Batch, make_iterator
 from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.experiment import Experiment, build
 from trm_diffusion.jobs.sample import make_sample_fn, save_grid
@@ -78,15 +78,21 @@ def _loop(experiment, workdir, stop, checkpoints, iterator, state, loop) -> None
     if is_main_process():
         logger = RunLogger(workdir, config.log, name=config.name, total_steps=total, resume_step=start)
 
-    def record(step: int, metrics: dict) -> None:
-        """Reads the metrics of update `step`, logs a line when due, and raises UserError at `train.nonfinite_limit`."""
+    def record(step: int, metrics: dict, rows: Batch) -> None:
+        """Reads the metrics of update `step`, logs a line when due, and raises UserError at `train.nonfinite_limit`.
+
+        rows: this process's part of the batch.
+        """
         window.add({name: np.asarray(value) for name, value in metrics.items()})
         if window.skipped_in_a_row:
-            say(f"update {step}: skipped, because {_first_bad(metrics, state)} is not finite")
+            records = iterator.nonfinite_records(rows)
+            bad = _first_bad(metrics, state, records)
+            say(f"update {step}: skipped, because {bad} is not finite")
         if window.skipped_in_a_row >= config.train.nonfinite_limit:
+            remedy = "repair the data" if records else "lower config.optim.lr or set config.optim.clip_norm"
             raise UserError(
                 f"{window.skipped_in_a_row} updates in a row up to {step} were not finite, the last in "
-                f"{_first_bad(metrics, state)}; lower config.optim.lr or set config.optim.clip_norm. "
+                f"{bad}; {remedy}. "
                 f"The last good checkpoint is in {checkpoints.directory}"
             )
         if step % config.log.every == 0 or step == total:
@@ -97,21 +103,21 @@ def _loop(experiment, workdir, stop, checkpoints, iterator, state, loop) -> None
     if config.log.samples_every:
         draw = make_sample_fn(experiment, load_decoder(experiment, workdir))
         request = experiment.condition.request()
-    unread = None  # the previous update and its metrics, read while the current update runs
+    unread = None  # the previous update, its metrics and batch, read while the current update runs
     try:
         for step in range(start + 1, total + 1):
             wait_start = time.perf_counter()
-            batch = next(iterator)
+            rows = next(iterator)
             window.data_wait_seconds += time.perf_counter() - wait_start
             batch = {
                 name: global_batch(sharding, value, config.train.batch_size)
-                for name, value in batch.items()
+                for name, value in rows.items()
                 if name != "index"
             }
             state, metrics = train_step(state, batch)
             if unread:
                 record(*unread)
-            unread = (step, metrics)
+            unread = (step, metrics, rows)
             sampling = config.log.samples_every and step % config.log.samples_every == 0
             stopping = stop.reached()
             saving = step % config.checkpoint.every == 0 or step == total or stopping
@@ -132,8 +138,13 @@ def _loop(experiment, workdir, stop, checkpoints, iterator, state, loop) -> None
             logger.close()
 
 
-def _first_bad(metrics: dict, state: TrainState) -> str:
-    """What is not finite in a skipped update: the first parameter gradient with a non-finite norm, or the loss."""
+def _first_bad(metrics: dict, state: TrainState, records: list[str]) -> str:
+    """What is not finite in a skipped update: a record of the batch, a parameter's gradient by its norm, or the loss.
+
+    records: names of those that this process has read and that are not finite.
+    """
+    if records:
+        return f"the data ({records[0]}{f' and {len(records) - 1} more' if len(records) > 1 else ''})"
     flags = np.asarray(metrics["nonfinite_gradients"])
     names = [name for name, bad in zip(sorted(state.trainable), flags, strict=True) if bad]
     return f"the gradient of {names[0]} ({len(names)} of {len(flags)} gradients)" if names else "the loss"

@@ -136,8 +136,13 @@ class NpzImages(ImageSet):
             raise UserError(f"{path} is not an npz file with images in {ARRAY} ({error})") from error
         if len(shape) != 4 or not shape[0] or shape[-1] not in (1, 3) or dtype != np.uint8:
             raise UserError(f"{path}: {ARRAY} must be uint8 [N, H, W, 3], it is {dtype} {list(shape)}")
-        if self.labels is not None and self.labels.shape != shape[:1]:
+        if self.labels is None:
+            return
+        if self.labels.shape != shape[:1]:
             raise UserError(f"{path}: {LABELS} has shape {self.labels.shape}, but {ARRAY} has {shape[0]} images")
+        if self.labels.dtype.kind not in "iu" or self.labels.min() < 0:
+            found = self.labels.min() if self.labels.dtype.kind == "i" else self.labels.dtype
+            raise UserError(f"{path}: {LABELS} must be class numbers, integers from 0, not {found}")
 
     def __len__(self) -> int:
         return self._shape[0]
