@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import pathlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -74,6 +75,19 @@ class Source(abc.ABC):
     def name(self, index: int) -> str:
         """A name by which a person can find record `index`."""
         return f"record {index}"
+
+    def files(self, index: int) -> list[str]:
+        """Paths of the files that hold record `index`; none for records that are computed, or in shards."""
+        del index
+        return []
+
+    def content(self, index: int) -> bytes:
+        """Record `index` as it is stored in `files`, not decoded."""
+        return b"".join(pathlib.Path(file).read_bytes() for file in self.files(index))
+
+    def shard_hashes(self) -> dict[str, str]:
+        """Hash of each shard by its file name, as the manifest states it, for records in shards."""
+        return {}
 
     @abc.abstractmethod
     def __len__(self) -> int:

@@ -50,6 +50,7 @@ class ShardWriter(ShardFile):
         self._spec, self._num_classes = spec, num_classes
         self._preparation = preparation
         self._class_counts, self.bad_images = collections.Counter(), []
+        self._origins: list[str] = []
 
     def write(self, mean: np.ndarray, std: np.ndarray, label: int) -> None:
         """Appends one record: posterior mean and standard deviation [size, size, channels], unscaled.
@@ -60,6 +61,10 @@ class ShardWriter(ShardFile):
         self.append(self._encode(mean, std, label))
         if self._num_classes:
             self._class_counts[int(label)] += 1
+
+    def note_origin(self, origin: str) -> None:
+        """Keeps what the next image is made from; see data/origins.py."""
+        self._origins.append(origin)
 
     def note_bad_image(self, name: str, reason: str) -> None:
         """Lists an image that has no record because it cannot be read."""
@@ -87,6 +92,7 @@ class ShardWriter(ShardFile):
             "num_classes": self._num_classes,
             "latent": dataclasses.asdict(self._spec),
             "preparation": self._preparation,
+            **({"origins": self._origins} if any(self._origins) else {}),
         }
 
 
@@ -140,6 +146,7 @@ class LatentSource(Source):
         self.bad_images: list[str] = [image["name"] for image in manifest["bad_images"]]
         self.sample_shape = (self.spec.size, self.spec.size, self.spec.channels)
         self._records = ShardReader(directory, manifest["shards"], "prepare the latents again")
+        self._shard_hashes = {shard["file"]: shard.get("sha256", "") for shard in manifest["shards"]}
 
     @classmethod
     def from_config(cls, config: DataConfig) -> "LatentSource":
@@ -155,6 +162,9 @@ class LatentSource(Source):
 
     def name(self, index: int) -> str:
         return self._records.where(index)
+
+    def shard_hashes(self) -> dict[str, str]:
+        return self._shard_hashes
 
     def __getitem__(self, index: int) -> Element:
         mean, _, label = self._moments(index)

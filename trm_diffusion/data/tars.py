@@ -62,12 +62,17 @@ class ImageTarSource(Source):
     def name(self, index: int) -> str:
         return f"{self._tars[self._places[index, 0]].name}/{self._names[index]}"
 
-    def __getitem__(self, index: int) -> Element:
+    def files(self, index: int) -> list[str]:
+        return [str(self._tars[self._places[index, 0]])]
+
+    def content(self, index: int) -> bytes:
         tar, offset, length = self._places[index]
         with self._tars[tar].open("rb") as file:
-            content = os.pread(file.fileno(), int(length), int(offset))
+            return os.pread(file.fileno(), int(length), int(offset))
+
+    def __getitem__(self, index: int) -> Element:
         size, _, channels = self.sample_shape
-        pixels = read_training_image(io.BytesIO(content), size, channels, name=self.name(index))
+        pixels = read_training_image(io.BytesIO(self.content(index)), size, channels, name=self.name(index))
         return make_element(pixels, self._labels[index], index)
 
 

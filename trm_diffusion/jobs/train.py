@@ -16,6 +16,7 @@ from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.experiment import Experiment, build
 from trm_diffusion.jobs.sample import make_sample_fn, save_grid
 from trm_diffusion.jobs.train_step import make_train_step
+from trm_diffusion.run.data_record import check_data, keep_data
 from trm_diffusion.run.decoder import check_latents, keep_spec, load_decoder
 from trm_diffusion.run.restore import restore_or_init
 from trm_diffusion.runtime.checkpoints import Checkpoints
@@ -43,8 +44,11 @@ def train(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
         rows=own_rows(batch_sharding(experiment.mesh), config.train.batch_size),
     )
     with Checkpoints(workdir / "checkpoints", config.checkpoint) as checkpoints:
+        if checkpoints.latest_step() is not None:
+            check_data(source, workdir)
         state, loop = restore_or_init(experiment, workdir, checkpoints, iterator)
         keep_spec(source, workdir)
+        keep_data(source, workdir)
         condition.keep(source)
         _describe(experiment, state)
         if int(state.step) < config.train.updates:
