@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -160,6 +161,20 @@ def test_what_was_encoded_otherwise_is_refused(place, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="set config.data.source to one of emoji, caption_folder, tfds_captions"):
         encoded(place, tmp_path / "refused", latents_of(place))
     assert contents(place / "texts") == before and not (tmp_path / "refused").exists()
+
+
+def test_captions_that_were_edited_are_noticed(place, tmp_path):
+    """When they are encoded again, and when a run reads the captions beside their encoding."""
+    shutil.copytree(place / "images", tmp_path / "images")
+    path = tmp_path / "images" / "captions.jsonl"
+    path.write_text(path.read_text().replace("birds", "gulls"))
+    edited = config_of(place, data__path=str(tmp_path / "images"))
+    with pytest.raises(UserError, match=r"holds texts made from other texts for 1 record \(3\.png\): remove it, or"):
+        encoded(place, place / "texts", edited)
+    fields = dict(data__text=str(place / "texts"), data__channels=3, data__vae="")
+    assert len(make_condition(config_of(place, **fields)).source()) == len(CAPTIONS)
+    with pytest.raises(UserError, match=r"other captions than config.data.path for 1 record \(3\.png\): run --mode"):
+        make_condition(config_of(place, **fields | dict(data__path=str(tmp_path / "images")))).source()
 
 
 def test_damage_is_named(place, tmp_path):
