@@ -10,9 +10,9 @@ from trm_diffusion.config import default_config, resolve
 from trm_diffusion.data import encodings, latents
 from trm_diffusion.errors import UserError
 from trm_diffusion.jobs.compare import read_evaluation
-from trm_diffusion.jobs.export_images import keep_record
 from trm_diffusion.metrics import dpg, geneval
 from trm_diffusion.run.decoder import kept_spec
+from trm_diffusion.run.drawn_set import check_record
 from trm_diffusion.run.prompts import read_prompts
 from trm_diffusion.run.workdir import load_config, save_config
 from trm_diffusion.weights.store import load_weights
@@ -21,7 +21,7 @@ READERS = {  # file: how it is read from its folder, and a value of another form
     "config.json": (load_config, {"format": "1", "config": {}}),
     "latent.json": (kept_spec, {"vae_id": "x", "scale": "1", "shift": 0, "channels": 4, "size": 8}),
     "words.json": (load_words, {"vocabulary": "red dog", "captions": []}),
-    "sampling.json": (lambda folder: keep_record(folder / "sampling.json", folder, {"seed": 0}), ["seed"]),
+    "sampling.json": (lambda folder: check_record(folder / "sampling.json", folder, {"seed": 0}), ["seed"]),
     "evaluation.json": (lambda folder: read_evaluation(str(folder / "evaluation.json")), [3]),
     "manifest.json": (latents.read_manifest, {"format_version": 1, "shards": {}}),
     "prompts.jsonl": (lambda folder: read_prompts(str(folder / "prompts.jsonl")), {"prompt": ["a", "b"]}),
