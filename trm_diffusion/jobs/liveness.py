@@ -1,8 +1,8 @@
 """Is the recursion alive? What each latent step does, and what the number of latent steps changes.
 
 Measured on a batch that training does not see, where the data have such records, at fixed times and noise, so that runs
-compare. It takes forward passes at T = 1, 2, 4, 8 and the config's T, and two gradients: about the time of ten updates,
-every `log.liveness_every` updates.
+compare. It takes forward passes at T = 1, 2, 4, 8 and the config's T, and two gradients: for configs/digits.py the time
+of 1.4 updates, or 0.14% of a run that measures every 1,000 (`log.liveness_every`). The update itself measures nothing.
 """
 
 import dataclasses
