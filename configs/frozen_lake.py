@@ -1,7 +1,7 @@
 """FrozenLake on two CPU cores: a small DiT draws a shortest path into the lake that it is given as a context image.
 
-Options, after a colon: size=4 (cells a side, 4 to 16), recursion=off, paper or live, as in configs/maze.py. For example
-configs/frozen_lake.py:size=6,recursion=live
+Options, after a colon: size=4 (cells a side, 4 to 16); recursion=off, paper or live, and yardstick=no or yes, as in
+configs/maze.py. For example configs/frozen_lake.py:size=6,recursion=live
 
 Needs requirements-frozen-lake.txt.
 """
@@ -18,13 +18,16 @@ RECURSION = {
 
 
 def get_config(argument: str = ""):
-    options = variant(argument, size="4", recursion="off")
+    options = variant(argument, size="4", recursion="off", yardstick="no")
     if options["recursion"] not in RECURSION:
         raise UserError(f"recursion={options['recursion']} is none of {', '.join(RECURSION)}")
+    if options["yardstick"] not in ("no", "yes"):
+        raise UserError(f"yardstick={options['yardstick']} is neither no nor yes")
     if not options["size"].isdecimal():
         raise UserError(f"size={options['size']}: give the number of cells a side")
+    yardstick = options["yardstick"] == "yes"
     c = default_config()
-    c.name = f"frozen_lake{options['size']}_{options['recursion']}"
+    c.name = f"frozen_lake{options['size']}_{options['recursion']}{'_yardstick' if yardstick else ''}"
 
     c.data.source = "frozen_lake"  # drawn on the fly; test layouts do not occur in training
     c.data.image_size = CELL * int(options["size"])
@@ -32,7 +35,7 @@ def get_config(argument: str = ""):
     c.data.context_channels = 3  # the lake
     c.data.num_classes = 1  # lakes have no labels
 
-    c.model.depth = 4
+    c.model.depth = 2 if yardstick else 4
     c.model.width = 64
     c.model.heads = 4
     c.model.patch = CELL  # a token a cell
@@ -46,7 +49,7 @@ def get_config(argument: str = ""):
     c.diffusion.time_distribution = "uniform"
     c.diffusion.shift = 8.0  # 16 pixels show the same cell, so only much noise hides the path
 
-    c.train.updates = 4000
+    c.train.updates = 1500 if yardstick else 4000
     c.train.batch_size = 64
     c.train.label_dropout = 0.0  # a path without its lake is none, so there is nothing to guide from
     c.optim.lr = 1.5e-3
@@ -60,6 +63,7 @@ def get_config(argument: str = ""):
     c.sample.per_class = 4  # tries at each lake
     c.evaluate.kind = "frozen_lake"
     c.evaluate.num_samples = 1024
+    c.evaluate.min_solved = 0.0 if yardstick else 0.8
 
     c.log.every = 50
     c.log.samples_every = 1000

@@ -24,6 +24,16 @@ def test_forms_of_recursion_differ_in_what_they_name_alone():
     assert leaves("") == off
 
 
+def test_the_yardstick_is_shallower_and_shorter():
+    whole, yardstick = leaves("rooms=5,recursion=live"), leaves("rooms=5,recursion=live,yardstick=yes")
+    assert {name: yardstick[name] for name in whole if whole[name] != yardstick[name]} == {
+        "name": "maze5_live_yardstick",
+        "model.depth": 2,
+        "train.updates": 1500,
+        "evaluate.min_solved": 0.0,
+    }
+
+
 @pytest.mark.parametrize("rooms", [3, 4, 15])
 def test_every_size_is_a_config_whose_records_fit_it(rooms):
     config = resolve(maze.get_config(f"rooms={rooms},recursion=live"))
@@ -34,5 +44,7 @@ def test_every_size_is_a_config_whose_records_fit_it(rooms):
 def test_refusals():
     with pytest.raises(UserError, match="recursion=on is none of off, paper, live"):
         maze.get_config("recursion=on")
+    with pytest.raises(UserError, match="yardstick=on is neither no nor yes"):
+        maze.get_config("yardstick=on")
     with pytest.raises(UserError, match="an odd number from 5 to 29"):
         make_condition(resolve(maze.get_config("rooms=2"))).source()
