@@ -180,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name: [int(one) for one in getattr(options, name).split(",") if one] for name in ("latent_steps", "sides")
     }
     for run in options.runs:
-        name, _, workdir = run.partition("=")
+        name, _, workdir = run.rpartition("=")
         rows[name] = rounded(measure(workdir, mazes=options.mazes, **counts))
     if options.figure:
         chosen = {name: row for name, row in rows.items() if name.startswith(options.prefix)}

@@ -12,17 +12,18 @@ from etils import epath
 from trm_diffusion.conditions import make_condition
 from trm_diffusion.config import Config
 from trm_diffusion.data.pipeline import Batch, make_iterator
-from trm_diffusion.errors import Interrupted, UserError
+from trm_diffusion.errors import Interrupted
 from trm_diffusion.experiment import Experiment, build
 from trm_diffusion.jobs.liveness import make_liveness, warn_if_dead
 from trm_diffusion.jobs.sample import make_sample_fn, save_grid
+from trm_diffusion.jobs.skipped import first_bad, tell_skipped, too_many_skipped
 from trm_diffusion.jobs.train_step import make_train_step
 from trm_diffusion.run.claim import claimed
 from trm_diffusion.run.data_record import check_data, keep_data
 from trm_diffusion.run.decoder import check_latents, keep_spec, load_decoder
 from trm_diffusion.run.restore import restore_or_init
 from trm_diffusion.runtime.checkpoints import Checkpoints
-from trm_diffusion.runtime.doubt import RECOVERED, Doubt
+from trm_diffusion.runtime.doubt import Doubt
 from trm_diffusion.runtime.logging import RunLogger, say
 from trm_diffusion.runtime.parameters import count, device_bytes
 from trm_diffusion.runtime.processes import is_main_process
@@ -114,17 +115,11 @@ def _loop(experiment, workdir, stop, checkpoints, iterator, state, loop) -> None
         checkpoints.protect(doubt.since)
         if window.skipped_in_a_row:
             records = iterator.nonfinite_records(rows)
-            bad = _first_bad(metrics, state, records)
-            kept = f"; {_kept(checkpoints, step)}" if begins else ""
-            say(f"update {step}: skipped, because {bad} is not finite{kept}")
-        if window.skipped_in_a_row >= config.train.nonfinite_limit:
-            rate = float(metrics["learning_rate"])
-            remedy = f"lower config.optim.lr (here {rate:.3g}) or set config.optim.clip_norm"
-            remedy = "repair the data" if records else remedy
-            raise UserError(
-                f"{window.skipped_in_a_row} updates in a row up to {step} were not finite, the last in "
-                f"{bad}. {_way_back(checkpoints, doubt.since)}{remedy}"
-            )
+            bad = first_bad(metrics, state.trainable, records)
+            tell_skipped(step, bad, checkpoints if begins else None)
+            if window.skipped_in_a_row >= config.train.nonfinite_limit:
+                rate = None if records else float(metrics["learning_rate"])
+                raise too_many_skipped(step, window.skipped_in_a_row, bad, checkpoints, doubt.since, rate)
         if line_is_due(step):
             line = window.line()
             if liveness_is_due(step):
@@ -169,40 +164,3 @@ def _loop(experiment, workdir, stop, checkpoints, iterator, state, loop) -> None
     finally:
         if logger:
             logger.close()
-
-
-def _kept(checkpoints: Checkpoints, skipped: int) -> str:
-    older = [str(step) for step in checkpoints.steps() if step < skipped]
-    if not older:
-        return "there is no checkpoint from before it"
-    listed = f"checkpoint {older[0]}" if len(older) == 1 else f"checkpoints {', '.join(older)}"
-    return f"from before it, {listed} will be kept until {RECOVERED} updates in a row are finite"
-
-
-def _way_back(checkpoints: Checkpoints, skipped: int) -> str:
-    """Names the last good checkpoint from before the first `skipped` update, and how to go on from it.
-
-    The good one is the newest with a finite update after it: a state whose very next update fails may be ruined.
-    """
-    older = [step for step in checkpoints.steps() if step < skipped]
-    if not older:
-        return f"There is no checkpoint from before update {skipped}, the first of these: start again, and "
-    good = max([step for step in older if step < skipped - 1] or older)
-    others = ", ".join(str(step) for step in older if step != good)
-    return (
-        f"The last good checkpoint is {good}, from before the first skipped update, {skipped}"
-        + (f" (also kept: {others})" if others else "")
-        + f": go on from it with --config.init.step={good}, and "
-    )
-
-
-def _first_bad(metrics: dict, state: TrainState, records: list[str]) -> str:
-    """What is not finite in a skipped update: a record of the batch, a parameter's gradient by its norm, or the loss.
-
-    records: names of those that this process has read and that are not finite.
-    """
-    if records:
-        return f"the data ({records[0]}{f' and {len(records) - 1} more' if len(records) > 1 else ''})"
-    flags = np.asarray(metrics["nonfinite_gradients"])
-    names = [name for name, bad in zip(sorted(state.trainable), flags, strict=True) if bad]
-    return f"the gradient of {names[0]} ({len(names)} of {len(flags)} gradients)" if names else "the loss"
