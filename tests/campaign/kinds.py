@@ -327,7 +327,9 @@ INPUTS = (
     Input("manifests of shards", 12, _side_files, MAIN, lambda jobs, place, out: jobs.verify(place)),
     Input("manifests of weights", 10, _manifests, MAIN, _convert(), _wrong_manifest),
     Input("npz of images", 12, _npz, MAIN, _evaluate("images.npz", "reference.npz"), before=_quick_inception),
-    Input("npz of a reference", 10, _reference, MAIN, _evaluate("images.npz", "reference.npz"), before=_quick_inception),
+    Input(
+        "npz of a reference", 10, _reference, MAIN, _evaluate("images.npz", "reference.npz"), before=_quick_inception
+    ),
     Input("safetensors", 25, _published, MAIN, _convert("dit.safetensors"), _wrong_weights),
     Input("config.json of weights", 6, _configs, MAIN, _convert()),
     Input("indices of weights", 8, _indices, MAIN, _convert()),
