@@ -29,7 +29,7 @@ def cost(config: Config) -> dict[str, int]:
     image = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, data.channels), jnp.float32)
     time = jax.ShapeDtypeStruct((1,), jnp.float32)
     condition = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], experiment.condition.null)
-    flops = forward_flops(lambda p, x, t: experiment.model.bind(p)(x, t, condition), shapes, image, time)
+    flops = forward_flops(lambda p, x, t: experiment.network(p)(x, t, condition), shapes, image, time)
     trained = trainable_names(shapes, config.train.trainable)
     return {
         "parameters": count(shapes),

@@ -12,7 +12,8 @@ if [ "${1:-}" = --parity ]; then
     setup_venv requirements.txt requirements-test.txt requirements-parity.txt requirements-torch.txt
     exec "$venv/bin/python" -m pytest tests/parity "$@"
 fi
-setup_venv requirements.txt requirements-test.txt requirements-emoji.txt
+setup_venv requirements.txt requirements-test.txt requirements-emoji.txt requirements-frozen-lake.txt \
+    requirements-plots.txt
 .venv/bin/python -m ruff check --quiet .
 .venv/bin/python -m ruff format --check --quiet .
 .venv/bin/lint-imports --no-logo --no-cache

@@ -177,24 +177,25 @@ def test_a_data_source_is_one_file_and_one_line(checkout):
 
 
 def test_a_reading_of_the_mechanism_is_a_field_and_a_branch(checkout):
-    """The state accumulates, a_t = a_{t-1} + Attn(q, k, v), where the paper adds x~ each time."""
+    """The state is averaged, a_t = (a_{t-1} + Attn(q, k, v) + x~) / 2."""
     recursion = "trm_diffusion/models/recursion"
     checkout.add_line(
         f"{recursion}/config.py",
-        '    state: str = setting("replaced", choices=("replaced", "accumulated"))',
+        "    averaged: bool = False",
         after="    modulation: bool = True  # Mod is the block's shift and scale; False leaves it out",
     )
     checkout.add_line(
         f"{recursion}/layer.py",
-        '            if config.state == "accumulated":\n                a_bnd = attended + state.a_bnd',
+        "            if config.averaged:\n                a_bnd = (a_bnd + state.a_bnd) / 2",
         after='            a_bnd = attended + x_bnd if config.residual == "before_norm" else attended',
     )
     flags = ["--config.model.recursion.blocks=all", "--config.model.recursion.latent_steps=4"]
     flags += ["--config.model.recursion.base_every_step=true", "--config.model.recursion.base_input=carry"]
     images = {}
-    for state in ("replaced", "accumulated"):
-        workdir = checkout.run(*flags, f"--config.model.recursion.state={state}", f"--workdir={state}")
-        images[state] = np.load(workdir / "samples" / "grid_0000002.npz")["images"]
-        assert json.loads((workdir / "config.json").read_text())["config"]["model"]["recursion"]["state"] == state
-    assert np.abs(images["accumulated"] - images["replaced"]).max() > 1e-6
+    for averaged in (False, True):
+        workdir = checkout.run(*flags, f"--config.model.recursion.averaged={averaged}", f"--workdir={averaged}")
+        images[averaged] = np.load(workdir / "samples" / "grid_0000002.npz")["images"]
+        config = json.loads((workdir / "config.json").read_text())["config"]
+        assert config["model"]["recursion"]["averaged"] is averaged
+    assert np.abs(images[True] - images[False]).max() > 1e-6
     assert checkout.changes() == {f"{recursion}/config.py": "+1 -0", f"{recursion}/layer.py": "+2 -0"}

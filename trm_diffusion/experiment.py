@@ -1,6 +1,7 @@
 """What every job builds from its config: mesh, condition, objective, model and optimiser."""
 
 import dataclasses
+import fnmatch
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,10 +17,12 @@ from trm_diffusion.config import Config
 from trm_diffusion.config.rules import check_batch
 from trm_diffusion.diffusion.objective import Objective
 from trm_diffusion.diffusion.objectives import make_objective
+from trm_diffusion.errors import UserError
 from trm_diffusion.models.architecture import make_network
 from trm_diffusion.runtime import state as train_state
-from trm_diffusion.runtime.optimizer import make_optimizer
+from trm_diffusion.runtime.optimizer import make_optimizer, multipliers
 from trm_diffusion.runtime.parameters import Parameters, PureModel
+from trm_diffusion.runtime.processes import compiled_together
 from trm_diffusion.runtime.random import Purpose, key_for
 from trm_diffusion.runtime.sharding import batch_sharding, batch_shards, make_mesh, models_over
 from trm_diffusion.runtime.state import TrainState, state_sharding
@@ -62,7 +65,7 @@ class Experiment:
     def init_state(self) -> TrainState:
         """The state before the first update; each device initialises only its own shards."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-        return jax.jit(self._init_state, out_shardings=shardings)()
+        return compiled_together(jax.jit(self._init_state, out_shardings=shardings))()
 
     def _init_state(self) -> TrainState:
         return _init_state(self.config, self.model, self.optimizer)
@@ -83,6 +86,12 @@ def build(
     model = make_model(config, objective, condition)
     optimizer = make_optimizer(config.optim, config.train.updates)
     shapes = jax.eval_shape(lambda: _init_state(config, model, optimizer))
+    for pattern in multipliers(config.optim):
+        if not fnmatch.filter(shapes.trainable, pattern):
+            raise UserError(
+                f"config.optim.lr_multipliers has {pattern!r}, which matches no trained parameter; a path looks like "
+                f"{min(shapes.trainable, key=len)}"
+            )
     abstract_state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,

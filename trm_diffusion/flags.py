@@ -6,14 +6,17 @@
 import re
 
 from absl import flags
-from etils import epath
 from ml_collections import config_flags
 
 from trm_diffusion.errors import UserError
 from trm_diffusion.jobs.table import JOBS
+from trm_diffusion.readers.paths import any_path, expand
 
 PLATFORMS = ("", "cpu", "cuda", "tpu")
 FILE_MODES = ("evaluate", "reference")  # the modes that read --images
+PATHS = (
+    "workdir", "prompts", "context", "out", "images", "reference", "inception", "from", "to", "compilation_cache"
+)  # fmt: skip
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "experiment file: configs/NAME.py or configs/NAME.py:OPTION=VALUE,..."
@@ -27,7 +30,7 @@ flags.DEFINE_string(
     None,
     'sample, encode: file of prompts, one per line or .jsonl with "prompt" fields, or a folder of .txt files',
 )
-flags.DEFINE_string("context", None, "sample: context images to draw from: a file, a folder of files, or .npy")
+flags.DEFINE_string("context", None, "sample, trace: context images to draw from: a file, a folder of files, or .npy")
 flags.DEFINE_enum(
     "export", "", ("", "geneval", "dpg"), "sample: write images of the benchmark's --prompts in its official layout"
 )
@@ -105,7 +108,18 @@ def parse(argv: list[str]) -> flags.FlagValues:
     if rest:
         raise UserError(f"{rest[0]!r} is not a flag; write --name=value (see --help)")
     _check_together(flags.FLAGS)
+    _expand_paths(flags.FLAGS)
     return flags.FLAGS
+
+
+def _expand_paths(options: flags.FlagValues) -> None:
+    """Expands `~` in every flag that holds a path. Raises UserError for a bucket that cannot be read here."""
+    for name in PATHS:
+        if options[name].value:
+            any_path(options[name].value, f"--{name}")
+            options[name].value = expand(options[name].value)
+    if options.evaluations:
+        options["evaluations"].value = [expand(path, "--evaluations") for path in options.evaluations]
 
 
 def _check_together(options: flags.FlagValues) -> None:
@@ -122,8 +136,10 @@ def _check_together(options: flags.FlagValues) -> None:
         raise UserError(f"--prompt goes with --mode=sample, not with --mode={mode}")
     if options.prompts and mode not in ("sample", "encode"):
         raise UserError(f"--prompts goes with --mode=sample or --mode=encode, not with --mode={mode}")
-    if options.context and (mode != "sample" or prompts or options.export or options.num):
-        raise UserError(f"--context={options.context} goes with --mode=sample, and not with prompts, --export or --num")
+    if options.context and (mode not in ("sample", "trace") or options.export or options.num):
+        raise UserError(
+            f"--context={options.context} goes with --mode=sample or --mode=trace, and not with --export or --num"
+        )
     if options.num and (mode != "sample" or options.num < 0 or prompts):
         raise UserError(f"--num={options.num} must be at least 1 image, with --mode=sample and without prompts")
 
@@ -138,7 +154,7 @@ def _explained(error: Exception, argv: list[str]) -> UserError:
         if not field_exists(path):
             return unknown_field(path)
     file = (re.findall(r"^--?config[=\n]([^:\n]+)", command, re.MULTILINE) or [""])[0]
-    if file and not epath.Path(file).exists():
+    if file and not any_path(file, "--config").exists():
         return UserError(f"--config={file}: no such file; the experiments are in configs/")
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
     if "whilst parsing config file" in text:  # the error quotes a whole traceback, whose last line is the reason

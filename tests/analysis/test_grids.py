@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trm_diffusion.analysis.grids import captioned_grid, image_grid, save_png, stacked
+from trm_diffusion.analysis.grids import captioned_grid, image_grid, save_png, stacked, to_uint8
+from trm_diffusion.errors import UserError
 
 
 def test_places_scale_and_padding():
@@ -38,9 +39,20 @@ def test_pixels_are_repeated_not_blended():
 
 
 def test_values_are_clipped_and_truncated():
-    values = np.array([-9.0, -1.0, -0.5, 0.0, 0.999, 1.0, 9.0, np.nan, np.inf])
+    values = np.array([-9.0, -1.0, -0.5, 0.0, 0.999, 1.0, 9.0])
     grid = image_grid(values.reshape(1, 1, -1, 1), 1, padding=0)
-    assert grid[0, :, 0].tolist() == [0, 0, 64, 128, 255, 255, 255, 128, 255]
+    assert grid[0, :, 0].tolist() == [0, 0, 64, 128, 255, 255, 255]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_an_image_that_is_not_finite_is_an_error_that_names_it(value):
+    images = np.zeros((4, 2, 2, 1))
+    images[2, 1, 0, 0] = value
+    with pytest.raises(UserError, match="1 of 4 images hold values that are not finite, the first is number 2"):
+        image_grid(images, 2)
+    with pytest.raises(UserError, match=r"1 of 1 images .* the first is 000002\.png"):
+        to_uint8(images[2], "000002.png")
+    np.testing.assert_array_equal(to_uint8(images[1]), np.full((2, 2, 3), 128))
 
 
 def test_every_byte_survives_the_round_trip():

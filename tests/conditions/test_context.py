@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,10 +10,11 @@ from etils import epath
 from PIL import Image
 
 from tests.conditions.batches import batch_of
-from tests.jobs.tiny import tiny_config
+from tests.jobs.tiny import text_config, tiny_config
 from trm_diffusion.analysis.grids import save_png
 from trm_diffusion.conditions import make_condition
 from trm_diffusion.conditions.context import Context
+from trm_diffusion.data.sources import make_source
 from trm_diffusion.errors import UserError
 from trm_diffusion.experiment import build
 from trm_diffusion.jobs.analyze import analyze
@@ -27,6 +29,12 @@ MAZES = dict(
     evaluate__kind="mazes", evaluate__num_samples=20, data__flip=True,
 )  # fmt: skip
 PAIRS = dict(data__source="image_pairs", data__context_channels=3, data__num_classes=1, sample__per_class=2)
+# The same with an MMDiT, whose text is the null in data without captions.
+OF_WORDS = MAZES | dict(
+    data__channels=1, model__mmdit__position_max_size=5, model__mmdit__position_base_size=5, sample__per_class=1
+)
+OF_ENCODED_TEXT = OF_WORDS | dict(model__text__encoder="encoded", model__text__pooled_features=3)
+MMDITS = {"words": text_config(**OF_WORDS), "encoded text": text_config(**OF_ENCODED_TEXT)}
 
 
 def test_the_network_is_given_noise_and_context_along_channels():
@@ -40,7 +48,7 @@ def test_the_network_is_given_noise_and_context_along_channels():
     np.testing.assert_array_equal(joined, np.concatenate([batch["image"], batch["context"]], axis=-1))
     np.testing.assert_array_equal(label, np.zeros(8))
     null = experiment.condition.null
-    assert not null.context.any() and null.label == 1
+    assert not null.context.any() and null.beside == 1
 
 
 def test_mazes_train_and_are_drawn_judged_and_analysed(tmp_path, capsys):
@@ -69,6 +77,41 @@ def test_mazes_train_and_are_drawn_judged_and_analysed(tmp_path, capsys):
             workdir,
             stop,
         )
+
+
+@pytest.mark.parametrize("config", MMDITS.values(), ids=MMDITS)
+def test_an_mmdit_is_given_the_context_along_channels_and_the_null_text(config):
+    experiment, batch = build(config), batch_of(config)
+    kernels = [shape for name, shape in experiment.model.shapes.items() if name.endswith("patch_embed/kernel")]
+    assert [kernel.shape[0] for kernel in kernels] == [1 + 3]
+    abstract = experiment.abstract_batch(8)
+    assert {name: leaf.shape for name, leaf in batch.items()} == {name: leaf.shape for name, leaf in abstract.items()}
+    condition = experiment.condition
+    given = condition.from_batch(batch)
+    joined, text = condition.apply(lambda images, times, text: (images, text), batch["image"], jnp.zeros(8), given)
+    np.testing.assert_array_equal(joined, np.concatenate([batch["image"], batch["context"]], axis=-1))
+    source = make_source(config.data)
+    encoded = condition.encode([source[index] for index in range(8)])
+    for found in (text, encoded.beside):
+        jax.tree.map(np.testing.assert_array_equal, found, condition.null_like(given).beside)
+    np.testing.assert_array_equal(encoded.context, batch["context"])
+    dropped = condition.drop(given, jnp.arange(8) < 4)
+    assert not dropped.context[:4].any() and dropped.context[4:].all()
+
+
+def test_mazes_train_an_mmdit_and_are_drawn_judged_and_analysed(tmp_path, capsys):
+    config, workdir, stop = text_config(**OF_WORDS, train__updates=4), epath.Path(tmp_path / "run"), StopRequest()
+    train(config, workdir, stop)
+    np.save(tmp_path / "mine.npy", np.stack([make_source(config.data)[index]["context"] for index in (3, 4)]))
+    sample(config, workdir, stop, context=str(tmp_path / "mine.npy"))
+    drawn = np.load(workdir / "samples" / "context_0000004.npz")
+    assert drawn["images"].shape == (2, 5, 5, 1) and set(drawn.files) == {"images", "context"}
+    evaluate(config, workdir, stop)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["num_images"] == 20
+    analyze(config, workdir, stop)
+    assert json.loads((workdir / "analysis.json").read_text())["protocol"]["samples"] == 8
+    with pytest.raises(UserError, match="--prompt draws texts; this model draws .*--context=FILE_OR_FOLDER"):
+        sample(config, workdir, stop, prompts=["a maze"])
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +149,7 @@ def test_with_everything_dropped_contexts_and_labels_do_not_matter():
     condition = make_condition(tiny_config(**MAZES))
     given = condition.from_batch(batch_of(condition.config))
     dropped = condition.drop(given, jnp.ones(8, bool))
-    assert not dropped.context.any() and (dropped.label == 1).all()
+    assert not dropped.context.any() and (dropped.beside == 1).all()
     kept = condition.drop(given, jnp.zeros(8, bool))
     np.testing.assert_array_equal(kept.context, given.context)
 
@@ -115,7 +158,7 @@ def test_records_become_their_condition():
     condition = make_condition(tiny_config(**MAZES))
     source = condition.source()
     encoded = condition.encode([source[4], source[2]])
-    assert isinstance(encoded, Context) and encoded.label.dtype == np.int32
+    assert isinstance(encoded, Context) and encoded.beside.dtype == np.int32
     np.testing.assert_array_equal(encoded.context[1], source[2]["context"])
 
 
@@ -135,4 +178,4 @@ def test_requests_that_do_not_fit_are_refused_in_one_line(inverted):
     request = make_condition(tiny_config(**PAIRS | labelled, data__path=str(inverted))).request_context(
         str(inverted / "context")
     )
-    assert request.condition.label.tolist() == [3] * 5 and request.captions == ["0", "1", "2", "3", "4"]
+    assert request.condition.beside.tolist() == [3] * 5 and request.captions == ["0", "1", "2", "3", "4"]

@@ -96,8 +96,11 @@ MALFORMED = [  # the flags after --config=configs/digits.py, and what the one li
     ("--config.data.num_classes=0", "needs labels"),
     ("--prompt=a", "--mode=sample"),
     ("--context=maze.png", "--context=maze.png goes with --mode=sample"),
-    ("--mode=sample --context=maze.png --prompt=a", "--context=maze.png goes with --mode=sample, and not with prompts"),
-    ("--config.data.context_channels=3", "needs context images: config.data.source one of mazes, image_pairs"),
+    ("--mode=sample --context=maze.png --num=1 --out=a", "--context=maze.png goes with --mode=sample, and not with"),
+    (
+        "--config.data.context_channels=3 --config.data.source=synthetic",
+        "needs context images: config.data.source one of",
+    ),
     ("--config.data.context_channels=-1", "config.data.context_channels is -1; it must be at least 0"),
     ("--prompts=nowhere.txt --mode=sample", "no such file"),
     ("--mode=trane", "mode"),
@@ -122,7 +125,7 @@ OTHER_COMMANDS = [
     ("--config=configs/sd3_medium.py --config.data.source=digits", "images without captions"),
     ("--config=configs/scenes32.py --config.model.text.encoder=encoded", "config.evaluate.kind scenes"),
     ("--mode=encode --prompts=a", "--mode=encode needs --config"),
-    ("--config=configs/scenes32.py --config.data.context_channels=3", "is for config.model.architecture dit"),
+    ("--config=configs/scenes32.py --config.data.context_channels=3", "needs context images"),
     ("--config=configs/maze.py:recursion=on", "recursion=on is none of off, paper, live"),
     ("--config=configs/maze.py:rooms=four", "rooms=four: give the number"),
     ("--config=configs/maze.py --config.data.num_classes=0", "config.data.num_classes is 0; it is 1"),
@@ -160,7 +163,8 @@ def test_default_config_resolves_to_the_defaults():
 
 
 FREE = {  # fields that accept any value of their type, or that only rules check
-    "name", "model.recursion.blocks", "model.text.pretrained", "model.text.revision", "diffusion.logit_mean",
+    "name", "model.recursion.blocks", "model.recursion.attended_gain", "optim.lr_multipliers",
+    "model.text.pretrained", "model.text.revision", "diffusion.logit_mean",
     "data.text", "data.path", "data.tfds_name", "data.split", "data.vae", "train.latent_steps", "train.trainable",
     "init.workdir", "init.adapter", "init.missing", "sample.guidance", "sample.parameters",
     "evaluate.min_class_accuracy", "evaluate.min_judge_accuracy", "evaluate.min_strict_score",

@@ -61,8 +61,8 @@ def test_captions_in_one_file(folder):
     for line, says in (
         ('{"file": "absent.png", "caption": "x"}', "absent.png does not exist"),
         ('{"file": "b.jpg", "caption": " "}', "line 3: no caption"),
-        ('{"file": "b.jpg"}', "line 3: not"),
-        ("b.jpg, a picture", "line 3: not"),
+        ('{"file": "b.jpg"}', "line 3: caption is missing"),
+        ("b.jpg, a picture", "line 3: not JSON"),
     ):
         (folder / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + line)
         with pytest.raises(UserError, match=says):

@@ -68,8 +68,8 @@ def test_what_cannot_be_read_is_refused_in_one_line(folder):
         ("nowhere", 3, "no such file"),
         ("empty", 3, "holds no image files"),
         ("broken.png", 3, "cannot read the image"),
-        ("broken.npy", 3, "is not an array"),
-        ("shape.npy", 3, r"this model takes floats \[N, 4, 4, 3\]"),
+        ("broken.npy", 3, "is not a .npy file"),
+        ("shape.npy", 3, r"it must be floats or whole numbers \[N, 4, 4, 3\]"),
         ("large.npy", 3, r"outside \[-1, 1\]"),
         ("context", 4, "as .npy"),
     ):

@@ -143,7 +143,7 @@ def test_config_refusals_are_one_line(prepared, changes, says):
     [
         ({"format_version": 99}, "format version 99"),
         ({"records": 8}, "counts 8 records"),
-        ({"latent": {"vae_id": "test-vae"}}, "cannot be read"),
+        ({"latent": {"vae_id": "test-vae"}}, "latent: scale is missing"),
         ({"shards": [{"file": "gone.array_record", "records": 7}]}, "gone.array_record is missing"),
     ],
 )

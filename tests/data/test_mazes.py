@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from trm_diffusion.data.base import DataConfig
-from trm_diffusion.data.mazes import ROOMS, MazeSource, canonical, find_path, held_out, symmetries
+from trm_diffusion.data.layouts import canonical, held_out, symmetries
+from trm_diffusion.data.mazes import ROOMS, MazeSource, find_path
 from trm_diffusion.data.sources import make_source
 from trm_diffusion.errors import UserError
 

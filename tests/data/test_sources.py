@@ -43,6 +43,19 @@ def test_digits_split_is_stratified_disjoint_and_complete():
     assert len(rows) == 1797
 
 
+def test_digits_to_enlarge_have_their_means_as_context():
+    plain, source = (make_source(DataConfig(context_channels=channels)) for channels in (0, 1))
+    for index in (0, 700):
+        record = source[index]
+        assert record.keys() == plain[index].keys() | {"context"} and record["context"].dtype == np.float32
+        np.testing.assert_array_equal(record["image"], plain[index]["image"])
+        for row, column in np.ndindex(4, 4):
+            block = np.s_[2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+            np.testing.assert_allclose(record["context"][block], record["image"][block].mean(), atol=1e-6)
+    with pytest.raises(UserError, match="set config.data.context_channels=1"):
+        make_source(DataConfig(context_channels=3))
+
+
 def test_digits_labels_belong_to_their_images():
     """Class means of the two splits agree; swapped labels would mix them."""
     train_images, train_labels, test_images, test_labels = load_digits_split()

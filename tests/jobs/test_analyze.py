@@ -37,6 +37,9 @@ def test_routing_by_diffusion_step_latent_step_and_expert(workdir, capsys):
     report, steps = analyzed(workdir, capsys, sample__latent_steps=5, sample__diffusion_steps=4)
     assert report["blocks"] == [1] and report["latent_steps"] == 5 and report["halting"] == {"rule": "none"}
     assert [step["normalized_time"] for step in steps] == [1.0, 0.75, 0.5, 0.25]
+    alive = report["liveness"]
+    assert {"output_change_8", "loss_change_3", "gradient_ratio"} < set(alive)
+    assert np.shape(alive["state_change"]) == (1, 2) and np.shape(alive["attention_entropy"]) == (1, 3)
     loads = np.array([step["expert_load"] for step in steps])
     assert loads.shape == (4, 1, 5, 1, 3)  # [S, R, T, P, M]
     np.testing.assert_allclose(loads.sum(-1), 1.0, atol=1e-4)

@@ -31,6 +31,7 @@ from trm_diffusion.jobs.train import train
 from trm_diffusion.jobs.train_step import loss_and_metrics
 from trm_diffusion.jobs.verify_data import verify
 from trm_diffusion.models.text import Text
+from trm_diffusion.run.claim import CLAIM, claimed
 from trm_diffusion.runtime.signals import StopRequest
 
 CAPTIONS = [["a cat", "one cat", "a grey cat"], ["a dog"], ["no picture"], ["two birds", "birds"], ["a cat"]]
@@ -126,11 +127,17 @@ def test_killed_and_started_again_it_is_the_same(place, tmp_path):
     program = [sys.executable, "-m", "tests.jobs.killed_in_shard", *flags]
     killed = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    left, *whole = sorted(contents(out))
+    claim, left, *whole = sorted(contents(out))
+    assert claim == CLAIM
     assert whole == ["texts-00000.array_record", "texts-00000.json"]
     assert left.startswith(".texts-00001.array_record.partial-")
     encoded(place, out)
     assert contents(out) == contents(place / "texts")
+
+
+def test_a_directory_in_use_is_refused(place, tmp_path):
+    with claimed(tmp_path, "--mode=encode", StopRequest()), pytest.raises(UserError, match="is in use: --mode=encode"):
+        encoded(place, tmp_path)
 
 
 def test_what_was_encoded_otherwise_is_refused(place, tmp_path, monkeypatch):
@@ -318,3 +325,71 @@ def test_samples_are_guided_away_from_the_empty_text(place, workdir, monkeypatch
     sample_module.sample(latents_of(place), workdir, StopRequest(), ["a dog"])
     np.testing.assert_array_equal(seen[0].condition.null.pooled, FakeEncoder(seen[0].config.model.text).one("").pooled)
     assert [path.name for path in (workdir / "samples" / "prompts_0000002").iterdir()] == ["0000_a-dog.png"]
+    record = json.loads((workdir / "samples" / "prompts_0000002.sampling.json").read_text())
+    assert record["text"] == FakeEncoder(latents_of(place).model.text).encoding and record["samples"] == 1
+    assert record["requested_sha256"].keys() == {"prompts"} and len(record["weights_sha256"]) == 64
+
+
+@pytest.fixture(scope="module")
+def pairs(place):
+    """The config of three pairs of images with captions, and their encoded captions in `place / "pair_texts"`."""
+    for number, level in enumerate((0, 100, 200)):
+        for folder, shown in (("context", level), ("target", 255 - level)):
+            (place / "pairs" / folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((8, 8, 3), shown, np.uint8)).save(place / "pairs" / folder / f"{number}.png")
+        (place / "pairs" / "target" / f"{number}.txt").write_text(f"invert {number}\nmake {number} negative\n")
+    fields = dict(data__source="captioned_pairs", data__path=str(place / "pairs"), data__channels=3, data__vae="")
+    config = config_of(place, **fields, data__context_channels=3)
+    encoded(place, place / "pair_texts", config)
+    return fields | dict(data__context_channels=3, data__text=str(place / "pair_texts"))
+
+
+def test_an_image_and_a_caption_are_conditions_together(place, pairs):
+    config = config_of(place, **pairs)
+    fake, experiment = FakeEncoder(config.model.text), build(config)
+    source = experiment.condition.source()
+    record = source[1]
+    shapes = experiment.abstract_batch(1)
+    assert {name: (1, *record[name].shape) for name in shapes} == {name: leaf.shape for name, leaf in shapes.items()}
+    assert (record["context"] < 0).all() and (record["image"] > 0).all() and source.mirrored == ("image", "context")
+    np.testing.assert_allclose(record["pooled"], fake.one("invert 1").pooled, rtol=1e-6)
+    seen = [source.sample(1, np.random.default_rng(seed))["pooled"][0] for seed in range(10)]
+    assert len(set(seen)) == 2 and source.stochastic
+    request = experiment.condition.request()
+    assert request.condition.context.shape == (3, 8, 8, 3) and request.condition.beside.states.shape[0] == 3
+    assert experiment.condition.null.beside.states.any()  # the encoded empty text
+
+
+def test_context_images_are_drawn_with_prompts(place, pairs):
+    context = str(place / "pairs" / "context")
+    config = config_of(place, **pairs)
+    fake, condition = FakeEncoder(config.model.text), make_condition(config, reads=PROMPTS)
+    request = condition.request_context(context, ["invert 2"])
+    assert request.captions == [f"{number}: invert 2" for number in range(3)]
+    for states in request.condition.beside.states:
+        np.testing.assert_allclose(states, fake.one("invert 2").states, atol=1e-3)
+    each = condition.request_context(context, ["invert 0", "not in the cache", "invert 2"]).condition.beside.pooled
+    np.testing.assert_allclose(each[1], fake.one("not in the cache").pooled, rtol=1e-6)
+    without = condition.request_context(context)
+    np.testing.assert_array_equal(without.condition.beside.pooled[0], condition.null.beside.pooled)
+    with pytest.raises(UserError, match="2 prompts are given for the 3 images of --context=.*one for all, or one for"):
+        condition.request_context(context, ["invert 0", "invert 1"])
+    with pytest.raises(UserError, match="--prompt draws texts; this model draws .*--context=FILE_OR_FOLDER"):
+        condition.request(["invert 0"])
+    (place / "pairs" / "target" / "1.txt").rename(place / "pairs" / "kept.txt")
+    with pytest.raises(UserError, match=r"1.txt: no caption for the image 1.png"):
+        condition.source()
+    (place / "pairs" / "kept.txt").rename(place / "pairs" / "target" / "1.txt")
+
+
+def test_beside_context_images_without_captions_is_the_empty_text(place, pairs):
+    plain = pairs | dict(data__source="image_pairs", data__num_classes=1, data__text=str(place / "texts"))
+    condition = make_condition(config_of(place, **plain))
+    null = Encodings(str(place / "texts")).null
+    record = condition.source()[0]
+    for name, leaf in null._asdict().items():
+        np.testing.assert_array_equal(record[name], leaf)
+    drawn = condition.request_context(str(place / "pairs" / "context")).condition.beside
+    np.testing.assert_array_equal(drawn.states, [null.states] * 3)
+    with pytest.raises(UserError, match="--prompt draws texts; this model draws"):
+        condition.request_context(str(place / "pairs" / "context"), ["a cat"])

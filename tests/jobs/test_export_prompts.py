@@ -20,11 +20,14 @@ from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.experiment import build
 from trm_diffusion.jobs.export_prompts import export_prompts
 from trm_diffusion.jobs.sample import sample
+from trm_diffusion.machine import machine
 from trm_diffusion.metrics import dpg, geneval
+from trm_diffusion.run.claim import claimed
 from trm_diffusion.run.workdir import save_config
 from trm_diffusion.runtime.checkpoints import Checkpoints
 from trm_diffusion.runtime.signals import StopRequest
 
+DEAD = 2**30  # no process has this number
 TEXTS = ["a red circle", "two blue squares", "a zebra left of a photo", "a green cross", "three red circles"]
 
 
@@ -113,7 +116,8 @@ def test_an_image_depends_on_its_prompt_and_index_alone(place, whole, tmp_path):
     assert exported(place, tmp_path / "dpg", "dpg") == grids
     write_prompts(tmp_path, [TEXTS[0], TEXTS[0], *TEXTS[2:]])
     other = exported(place, tmp_path / "other", prompts=tmp_path / "geneval.jsonl")
-    changed = {path for path in whole if path.endswith(".png") and other[path] != whole[path]}
+    images = [path for path in whole if path.endswith(".png")]
+    changed = {path for path in images if (pixels(other[path]) != pixels(whole[path])).any()}
     assert changed == {f"00001/samples/{image:04d}.png" for image in range(4)}
     assert np.abs(pixels(other["00000/samples/0000.png"]) - pixels(other["00001/samples/0000.png"])).max() > 50
 
@@ -133,7 +137,10 @@ def test_interrupted_and_started_again_ends_with_the_same_bytes(place, whole, tm
     folder = tmp_path / "images" / "00001"
     (folder / "samples" / "0003.png").unlink()
     (folder / "metadata.jsonl").unlink()
-    (folder / "samples" / ".0003.png.partial-9").write_bytes(b"torn")
+    first, other = (tmp_path / "images" / "00000" / "samples" / f"000{image}.png" for image in (0, 1))
+    first.write_bytes(other.read_bytes())
+    (tmp_path / "images" / "00000" / "metadata.jsonl").write_text('{"prompt": "another"}')
+    (folder / "samples" / f".0003.png.partial-{machine()}-{DEAD}").write_bytes(b"torn")
     assert exported(place, tmp_path / "images") == whole
     monkeypatch.setattr(geneval, "write_image", None)  # would raise: nothing is drawn twice
     assert exported(place, tmp_path / "images") == whole
@@ -152,10 +159,15 @@ def test_killed_and_started_again_ends_with_the_same_bytes(place, tmp_path):
         time.sleep(0.005)
     process.kill()
     process.communicate(timeout=300)
-    before = {path: data for path, data in contents(killed).items() if ".partial" not in path}
+    before = {path: data for path, data in contents(killed).items() if Path(path).name[0] != "."}
     assert 10 <= len(before) < 5 * 60
     after, whole = (exported(place, out, prompts=source, sample__batch_size=4) for out in (killed, tmp_path / "whole"))
     assert after == whole and before.items() <= whole.items()
+
+
+def test_a_folder_in_use_is_refused(place, tmp_path):
+    with claimed(tmp_path, "--mode=sample", StopRequest()), pytest.raises(UserError, match="is in use: --mode=sample"):
+        exported(place, tmp_path)
 
 
 def test_what_is_wrong_is_one_line(place, whole, tmp_path):
@@ -168,6 +180,16 @@ def test_what_is_wrong_is_one_line(place, whole, tmp_path):
         exported(place, place / "whole", sample__diffusion_steps=3)
     with pytest.raises(UserError, match=r"is not empty and has no run\.sampling\.json beside it"):
         exported(place, place / "run")
+    record = place / "whole.sampling.json"
+    words, text = place / "run" / "words.json", (place / "run" / "words.json").read_text()
+    first, second, *_ = json.loads(text)["vocabulary"]
+    words.write_text(
+        text.replace(f'"{first}"', '"?"').replace(f'"{second}"', f'"{first}"').replace('"?"', f'"{second}"')
+    )
+    with pytest.raises(UserError, match="drawn with text.words_sha256 = "):
+        exported(place, place / "whole")
+    words.write_text(text)
+    assert json.loads(record.read_text())["text"].keys() == {"words_sha256"}
     assert contents(place / "whole") == whole
     for benchmark, line, says in (
         ("geneval", '{"tag": "counting", "prompt": "a"}', "line 1: no 'include'"),

@@ -19,10 +19,10 @@ from trm_diffusion.jobs.train import train
 from trm_diffusion.jobs.train_step import loss_and_metrics
 from trm_diffusion.models.architecture import stack_layout
 from trm_diffusion.models.stack import from_per_layer, per_layer
-from trm_diffusion.run.restore import layers_of_run, load_run, sampling_parameters, state_from_pretrained
+from trm_diffusion.run.restore import layers_of_run, load_run, model_of, sampling_parameters, state_from_pretrained
 from trm_diffusion.runtime.parameters import memory
 from trm_diffusion.runtime.signals import StopRequest
-from trm_diffusion.weights.adapters import base_sha256, merged
+from trm_diffusion.weights.adapters import base_sha256, check_adapter, merged
 from trm_diffusion.weights.store import load_weights, save_weights
 
 DIGITS = dict(data__source="digits", log__every=1, sample__guidance=1.5)
@@ -113,6 +113,15 @@ def test_an_adapter_elsewhere_is_refused(runs, tmp_path):
     convert(str(runs / "base"), str(tmp_path / "base"))
     with pytest.raises(UserError, match="holds a dit, not gates and experts"):
         state_from_pretrained(build(tuned_config(runs, **adapter | {"init__adapter": str(tmp_path / "base")})))
+
+
+def test_an_adapter_that_is_older_than_a_field_has_its_default(runs):
+    adapter, model = load_weights(runs / "adapter"), model_of(tuned_config(runs))
+    del adapter.model["recursion"]["step_embedding"]
+    check_adapter(adapter, model, "adapter")
+    model["recursion"] |= {"step_embedding": True}
+    with pytest.raises(UserError, match="has config.model.recursion.step_embedding False, not True"):
+        check_adapter(adapter, model, "adapter")
 
 
 def write_other_base(runs, directory):

@@ -15,12 +15,14 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from tests.data.written import write_latents
+from tests.full_disk import full_disk
 from tests.jobs.tiny import ROOT, command, finished, tiny_config, write_tiny_vae
 from trm_diffusion.data.latents import LatentSource, ShardWriter, read_manifest
 from trm_diffusion.data.sources import make_source
 from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.jobs.prepare_latents import LatentJob, prepare
 from trm_diffusion.jobs.verify_data import verify
+from trm_diffusion.run.claim import CLAIM, claimed
 from trm_diffusion.runtime.signals import StopRequest
 from trm_diffusion.weights.store import load_vae
 
@@ -127,7 +129,8 @@ def test_killed_and_run_by_two_processes_on_other_device_counts_it_is_the_same(p
     killed = [sys.executable, "-m", "tests.jobs.killed_in_shard", "--mode=prepare", *settings]
     done = subprocess.run(killed, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-    left, *whole_files = sorted(contents(tmp_path))
+    claim, left, *whole_files = sorted(contents(tmp_path))
+    assert claim == CLAIM
     assert whole_files == ["latents-00000.array_record", "latents-00000.json"]
     assert left.startswith(".latents-00001.array_record.partial-")
     share = [f"--process_index={index}" for index in (0, 1)]
@@ -138,6 +141,18 @@ def test_killed_and_run_by_two_processes_on_other_device_counts_it_is_the_same(p
     out, _ = finished(command("--mode=verify", *settings))
     report = json.loads(out.splitlines()[-1])
     assert report["pass"] is True and report["records"] == 88 and report["bad_images"] == 1
+
+
+def test_a_directory_in_use_is_refused(place, tmp_path):
+    with claimed(tmp_path / "out", "--mode=prepare", StopRequest()):
+        with pytest.raises(UserError, match=f"{tmp_path / 'out'} is in use: --mode=prepare by process"):
+            prepared(place, tmp_path / "out")
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_shard(place, tmp_path):
+    with full_disk(5000), pytest.raises(UserError, match="latents-00000.array_record cannot be written .*free some sp"):
+        prepared(place, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_was_made_otherwise_is_refused(place, whole, tmp_path):

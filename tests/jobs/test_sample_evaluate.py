@@ -1,16 +1,18 @@
 """Sampling and evaluation of a small run."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 from etils import epath
 from PIL import Image
 
+from tests.full_disk import full_disk
 from tests.jobs.tiny import tiny_config
 from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.jobs.evaluate import evaluate
-from trm_diffusion.jobs.sample import draw_all, make_sample_fn, sample
+from trm_diffusion.jobs.sample import draw_all, make_sample_fn, sample, save_grid, write_images
 from trm_diffusion.jobs.train import train
 from trm_diffusion.run.protocol import evaluation_labels
 from trm_diffusion.run.restore import load_run, sampling_parameters
@@ -38,6 +40,31 @@ def test_sample_writes_a_picture_and_the_images(workdir):
     assert Image.open(workdir / "samples" / "grid_0000008.png").mode == "RGB"
 
 
+def test_a_folder_of_named_images_holds_the_last_call_alone_and_its_record(tmp_path):
+    folder = epath.Path(tmp_path) / "prompts_0000008"
+    images = np.zeros((3, 2, 2, 3), np.float32)
+    write_images(folder, images, ["a cat", "a dog", "?"], {"eta": 0.0})
+    (folder / "mine.png").write_bytes(b"")
+    with pytest.raises(UserError, match="1 of 1 images hold values that are not finite, the first is two birds"):
+        write_images(folder, np.nan * images[:1], ["two birds"], {"eta": 0.5})
+    assert not (tmp_path / "prompts_0000008.sampling.json").exists()  # the folder is not complete
+    write_images(folder, images[:1], ["two birds"], {"eta": 0.5})
+    assert sorted(path.name for path in folder.iterdir()) == ["0000_two-birds.png", "mine.png"]
+    assert json.loads((tmp_path / "prompts_0000008.sampling.json").read_text()) == {"eta": 0.5}
+
+
+def test_a_grid_during_training_reports_what_is_not_finite(workdir, tmp_path, capsys):
+    experiment, state = load_run(tiny_config(), workdir)
+    request = experiment.condition.request()
+
+    def ruined(parameters, condition, indices):
+        return np.where(np.arange(8)[:, None, None, None] == 3, np.nan, np.zeros((8, 8, 8, 1)))
+
+    grid = save_grid(ruined, experiment, state, request, epath.Path(tmp_path) / "update_1.png")
+    assert grid.dtype == np.uint8 and (tmp_path / "update_1.png").exists()
+    assert "warning: update_1.png: 1 of 10 images hold values that are not finite" in capsys.readouterr().err
+
+
 def test_an_image_depends_on_its_index_and_not_on_its_batch(workdir):
     eight = draw(workdir, sample__batch_size=8)
     np.testing.assert_allclose(draw(workdir, sample__batch_size=3), eight, atol=1e-5)
@@ -61,6 +88,22 @@ def test_evaluate_writes_and_prints_one_report(workdir, capsys):
               "version", "git_commit"}  # fmt: skip
     assert wanted <= printed["protocol"].keys()
     assert (workdir / "samples" / "evaluation.png").exists()
+
+
+def test_figures_are_printed_before_a_full_disk_can_lose_them(workdir, capsys, monkeypatch):
+    monkeypatch.setattr(sys.modules[evaluate.__module__], "check_writable", lambda path: None)  # it fills up later
+    with full_disk(100), pytest.raises(UserError, match="cannot be written .File too large.: free some space"):
+        evaluate(tiny_config(evaluate__kind="digits", evaluate__num_samples=30), workdir, StopRequest())
+    assert json.loads(capsys.readouterr().out)["judge_test_accuracy"] >= 0.97
+
+
+@pytest.mark.parametrize("job", [sample, evaluate])
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, job, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sys.modules[job.__module__], "load_run", None)  # would raise
+    with pytest.raises(UserError, match="cannot be written .*a file is where a folder should be"):
+        job(tiny_config(evaluate__kind="digits"), epath.Path(tmp_path / "file" / "run"), StopRequest())
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_labels_are_never_sorted_by_class():

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 
 import chex
 import jax
@@ -17,7 +18,9 @@ from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.experiment import build
 from trm_diffusion.jobs.train import train
 from trm_diffusion.jobs.train_step import draw_latent_steps, loss_and_metrics, make_train_step
-from trm_diffusion.run.restore import layers_of_run
+from trm_diffusion.run.claim import claimed
+from trm_diffusion.run.restore import layers_of_run, load_run
+from trm_diffusion.runtime import doubt
 from trm_diffusion.runtime.checkpoints import Checkpoints
 from trm_diffusion.runtime.logging import WALL_CLOCK_FIELDS
 from trm_diffusion.runtime.random import Purpose, key_for
@@ -191,6 +194,8 @@ def test_the_per_latent_step_loss_is_the_mean_loss_of_fewer_latent_steps():
     weighted = dict(train__latent_step_loss_weight=0.5)
     expected = [losses[0], losses[1] + 0.5 * losses[0], losses[2] + 0.5 * (losses[0] + losses[1]) / 2]
     np.testing.assert_allclose(total_and_loss(**weighted), (expected[2], losses[2]), rtol=1e-5)
+    later = losses[2] + 0.5 * (losses[0] + 4 * losses[1]) / 5
+    np.testing.assert_allclose(total_and_loss(**weighted, train__latent_step_loss_power=2.0)[0], later, rtol=1e-5)
     drawn = total_and_loss(**weighted, train__latent_steps=(1, 3))
     depth = losses.index(min(losses, key=lambda loss: abs(loss - drawn[1])))
     np.testing.assert_allclose(drawn, (expected[depth], losses[depth]), rtol=1e-5)
@@ -251,8 +256,80 @@ def test_another_runs_parameters_start_a_run_and_missing_ones_must_be_named(tmp_
     chex.assert_trees_all_equal({name: after[name] for name in before}, before)
 
 
+def test_a_run_in_use_is_refused(tmp_path):
+    run = epath.Path(tmp_path / "run")
+    with claimed(run, "--mode=train", StopRequest()):
+        with pytest.raises(UserError, match=f"{run} is in use: --mode=train by process"):
+            train(tiny_config(), run, StopRequest())
+    assert not run.exists()
+
+
+def test_readers_of_a_run_change_nothing_in_it(tmp_path):
+    """Not even what looks left behind: the run may be saving at this moment."""
+    run, config = epath.Path(tmp_path / "run"), tiny_config(train__updates=2)
+    train(config, run, StopRequest())
+    for name in ("checkpoints/4.orbax-checkpoint-tmp", "checkpoints/2/tmp", ".config.json.partial-1"):
+        (tmp_path / "run" / name).mkdir()
+
+    def files():
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+    before = files()
+    load_run(config, run)
+    load_run(tiny_config(init__workdir=str(run)), epath.Path(tmp_path / "other"))
+    assert files() == before
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "checkpoints")
+    with pytest.raises(UserError, match="holds no checkpoint yet"):
+        load_run(config, run)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "other").exists()
+
+
 def test_another_model_in_the_workdir_is_refused(tmp_path):
     run = epath.Path(tmp_path / "run")
     train(tiny_config(train__updates=2), run, StopRequest())
     with pytest.raises(UserError, match="config.model.width = 16, not 32"):
         train(tiny_config(train__updates=2, model__width=32), run, StopRequest())
+
+
+def test_the_last_good_checkpoint_outlives_a_learning_rate_that_ruins_the_run(tmp_path, capsys):
+    run = epath.Path(tmp_path / "run")
+    common = dict(optim__schedule="constant", optim__warmup_steps=0, optim__clip_norm=0.0, checkpoint__every=1)
+    train(tiny_config(**common, train__updates=4), run, StopRequest())
+    ruinous = tiny_config(**common, train__updates=40, train__nonfinite_limit=6, optim__lr=1e30)
+    with pytest.raises(UserError) as error:
+        train(ruinous, run, StopRequest())
+    message, said = str(error.value), capsys.readouterr().err
+    first = int(re.search("first skipped update, ([0-9]+)", message)[1])
+    good = first - 2  # the state after update `first` - 1 is ruined already
+    assert 5 <= first <= 7 and f"The last good checkpoint is {good}, " in message and "\n" not in message
+    assert f"--config.init.step={good}, and lower config.optim.lr (here 1e+30)" in message
+    assert said.count("will be kept until 100 updates in a row are finite") == 1
+    kept = {int(path.name) for path in (run / "checkpoints").iterdir()}
+    assert kept == {good, first - 1, first + 3, first + 4}  # those before the first skipped update, and the newest two
+    with pytest.raises(UserError, match=f"last good checkpoint is {good},"):  # known after a resume too
+        train(ruinous, run, StopRequest())
+    train(tiny_config(**common, train__updates=good + 2, init__step=good), run, StopRequest())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == good + 2 and lines[-1]["loss"] is not None and lines[-1]["skipped"] == 0
+    assert {int(path.name) for path in (run / "checkpoints_set_aside").iterdir()} == kept - {good} | {first + 4}
+
+
+def test_protected_checkpoints_are_deleted_once_the_run_has_recovered(tmp_path, monkeypatch):
+    monkeypatch.setattr(doubt, "RECOVERED", 3)
+    bad = {3, 4}
+
+    def failing(experiment):
+        step = make_train_step(experiment)
+
+        def run(state, batch):
+            number = int(state.step) + 1
+            return step(state, batch | {"image": batch["image"] * (jnp.nan if number in bad else 1)})
+
+        return run
+
+    monkeypatch.setattr("trm_diffusion.jobs.train.make_train_step", failing)
+    run = epath.Path(tmp_path / "run")
+    for updates, kept in ((6, {1, 2, 5, 6}), (7, {6, 7})):
+        train(tiny_config(train__updates=updates, checkpoint__every=1, optim__schedule="constant"), run, StopRequest())
+        assert {int(path.name) for path in (run / "checkpoints").iterdir()} == kept

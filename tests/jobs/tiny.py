@@ -24,7 +24,7 @@ def tiny_config(**overrides) -> Config:
     c.train.update(updates=8, batch_size=8)
     c.optim.update(lr=1e-2, ema_decays=(0.9,), weight_decay=0.01, clip_norm=1.0, warmup_steps=2, schedule="cosine")
     c.sample.update(diffusion_steps=2, guidance=2.0, per_class=1, batch_size=8)
-    c.log.update(every=2, samples_every=0, tensorboard=False)
+    c.log.update(every=2, samples_every=0, liveness_every=0, tensorboard=False)
     c.checkpoint.every = 4
     c.update_from_flattened_dict({name.replace("__", "."): value for name, value in overrides.items()})
     return resolve(c)

@@ -66,7 +66,7 @@ def test_a_part_of_the_benchmark_is_not_passed_off_as_the_whole():
         (lambda lines: lines.append(lines[0]), "appears twice"),
         (lambda lines: lines[1].update(tag="colour"), "'colour' is none of"),
         (lambda lines: lines[2].update(correct="True"), "correct is 'True'"),
-        (lambda lines: lines[3].pop("metadata"), "line 4: no 'metadata'"),
+        (lambda lines: lines[3].pop("metadata"), "line 4: metadata is missing"),
         (lambda lines: lines.clear(), "holds no records"),
     ],
 )
@@ -81,12 +81,13 @@ def test_broken_results_are_refused_in_one_line(tmp_path, capsys, change, says):
 
 
 def _export(directory: pathlib.Path) -> None:
-    for prompt, image in geneval.missing_images(directory, len(PROMPTS)):
-        pixels = np.full((4, 4, 3), 10 * prompt + image, np.uint8)
-        geneval.write_image(directory, PROMPTS, prompt, image, pixels)
+    for prompt in range(len(PROMPTS)):
+        for image in range(4):
+            pixels = np.full((4, 4, 3), 10 * prompt + image, np.uint8)
+            geneval.write_image(directory, PROMPTS, prompt, image, pixels)
 
 
-def test_an_export_has_the_official_layout_and_goes_on_where_it_stopped(tmp_path):
+def test_an_export_has_the_official_layout(tmp_path):
     from PIL import Image
 
     _export(tmp_path)
@@ -96,7 +97,7 @@ def test_an_export_has_the_official_layout_and_goes_on_where_it_stopped(tmp_path
         assert np.asarray(image).tolist() == np.full((4, 4, 3), 21).tolist()
     whole = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
     (tmp_path / "00001/samples/0003.png").unlink()
-    assert geneval.missing_images(tmp_path, 3) == [(1, 3)]
+    (tmp_path / "00002/metadata.jsonl").write_text("{}")
     _export(tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == whole
 

@@ -70,10 +70,10 @@ def test_what_cannot_be_read_is_named(tmp_path):
     for path, message in (
         (tmp_path / "nowhere", "neither a folder of images nor an .npz file"),
         (tmp_path / "empty", "holds no images"),
-        (tmp_path / "text.npz", "is not an npz file with images in arr_0"),
+        (tmp_path / "text.npz", "is not an .npz file"),
         (npz(tmp_path / "other.npz", images=IMAGES), "is not an npz file with images in arr_0"),
         (npz(tmp_path / "float.npz", arr_0=IMAGES / 255), "must be uint8 .N, H, W, 3., it is float64"),
-        (npz(tmp_path / "labels.npz", arr_0=IMAGES, arr_1=[1, 2]), "arr_1 has shape .2,., but arr_0 has 7 images"),
+        (npz(tmp_path / "labels.npz", arr_0=IMAGES, arr_1=[1, 2]), "arr_1 is int64 .2.; it must be whole numbers .7."),
     ):
         with pytest.raises(UserError, match=message):
             open_images(str(path))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from tests.full_disk import full_disk
 from tests.jobs.tiny import tiny_config
 from trm_diffusion.data.pipeline import make_iterator
 from trm_diffusion.data.sources import make_source
@@ -150,6 +151,36 @@ def test_a_half_written_checkpoint_is_passed_over(directory):
         checkpoints.close()
         assert checkpoints.latest_step() == 3
     iterator.close()
+
+
+def test_a_reader_leaves_a_save_in_progress_alone(directory):
+    iterator = batches()
+    with Checkpoints(directory) as checkpoints:
+        checkpoints.save(1, SMALL, iterator, LOOP)
+    iterator.close()
+    saving = directory / "2.orbax-checkpoint-tmp"
+    (saving / "state").mkdir(parents=True)
+    with Checkpoints(directory, writes=False) as checkpoints:
+        chex.assert_trees_all_equal(checkpoints.restore(1, abstract(SMALL))[0], SMALL)
+    assert (saving / "state").exists()
+
+
+def test_a_save_to_a_full_disk_is_one_line_and_leaves_the_earlier_checkpoints(directory):
+    iterator = batches()
+    for bytes_left in (0, 200, 2000):  # metadata, the loop's record, arrays
+        with pytest.raises(UserError) as error, Checkpoints(directory) as checkpoints:
+            checkpoints.save(1, SMALL, iterator, LOOP)
+            checkpoints._checkpointer.wait()
+            with full_disk(bytes_left):
+                large = {"w": jnp.asarray(np.random.default_rng(0).random(1000))}
+                checkpoints.save(2, SMALL | large, iterator, LOOP)
+                checkpoints.close()
+        line = f"{directory}: a checkpoint cannot be saved; earlier ones are whole. a file cannot be written (File too"
+        assert line in str(error.value) and "free some space" in str(error.value) and "\n" not in str(error.value)
+    iterator.close()
+    with Checkpoints(directory) as checkpoints:
+        assert checkpoints.latest_step() == 1
+        chex.assert_trees_all_equal(checkpoints.restore(1, abstract(SMALL))[0], SMALL)
 
 
 def test_a_save_that_fails_is_not_passed_over_in_silence(directory):

@@ -10,7 +10,8 @@ import pytest
 from tests.jobs.tiny import tiny_config
 from trm_diffusion.conditions import make_condition
 from trm_diffusion.diffusion.objectives import make_objective
-from trm_diffusion.experiment import make_model
+from trm_diffusion.errors import UserError
+from trm_diffusion.experiment import build, make_model
 from trm_diffusion.runtime.optimizer import OptimConfig, ema_decay, learning_rate, make_optimizer, update_ema
 
 
@@ -134,3 +135,31 @@ def test_muon_orthogonalises_each_block_and_leaves_the_rest_to_adam():
     ):  # the first update of Adam with Nesterov momentum is a sign
         first = 1e-2 * (1 + 0.9 * (1 - 0.9) / (1 - 0.9**2))
         np.testing.assert_allclose(updates[name], -first * np.sign(gradients[name]), rtol=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_learning_rates_are_multiplied_by_pattern(optimizer):
+    """Weight decay too, as in a group of its own; the state is that of the optimiser without multipliers."""
+    names = ("stack/blocks/0/attention/qkv/kernel", "stack/blocks/0/recursion/pool/experts/up", "recursion/gate/bias")
+    parameters = {name: jnp.full((4, 4), 1.0 + i) for i, name in enumerate(names)}
+    gradients = {name: jnp.eye(4) * (1.0 + i) for i, name in enumerate(names)}
+    config = dict(optimizer=optimizer, lr=1e-2, weight_decay=0.1)
+    plain = make_optimizer(OptimConfig(**config), 10)
+    several = make_optimizer(OptimConfig(**config, lr_multipliers="*/experts/up=16,*recursion*=0.5"), 10)
+    chex.assert_trees_all_equal(several.init(parameters), plain.init(parameters))
+    expected, _ = plain.update(gradients, plain.init(parameters), parameters)
+    found, _ = several.update(gradients, several.init(parameters), parameters)
+    for name, factor in zip(names, (1, 16, 0.5), strict=True):
+        assert np.abs(expected[name]).max() > 0
+        np.testing.assert_allclose(found[name], factor * expected[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize("text", ["*/up", "*/up=fast", "=2", "*/up=-1", "*/up=nan", "*/up=inf"])
+def test_multipliers_that_cannot_be_are_refused(text):
+    with pytest.raises(UserError, match="^config.optim.lr_multipliers has .*; give PATTERN=FACTOR"):
+        tiny_config(optim__lr_multipliers=f"*=1,{text}")
+
+
+def test_a_multiplier_of_no_parameter_is_refused():
+    with pytest.raises(UserError, match="lr_multipliers has '.*/expert/up', which matches no trained parameter"):
+        build(tiny_config(optim__lr_multipliers="*/experts/up=2,*/expert/up=2"))

@@ -1,15 +1,19 @@
 """The roll call: all processes connect, or the missing ones are named to all others; contradictions are refused."""
 
 import socket
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import jax
 import pytest
 
+from tests.jobs.tiny import ROOT, all_finished
 from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.runtime import processes
-from trm_diffusion.runtime.processes import join
+from trm_diffusion.runtime.processes import compiled_together, join
 
 
 @pytest.fixture
@@ -104,3 +108,40 @@ def test_a_missing_process_is_named_in_time(port):
     with pytest.raises(Interrupted, match=f"processes 1, 2 of 3 did not connect to localhost:{port} within 1 s"):
         join(f"localhost:{port}", 3, 0, detect=False, timeout=1)
     assert 1 <= time.monotonic() - before < 10
+
+
+class Program:
+    """Stands in for a jitted function: process 1 compiles slowly, and a call tells who had compiled when it began."""
+
+    def __init__(self, directory: Path, index: int):
+        self._directory, self._index = directory, index
+
+    def lower(self):
+        return self
+
+    def compile(self):
+        time.sleep(2 * self._index)
+        (self._directory / str(self._index)).touch()
+
+    def __call__(self) -> list[str]:
+        return sorted(path.name for path in self._directory.iterdir())
+
+
+def test_a_program_starts_once_all_processes_have_compiled_it(port, tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from trm_diffusion.runtime.processes import compiled_together, join\n"
+        "from tests.runtime.test_processes import Program\n"
+        "index, port, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])\n"
+        "join(f'localhost:{port}', 2, index, detect=False, timeout=300)\n"
+        "program = compiled_together(Program(directory, index))\n"
+        "print(program(), program())\n"
+    )
+    arguments = [[sys.executable, "-c", code, str(index), str(port), str(tmp_path)] for index in (0, 1)]
+    options = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    both = [subprocess.Popen(one, **options) for one in arguments]
+    assert [out for out, _ in all_finished(both)] == ["['0', '1'] ['0', '1']\n"] * 2
+
+
+def test_one_process_compiles_as_always():
+    jitted = jax.jit(lambda x: x + 1)
+    assert compiled_together(jitted) is jitted

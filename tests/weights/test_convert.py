@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from tests.full_disk import full_disk
 from tests.jobs.tiny import command, finished, tiny_config
 from tests.weights.published import random_tensors, write
 from trm_diffusion.data.pipeline import make_iterator
@@ -17,6 +18,7 @@ from trm_diffusion.data.sources import make_source
 from trm_diffusion.errors import UserError
 from trm_diffusion.experiment import build
 from trm_diffusion.jobs.convert_weights import convert
+from trm_diffusion.machine import machine
 from trm_diffusion.models.inception import random_state
 from trm_diffusion.run.restore import restore_or_init
 from trm_diffusion.runtime.checkpoints import Checkpoints
@@ -114,6 +116,18 @@ def test_a_faulty_file_is_refused_in_one_line_and_nothing_is_written(layout, fau
         convert(name, str(tmp_path / "ours"))
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_place_that_cannot_be_written_is_one_line_and_what_a_killed_job_left_is_cleared(tmp_path):
+    name = write(tmp_path / "weights.safetensors", published("dit"))
+    left = tmp_path / f".ours.partial-{machine()}-{2**30}"  # no process has this number
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    with full_disk(5000), pytest.raises(UserError, match=f"{tmp_path}/ours cannot be written .File too large.: free"):
+        convert(name, str(tmp_path / "ours"))
+    with pytest.raises(UserError, match="ours cannot be written .*a file is where a folder should be"):
+        convert(name, str(tmp_path / "weights.safetensors" / "ours"))
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.safetensors"]
 
 
 def test_problems_are_listed_and_counted(tmp_path):
@@ -248,6 +262,11 @@ def test_a_converted_directory_starts_a_run_which_goes_out_again(tmp_path):
     started(tiny_config(**fits, init__missing="*/recursion/*"), tmp_path / "tuned")
     with pytest.raises(UserError, match="recursion/.* has no place in the layout dit"):
         convert(str(tmp_path / "tuned"), str(tmp_path / "refused"), to_layout="dit")
+    started(tiny_config(**fits, model__recursion__looped=True), tmp_path / "looped")
+    with pytest.raises(UserError, match="the loop of config.model.recursion.looped has no place in the layout dit"):
+        convert(str(tmp_path / "looped"), str(tmp_path / "refused"), to_layout="dit")
+    with pytest.raises(UserError, match="cannot be merged exactly with .*looped True"):
+        convert(str(tmp_path / "looped"), str(tmp_path / "refused"), merge=True)
     with pytest.raises(UserError, match="holds a dit; the layout diffusers-vae is for a vae"):
         convert(str(tmp_path / "run"), str(tmp_path / "refused"), to_layout="diffusers-vae")
     assert not (tmp_path / "refused").exists()

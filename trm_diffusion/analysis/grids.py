@@ -1,11 +1,16 @@
 """Pictures of samples: grids of images, with or without captions, and PNG files."""
 
-import os
+import io
 from collections.abc import Sequence
 
 import numpy as np
+from etils import epath
 
-from trm_diffusion.files import replacing
+from trm_diffusion.errors import UserError
+from trm_diffusion.files import PathLike, replacing
+
+MARK = "trm_diffusion"  # keyword of the text in a PNG that says which image it is
+PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"  # the last chunk, always the same
 
 
 def image_grid(
@@ -16,7 +21,7 @@ def image_grid(
     Args:
       images: [N, H, W, C] in [-1, 1]; 1 channel is grey, 3 are RGB. With 4 or more (latents) the first three
         are shown, each stretched from its own 1 .. 99% range over all images, so colours can be compared
-        within a grid but not between grids. Non-finite values are shown as -1, 0 (NaN) or 1.
+        within a grid but not between grids.
       columns: images per row.
       scale: each pixel becomes scale x scale pixels.
       padding: pixels between and around the images, not scaled.
@@ -24,6 +29,9 @@ def image_grid(
 
     Returns:
       uint8 [H', W', 3], values clip(127.5 x + 128, 0, 255) rounded down.
+
+    Raises:
+      UserError: an image holds values that are not finite.
     """
     if columns < 1 or scale < 1 or padding < 0:
         raise ValueError(f"columns={columns}, scale={scale} must be positive, padding={padding} not negative")
@@ -79,12 +87,29 @@ def _wrapped(text: str, fits) -> list[str]:
     return lines
 
 
+def check_finite(images: np.ndarray, names: Sequence[str] = ()) -> None:
+    """Raises UserError if one of the images [N, ...] holds NaN or an infinity; names [N]: by default their numbers."""
+    bad = np.flatnonzero(~np.isfinite(images).all(axis=tuple(range(1, np.ndim(images)))))
+    if len(bad):
+        first = names[bad[0]] if names else f"number {bad[0]}"
+        raise UserError(
+            f"{len(bad)} of {len(images)} images hold values that are not finite, the first is {first}: use an earlier "
+            "checkpoint, whose parameters are sound, or config.model.dtype=float32 if bfloat16 overflows"
+        )
+
+
+def to_uint8(image: np.ndarray, name: str = "") -> np.ndarray:
+    """One image [H, W, C] as `image_grid` shows it, uint8 [H, W, 3]. Raises UserError, by name, if it is not finite."""
+    check_finite(image[None], [name] if name else ())
+    return _pixels(image[None], scale=1)[0]
+
+
 def _pixels(images: np.ndarray, scale: int) -> np.ndarray:
     """[N, H, W, C] in [-1, 1], or latents, -> uint8 [N, H * scale, W * scale, 3]."""
     images = np.asarray(images, np.float32)
     if images.ndim != 4 or images.shape[-1] in (0, 2) or 0 in images.shape:
         raise ValueError(f"images must be [N, H, W, C] with 1, 3 or more channels, not {images.shape}")
-    images = np.nan_to_num(images, nan=0.0, posinf=1.0, neginf=-1.0)
+    check_finite(images)
     if images.shape[-1] > 3:
         images = _stretch(images[..., :3])
     pixels = np.clip(127.5 * images + 128, 0, 255).astype(np.uint8)
@@ -114,12 +139,29 @@ def _stretch(images: np.ndarray) -> np.ndarray:
     return np.where(half_range > 0, centred / np.where(half_range > 0, half_range, 1), 0)
 
 
-def save_png(path: str | os.PathLike, array: np.ndarray) -> None:
-    """Writes uint8 [H, W, 3] or [H, W] to `path` atomically. Creates the directory if needed."""
-    from PIL import Image
+def save_png(path: PathLike, array: np.ndarray, mark: str = "") -> None:
+    """Writes uint8 [H, W, 3] or [H, W] to `path` atomically, with a mark as text. Creates the directory if needed."""
+    from PIL import Image, PngImagePlugin
 
     array = np.asarray(array)
     if array.dtype != np.uint8:
         raise ValueError(f"a PNG needs uint8 values, not {array.dtype}")
+    text = PngImagePlugin.PngInfo()
+    if mark:
+        text.add_text(MARK, mark)
     with replacing(path) as partial, partial.open("wb") as file:
-        Image.fromarray(array).save(file, format="PNG")
+        Image.fromarray(array).save(file, format="PNG", pnginfo=text)
+
+
+def mark_of_png(path: PathLike) -> str | None:
+    """The mark of a PNG; None if it has none, or if the file is missing, cut off or fails a checksum of PNG."""
+    from PIL import Image
+
+    try:
+        data = epath.Path(path).read_bytes()
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            mark = image.info.get(MARK)
+            image.verify()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # PIL reports damage through all of these
+        return None
+    return mark if data.endswith(PNG_END) else None

@@ -18,6 +18,7 @@ from trm_diffusion.data.base import Source
 from trm_diffusion.data.sources import make_source
 from trm_diffusion.diffusion.objective import per_sample
 from trm_diffusion.errors import UserError
+from trm_diffusion.readers.paths import any_path
 
 if TYPE_CHECKING:
     from trm_diffusion.config import Config
@@ -155,13 +156,17 @@ class Condition(abc.ABC):
         Raises UserError for prompts to a model that reads none, or if no encoder is available for them.
         """
 
-    def request_context(self, path: str) -> SampleRequest:
-        """What to draw from the images of --context: a file, or a folder of them.
+    def request_context(self, path: str, prompts: Sequence[str] = ()) -> SampleRequest:
+        """What to draw from the images of --context, a file or a folder of them; prompts: one for all, or one for each.
 
-        Raises UserError where the kind takes none, or they cannot be read.
+        Raises UserError where the kind takes none, or no prompts, or they cannot be read.
         """
         self.require(CONTEXTS, "--context")
         raise NotImplementedError(f"{type(self).__name__} draws {CONTEXTS}")
+
+    def encoding(self) -> dict | None:
+        """How texts are encoded, for the record of a set of images; None if this kind draws no texts."""
+        return None
 
     # The run's directory
 
@@ -175,4 +180,4 @@ class Condition(abc.ABC):
 
     def runs(self) -> list[epath.Path]:
         """The directories of the run and of the run it starts from, if there are any."""
-        return [epath.Path(run) for run in (self.workdir, self.config.init.workdir) if run]
+        return [any_path(run) for run in (self.workdir, self.config.init.workdir) if run]

@@ -8,7 +8,6 @@ Encodings come from, in this order:
 """
 
 import functools
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -25,6 +24,7 @@ from trm_diffusion.data.texts import EncodedTextSource, SyntheticTextSource
 from trm_diffusion.errors import UserError
 from trm_diffusion.files import write_json
 from trm_diffusion.models.text import CLIP_LENGTH, Text
+from trm_diffusion.readers.records import read_json
 from trm_diffusion.runtime.processes import is_main_process
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class EncodedText(TextCondition):
     @classmethod
     def check_config(cls, config: "Config") -> None:
         text, source = config.model.text, config.data.source
-        if source not in SOURCES:
+        if source not in SOURCES and not config.data.context_channels:
             raise UserError(
                 f"config.data.source is {source}, images without captions; config.model.text.encoder encoded needs "
                 f"encoded text: choose one of {', '.join(SOURCES)}"
@@ -158,7 +158,7 @@ class EncodedText(TextCondition):
         """Raises UserError if the run, or the run it starts from, has its texts encoded differently."""
         for run in self.runs():
             path = run / ENCODING_FILE
-            kept = json.loads(path.read_text()) if path.exists() else encoding
+            kept = read_json(path) if path.exists() else encoding
             changed = [field for field in encoding if kept.get(field) != encoding[field]]
             if changed:
                 field = changed[0]

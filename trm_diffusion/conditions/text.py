@@ -54,10 +54,6 @@ class TextCondition(Condition):
         del text
         return ""
 
-    def encoding(self) -> dict | None:
-        """How texts are encoded, for the record of an export; None if the run itself determines it."""
-        return None
-
     def request(self, prompts: Sequence[str] = ()) -> SampleRequest:
         for prompt in prompts:
             if problem := self.problem(prompt):

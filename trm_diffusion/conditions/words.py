@@ -1,7 +1,6 @@
 """Words of a closed vocabulary, read by a text encoder that is trained with the model."""
 
 import functools
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,8 +14,9 @@ from trm_diffusion.data.base import Source
 from trm_diffusion.data.sources import CAPTIONED_SOURCES
 from trm_diffusion.data.texts import TokenizedSource
 from trm_diffusion.errors import UserError
-from trm_diffusion.files import write_json
+from trm_diffusion.files import sha256_of_names, write_json
 from trm_diffusion.models.tokenizer import SPECIAL_WORDS, Tokenizer, null_tokens, split
+from trm_diffusion.readers.records import read_json
 from trm_diffusion.runtime.processes import is_main_process
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Words(TextCondition):
             raise UserError(
                 "config.data.text needs config.model.architecture mmdit with config.model.text.encoder encoded"
             )
-        if source not in CAPTIONED_SOURCES:
+        if source not in CAPTIONED_SOURCES and not config.data.context_channels:
             raise UserError(
                 f"config.model.text.encoder learned needs captions; config.data.source {source} has none: "
                 f"choose one of {', '.join(CAPTIONED_SOURCES)}"
@@ -105,6 +105,9 @@ class Words(TextCondition):
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         return np.stack([self._tokenizer.encode(text) for text in texts])
 
+    def encoding(self) -> dict:
+        return {"words_sha256": sha256_of_names(self._words.vocabulary)}
+
     def shown_captions(self) -> Sequence[str]:
         return self._words.captions
 
@@ -147,5 +150,5 @@ def load_words(workdir: epath.Path) -> RunWords:
     path = workdir / WORDS_FILE
     if not path.exists():
         raise UserError(f"{workdir} holds no {WORDS_FILE}; train first, or give the right --workdir")
-    record = json.loads(path.read_text())
+    record = read_json(path, {"vocabulary": [str], "captions": [str]})
     return RunWords(tuple(record["vocabulary"]), tuple(record["captions"]))

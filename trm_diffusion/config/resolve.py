@@ -16,6 +16,7 @@ from ml_collections import config_dict
 from trm_diffusion.config import rules
 from trm_diffusion.config.schema import Config
 from trm_diffusion.errors import UserError
+from trm_diffusion.readers.paths import expand
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -52,13 +53,15 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
 
 def _build(cls, values, where: str):
     hints = typing.get_type_hints(cls)
+    paths = {field.name for field in dataclasses.fields(cls) if field.metadata.get("path")}
     fields = {}
     for name in values:
         path = f"{where}.{name}"
         if name not in hints:
             raise unknown_field(path)
         if not dataclasses.is_dataclass(hints[name]):
-            fields[name] = _typed(values[name], hints[name], path)
+            value = _typed(values[name], hints[name], path)
+            fields[name] = expand(value, path) if name in paths else value
         elif isinstance(values[name], ml_collections.ConfigDict | dict):
             fields[name] = _build(hints[name], values[name], path)
         else:

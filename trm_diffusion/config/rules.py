@@ -13,7 +13,7 @@ from trm_diffusion.diffusion.guidance import check_guidance
 from trm_diffusion.diffusion.samplers import check_sampler
 from trm_diffusion.errors import UserError
 from trm_diffusion.metrics.judges import judge_class
-from trm_diffusion.models.recursion.config import recursive_blocks
+from trm_diffusion.models.recursion.looped import looped_blocks
 
 
 def check(config: Config) -> None:
@@ -58,7 +58,7 @@ def _check_recursion(config: Config) -> None:
         "config.model.recursion.latent_steps",
     )
     try:
-        recursive_blocks(recursion.blocks, config.model.depth)
+        looped_blocks(recursion, config.model.depth)
     except ValueError as error:
         raise UserError(f"config.model.recursion.blocks: {error}") from None
     _require(

@@ -27,6 +27,7 @@ class TrainConfig(Settings):
     latent_steps: tuple = ()  # (): the model's T; (t,): fixed; (low, high): uniform in this range for each update
     # weight of the loss averaged over 1 .. T - 1 latent steps (costs T - 1 more passes)
     latent_step_loss_weight: float = setting(0.0, least=0)
+    latent_step_loss_power: float = setting(0.0, least=0)  # in that average, the loss at t latent steps weighs t^power
     # fraction of labels, texts or context images replaced by the null condition, for classifier-free guidance
     label_dropout: float = setting(0.1, least=0, below=1)
     trainable: str = "all"  # all, recursion (only gates and experts), or comma-separated path patterns
@@ -55,7 +56,7 @@ class SampleConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig(Settings):
-    # digits: class accuracy, Frechet distance, memorisation; scenes: prompt following; mazes: share solved
+    # digits: class accuracy, Frechet distance, memorisation; scenes: prompt following; mazes, frozen_lake: share solved
     kind: str = setting("none", choices=("none", *JUDGES))
     # images to generate; scenes: this many of seen and of held-out compositions each
     num_samples: int = setting(2000, least=2)
@@ -64,14 +65,17 @@ class EvaluateConfig(Settings):
     min_class_accuracy: float = 0.9  # digits: minimum class accuracy of generated images for `pass`
     min_judge_accuracy: float = 0.97  # digits: minimum accuracy of the judge on real test images for `pass`
     min_strict_score: float = 0.6  # scenes: minimum strict overall score of seen compositions for `pass`
-    min_solved: float = setting(0.8, least=0, most=1)  # mazes: minimum share of solved mazes for `pass`
+    min_solved: float = setting(0.8, least=0, most=1)  # mazes, frozen_lake: minimum share of solved ones for `pass`
 
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig(Settings):
     # start from the parameters of another run (first EMA) or a converted directory; "" starts from scratch
-    workdir: str = ""
-    adapter: str = ""  # gates and experts to add, as exported by --mode=convert --to-layout=adapter
+    workdir: str = setting("", path=True)
+    # gates and experts to add, as exported by --mode=convert --to-layout=adapter
+    adapter: str = setting("", path=True)
+    # go on from this checkpoint of the run itself and set newer ones aside; None, or the same command again: the newest
+    step: int | None = setting(None, least=1)
     missing: str = ""  # patterns of parameters to initialise if init.workdir lacks them, such as "*/recursion/*"
 
 

@@ -20,13 +20,16 @@ Element = dict[str, np.ndarray]
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Settings):
     source: str = setting("digits", choices=SOURCES)  # where the records come from; data/registry.py
-    text: str = ""  # directory written by --mode=encode, with encoded text of the data's captions or of prompts
-    path: str = ""  # folders, pairs, tars, latents: the directory; tfds, tfds_captions: data_dir ("" = TFDS's default)
+    # directory written by --mode=encode, with encoded text of the data's captions or of prompts
+    text: str = setting("", path=True)
+    # folders, pairs, tars, latents: the directory; tfds, tfds_captions: data_dir ("" = TFDS's default)
+    path: str = setting("", path=True)
     tfds_name: str = "imagenet2012"  # tfds, tfds_captions: the dataset's name, with config and version if needed
-    # digits, mazes: train or test; scenes: train, seen, held_out or all; tfds: any split expression
+    # digits, mazes, frozen_lake: train or test; scenes: train, seen, held_out or all; tfds: any split expression
     split: str = "train"
     image_size: int = setting(8, least=1)  # height and width in pixels or latent cells
-    vae: str = ""  # converted autoencoder for --mode=prepare and to decode sampled latents; "" shows the latents
+    # converted autoencoder for --mode=prepare and to decode sampled latents; "" shows the latents
+    vae: str = setting("", path=True)
     channels: int = setting(1, least=1)  # 1 = grey, 3 = RGB; for latents: the VAE's channels
     num_classes: int = setting(10, least=0)  # labels are 0 .. num_classes - 1; 0 for captioned data
     context_channels: int = setting(0, least=0)  # of the image that each image is conditioned on; 0 = none
@@ -47,13 +50,14 @@ class Source(abc.ABC):
       sample_shape: (H, W, C) of every image.
       num_classes: labels are 0 .. num_classes - 1; 0 if captioned.
       captioned: whether elements have captions instead of labels.
-      has_context: whether elements have a context image; its channels are `context_channels`.
+      has_context: whether elements can have a context image; its channels are `context_channels`, 0 if they have none.
       vocabulary: every word of the captions, if they form a closed set; the index of a word must not change.
       spec: what the latents are, if records are latents of images.
       encodings: the encoded texts of the records, if any.
       mirrored: names of the entries of an element that are images, [H, W, ...]; a flip mirrors these.
       stochastic: whether `sample` uses its generator, so that a record differs between epochs.
       in_memory: whether reads are so cheap that more than one read thread would only cost time.
+      held_out_split: the `DataConfig.split` of records that no run trains on; "" if the source has none.
       reads_image_files: whether records are image files, cropped to the config's size when read.
     """
 
@@ -68,11 +72,17 @@ class Source(abc.ABC):
     mirrored: tuple[str, ...] = ("image",)
     stochastic: bool = False
     in_memory: bool = False
+    held_out_split: str = ""
     reads_image_files: bool = False
 
     def name(self, index: int) -> str:
         """A name by which a person can find record `index`."""
         return f"record {index}"
+
+    @classmethod
+    def focus(cls, context: np.ndarray) -> tuple[int, int]:
+        """The pixel (row, column) of a context image [H, W, C'] whose attention is traced; by default the middle."""
+        return context.shape[0] // 2, context.shape[1] // 2
 
     @abc.abstractmethod
     def __len__(self) -> int:

@@ -3,14 +3,18 @@
 The captions are open text: they need a pretrained text encoder, or the user's own vocabulary.
 """
 
-import json
 import pathlib
 
 import numpy as np
 
 from trm_diffusion.data.base import DataConfig, Element, Source, make_captioned_element
-from trm_diffusion.data.images import IMAGE_SUFFIXES, TfdsSource, naming_damage, pixel_format, read_training_image
+from trm_diffusion.data.images import TfdsSource, pixel_format, read_training_image
 from trm_diffusion.errors import UserError
+from trm_diffusion.readers.folders import list_below
+from trm_diffusion.readers.images import IMAGE_SUFFIXES, naming_damage
+from trm_diffusion.readers.paths import local_path
+from trm_diffusion.readers.records import check, read_json_lines
+from trm_diffusion.readers.text import read_lines
 
 CAPTIONS_FILE = "captions.jsonl"
 
@@ -47,7 +51,7 @@ class CaptionFolderSource(_CaptionedSource):
     reads_image_files = True
 
     def __init__(self, directory: str, *, image_size: int, channels: int):
-        self._root = pathlib.Path(directory)
+        self._root = local_path(directory, "config.data.path")
         if not directory or not self._root.is_dir():
             raise UserError(
                 f"config.data.path={directory!r} is not a directory: config.data.source=caption_folder needs one "
@@ -74,33 +78,31 @@ class CaptionFolderSource(_CaptionedSource):
 
     def _listed(self) -> list[tuple[str, list[str]]]:
         path = self._root / CAPTIONS_FILE
+        remedy = 'each line is {"file": ..., "caption": ...}'
         records = []
-        for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                file = record["file"]
-                captions = record["captions"] if "captions" in record else [record["caption"]]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                raise UserError(f'{path}, line {number}: not a JSON object {{"file": ..., "caption": ...}}') from None
-            records.append(_checked(self._root, file, captions, f"{path}, line {number}"))
+        for where, record in read_json_lines(path, {"file": str}, remedy):
+            check(record, {"captions": [str]} if "captions" in record else {"caption": str}, where, remedy)
+            captions = record["captions"] if "captions" in record else [record["caption"]]
+            records.append(_checked(self._root, record["file"], captions, where))
         return records
 
     def _beside(self) -> list[tuple[str, list[str]]]:
         records = []
-        for path in sorted(self._root.rglob("*")):
-            if path.suffix.lower() in IMAGE_SUFFIXES:
-                text = path.with_suffix(".txt")
-                captions = text.read_text("utf-8").splitlines() if text.exists() else []
-                file = path.relative_to(self._root).as_posix()
-                records.append(_checked(self._root, file, captions, str(text)))
+        for file in list_below(self._root, IMAGE_SUFFIXES):
+            records.append((file, read_captions(self._root / file)))
         return records
 
     def _read(self, index: int) -> tuple[np.ndarray, list[str]]:
         file, captions = self._records[index]
         size, _, channels = self.sample_shape
         return read_training_image(str(self._root / file), size, channels), captions
+
+
+def read_captions(image: pathlib.Path) -> list[str]:
+    """The captions in the .txt file beside an image, one per line. Raises UserError if it has none."""
+    text = image.with_suffix(".txt")
+    captions = read_lines(text) if text.exists() else []
+    return _checked(image.parent, image.name, captions, str(text))[1]
 
 
 def _checked(root: pathlib.Path, file: str, captions: list[str], where: str) -> tuple[str, list[str]]:
@@ -126,5 +128,5 @@ class TfdsCaptionSource(_CaptionedSource, TfdsSource):
     def _read(self, index: int) -> tuple[np.ndarray, list[str]]:
         with naming_damage(self.name(index)):
             record = self._record(index)
-        texts = record["captions"]["text"]
-        return self._training_image(record), [text.decode() if isinstance(text, bytes) else text for text in texts]
+            texts = record["captions"]["text"]
+            return self._training_image(record), [text.decode() if isinstance(text, bytes) else text for text in texts]

@@ -1,20 +1,22 @@
-"""Context images: a user's own, for sampling, and `image_pairs`, a folder of contexts and targets to train on."""
-
-import pathlib
+"""Context images: a user's own, for sampling, and folders of contexts and targets to train on, with captions or not."""
 
 import numpy as np
-from etils import epath
 
-from trm_diffusion.data.base import DataConfig, Element, Source, make_context_element
-from trm_diffusion.data.images import IMAGE_SUFFIXES, pixel_format, read_training_image
+from trm_diffusion.data.base import DataConfig, Element, Source, make_captioned_element, make_context_element
+from trm_diffusion.data.captions import read_captions
+from trm_diffusion.data.images import pixel_format, read_training_image
 from trm_diffusion.errors import UserError
+from trm_diffusion.readers.arrays import read_npy
+from trm_diffusion.readers.folders import list_files
+from trm_diffusion.readers.images import IMAGE_SUFFIXES
+from trm_diffusion.readers.paths import any_path, local_path
 
 CONTEXTS, TARGETS = "context", "target"  # folders of `image_pairs`
 
 
 def image_files(directory) -> list:
     """The image files of a folder, not of its subfolders, by name."""
-    return sorted(file for file in directory.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    return [directory / name for name in list_files(directory, IMAGE_SUFFIXES)]
 
 
 def read_contexts(path: str, *, size: int, channels: int) -> tuple[np.ndarray, list[str]]:
@@ -28,11 +30,11 @@ def read_contexts(path: str, *, size: int, channels: int) -> tuple[np.ndarray, l
     Raises:
       UserError: nothing there, an unreadable file, or another shape.
     """
-    found = epath.Path(path)
+    found = any_path(path, "--context")
     if not found.exists():
         raise UserError(f"--context={path}: no such file or folder; it holds the images to draw from")
     if found.suffix == ".npy":
-        contexts = _read_array(found, (size, size, channels))
+        contexts = _read_array(path, (size, size, channels))
         return contexts, [f"{found.stem} {number}" for number in range(len(contexts))]
     if channels not in (1, 3):
         raise UserError(
@@ -46,17 +48,10 @@ def read_contexts(path: str, *, size: int, channels: int) -> tuple[np.ndarray, l
     return contexts, [file.stem for file in files]
 
 
-def _read_array(path: epath.Path, shape: tuple[int, int, int]) -> np.ndarray:
-    try:
-        with path.open("rb") as file:
-            contexts = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"--context={path} is not an array of NumPy ({' '.join(str(error).split())})") from None
-    if contexts.ndim != 4 or contexts.shape[1:] != shape or not len(contexts) or contexts.dtype.kind not in "fiu":
-        raise UserError(
-            f"--context={path} is {contexts.dtype} {list(contexts.shape)}; this model takes floats "
-            f"[N, {', '.join(map(str, shape))}]"
-        )
+def _read_array(path: str, shape: tuple[int, int, int]) -> np.ndarray:
+    contexts = read_npy(any_path(path, "--context"), (None, *shape))
+    if not len(contexts):
+        raise UserError(f"--context={path} holds no images")
     if not (np.abs(contexts) <= 1).all():
         raise UserError(f"--context={path} has values outside [-1, 1]; scale them")
     return contexts.astype(np.float32)
@@ -71,7 +66,7 @@ class ImagePairSource(Source):
     mirrored = ("image", "context")
 
     def __init__(self, directory: str, *, image_size: int, channels: int, context_channels: int):
-        root = pathlib.Path(directory)
+        root = local_path(directory, "config.data.path")
         if not directory or not all((root / name).is_dir() for name in (CONTEXTS, TARGETS)):
             raise UserError(
                 f"config.data.path={directory!r} is not a folder of pairs: config.data.source=image_pairs needs "
@@ -106,3 +101,22 @@ class ImagePairSource(Source):
         context, target = self._pairs[index]
         image = read_training_image(target, self._size, self.sample_shape[-1])
         return make_context_element(image, read_training_image(context, self._size, self.context_channels), 0, index)
+
+
+class CaptionedPairSource(ImagePairSource):
+    """`ImagePairSource`, with `directory/target/NAME.txt` beside each target, which holds one caption per line."""
+
+    captioned = True
+    num_classes = 0
+
+    def __init__(self, directory: str, **sizes):
+        super().__init__(directory, **sizes)
+        self._captions = [read_captions(target) for _, target in self._pairs]
+
+    def captions(self, index: int) -> list[str]:
+        return self._captions[index]
+
+    def __getitem__(self, index: int) -> Element:
+        pair = super().__getitem__(index)
+        element = make_captioned_element(pair["image"], self._captions[index][0], index)
+        return element | {"context": pair["context"]}

@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 
-from trm_diffusion.data.base import DataConfig, Element, Source, make_element
+from trm_diffusion.data.base import DataConfig, Element, Source, make_context_element, make_element
 from trm_diffusion.errors import UserError
 
 PIXEL_MAX = 16  # a pixel counts the ink cells of a 4x4 block of the scan
@@ -41,11 +41,16 @@ def load_digits_split() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 class DigitsSource(Source):
-    """The train or test part of `load_digits_split`, in memory; `index` counts from 0 within the part."""
+    """The train or test part of `load_digits_split`, in memory; `index` counts from 0 within the part.
+
+    with_context: each record has the digit at 4x4 as its context image, enlarged to 8x8 [8, 8, 1]: super-resolution.
+    """
 
     in_memory = True
+    has_context = True
+    held_out_split = "test"
 
-    def __init__(self, split: str = "train"):
+    def __init__(self, split: str = "train", *, with_context: bool = False):
         if split not in ("train", "test"):
             raise UserError(f"config.data.split={split!r}: the digits have the splits train and test")
         train_images, train_labels, test_images, test_labels = load_digits_split()
@@ -53,13 +58,19 @@ class DigitsSource(Source):
         self._labels = train_labels if split == "train" else test_labels
         self.sample_shape = self._images.shape[1:]
         self.num_classes = NUM_CLASSES
+        self.context_channels = int(with_context)
+        self.mirrored = ("image", "context") if with_context else ("image",)
 
     @classmethod
     def from_config(cls, config: DataConfig) -> "DigitsSource":
-        return cls(config.split)
+        return cls(config.split, with_context=config.context_channels > 0)
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, index: int) -> Element:
-        return make_element(self._images[index], self._labels[index], index)
+        image, label = self._images[index], self._labels[index]
+        if not self.context_channels:
+            return make_element(image, label, index)
+        small = image.reshape(4, 2, 4, 2, 1).mean((1, 3))
+        return make_context_element(image, small.repeat(2, 0).repeat(2, 1), label, index)

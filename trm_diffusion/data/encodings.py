@@ -7,20 +7,28 @@ little-endian. The captions themselves are in the JSON files of the shards.
 """
 
 import functools
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from trm_diffusion.data.shards import LISTED_FIELDS, MANIFEST_NAME, ShardFile, ShardReader, read_about
+from trm_diffusion.data.shards import LISTED_FIELDS, MANIFEST_NAME, SHARD_FORM, ShardFile, ShardReader, read_about
 from trm_diffusion.errors import UserError
 from trm_diffusion.models.text import Text, TextConfig
+from trm_diffusion.readers.paths import local_path
+from trm_diffusion.readers.records import check, read_json
 
 FORMAT_VERSION = 1
-SHARD_FIELDS = {*LISTED_FIELDS, "items", "encoding", "preparation"}
+RECORD_FORM = SHARD_FORM | {  # of a shard's JSON record
+    "sha256": str, "items": [(str, [str])], "encoding": dict, "preparation": dict
+}  # fmt: skip
 SIZES = ("length", "features", "pooled_features")  # L, C, P
+
+MANIFEST_FORM = {
+    "records": int, "items": int, "preparation": {"names_sha256": str}, "shards": [SHARD_FORM],
+    "encoding": {size: int for size in SIZES},
+}  # fmt: skip
 
 _REMEDY = "encode the texts again with --mode=encode"
 
@@ -71,7 +79,7 @@ def shard_name(index: int) -> str:
 
 def read_shard_record(directory: pathlib.Path, index: int) -> dict | None:
     """The JSON record that `EncodingWriter` wrote for a shard, or None if it is incomplete or the shard is missing."""
-    return read_about(directory / shard_name(index), SHARD_FIELDS)
+    return read_about(directory / shard_name(index), RECORD_FORM)
 
 
 def assemble_manifest(shards: list[dict]) -> dict:
@@ -88,20 +96,14 @@ def assemble_manifest(shards: list[dict]) -> dict:
 
 def read_manifest(directory: str) -> dict:
     """The validated manifest. Raises UserError if it is missing, damaged or of another format version."""
-    path = pathlib.Path(directory) / MANIFEST_NAME
+    path = local_path(directory, "config.data.text") / MANIFEST_NAME
     if not path.is_file():
         raise UserError(f"config.data.text={directory!r} has no {MANIFEST_NAME}: {_REMEDY}")
-    try:
-        manifest = json.loads(path.read_text())
-        version, *_ = (manifest[name] for name in ("format_version", "preparation", "records", "items"))
-        sizes = [manifest["encoding"][name] for name in SIZES]
-        whole = all(isinstance(size, int) for size in sizes) and all(shard["file"] for shard in manifest["shards"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error!r}): {_REMEDY}") from error
-    if not whole:
-        raise UserError(f"{path} cannot be read: {_REMEDY}")
+    manifest = read_json(path, {"format_version": int}, _REMEDY)
+    version = manifest["format_version"]
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format version {version}, this code reads {FORMAT_VERSION}: {_REMEDY}")
+    check(manifest, MANIFEST_FORM, str(path), _REMEDY)
     return manifest
 
 
@@ -132,9 +134,9 @@ class Encodings:
 
     def __init__(self, directory: str):
         manifest = read_manifest(directory)
-        path = pathlib.Path(directory) / MANIFEST_NAME
+        path = local_path(directory, "config.data.text") / MANIFEST_NAME
         shards, self.encoding, self.preparation = (manifest[name] for name in ("shards", "encoding", "preparation"))
-        self._records = ShardReader(directory, shards, _REMEDY)
+        self._records = ShardReader(path.parent, shards, _REMEDY)
         items = [Item(*item) for index in range(len(shards)) for item in _items(path.parent, index)]
         self.names = [item.name for item in items[1:]]
         self._captions = [caption for item in items for caption in item.captions]  # of each record
@@ -191,9 +193,9 @@ def open_encodings(directory: str, config: TextConfig) -> Encodings:
     asked = {name: getattr(config, name) for name in ("recipe", *SIZES)}
     asked |= {name: value for name in ("pretrained", "revision") if (value := getattr(config, name))}
     for name, value in asked.items():
-        if found[name] != value and not (name == "revision" and found["commit"] == value):
+        if found.get(name) != value and not (name == "revision" and found.get("commit") == value):
             raise UserError(
-                f"config.data.text={directory} holds text encoded with {name} {found[name]!r}, not "
+                f"config.data.text={directory} holds text encoded with {name} {found.get(name)!r}, not "
                 f"config.model.text.{name} {value!r}: {_REMEDY}, or change the config"
             )
     return encodings

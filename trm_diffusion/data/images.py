@@ -1,28 +1,25 @@
 """Images from a folder of class folders, or from TensorFlow Datasets (TFDS) without TensorFlow."""
 
-import contextlib
 import pathlib
-import re
 import threading
 
 import numpy as np
 
 from trm_diffusion.data.base import DataConfig, Element, Source, make_element
 from trm_diffusion.errors import UserError
+from trm_diffusion.readers.folders import list_below, list_files, list_folders
+from trm_diffusion.readers.images import IMAGE_SUFFIXES, check_pixels, naming_damage, read_image, to_channels
+from trm_diffusion.readers.paths import expand, local_path
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 CROP_RULE = "ADM: box halving, bicubic, centre"
-
-
-class UnreadableImage(UserError):
-    """One image of a data set cannot be decoded; the others may be fine."""
 
 
 def centre_crop(image, size: int):
     """Resizes and crops a PIL image to [size, size] as ADM (Dhariwal & Nichol, 2021) prepares ImageNet.
 
     Halve with a box filter while the short side stays at least 2 * size, then bring the short side to
-    `size` with a bicubic filter (up or down), then cut out the centre.
+    `size` with a bicubic filter (up or down), then cut out the centre. Raises ValueError for an image so thin that this
+    would make it larger than any that is decoded.
     """
     from PIL import Image
 
@@ -30,6 +27,7 @@ def centre_crop(image, size: int):
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     resized = (round(image.width * scale), round(image.height * scale))
+    check_pixels(resized)
     image = image.resize(resized, Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
@@ -38,31 +36,15 @@ def centre_crop(image, size: int):
 def to_training_image(image, size: int, channels: int) -> np.ndarray:
     """PIL image -> float32 [size, size, channels] in [-1, 1]; channels 1 (grey) or 3 (RGB)."""
     # Palettes and bit masks cannot be averaged, so the colour conversion comes before any resizing.
-    image = centre_crop(image.convert("L" if channels == 1 else "RGB"), size)
+    image = centre_crop(to_channels(image, channels), size)
     pixels = np.asarray(image, np.float32).reshape(size, size, channels)
     return pixels / 127.5 - 1
 
 
 def read_training_image(file, size: int, channels: int, name: str = "") -> np.ndarray:
     """`to_training_image` of a path or an open file, which errors call `name`. Raises UnreadableImage."""
-    from PIL import Image
-
     with naming_damage(name or file):
-        with Image.open(file) as image:
-            return to_training_image(image, size, channels)
-
-
-@contextlib.contextmanager
-def naming_damage(name: str):
-    """Turns errors of decoders into an UnreadableImage that names the image."""
-    from PIL import Image
-
-    try:
-        yield
-    # PIL's plugins report damage through all of these.
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        reason = re.sub(r" <\S+ object at 0x[0-9a-f]+>", "", " ".join(str(error).split()))  # no addresses
-        raise UnreadableImage(f"cannot read the image {name} ({reason}): repair or remove it") from error
+        return to_training_image(read_image(file, channels, name), size, channels)
 
 
 def pixel_format(config: DataConfig) -> dict[str, int]:
@@ -73,25 +55,30 @@ def pixel_format(config: DataConfig) -> dict[str, int]:
 
 
 class ImageFolderSource(Source):
-    """`directory/<class>/<image>`: classes are the subfolders, numbered in the order of their names."""
+    """`directory/<class>/<image>`: classes are the subfolders, numbered in the order of their names.
+
+    Raises UserError for an image that would be left out: beside the class folders, or in a folder below one.
+    """
 
     reads_image_files = True
 
     def __init__(self, directory: str, *, image_size: int, channels: int):
-        root = pathlib.Path(directory)
+        root = local_path(directory, "config.data.path")
         if not directory or not root.is_dir():
             raise UserError(
                 f"config.data.path={directory!r} is not a directory: config.data.source=image_folder needs "
                 "one with a subfolder of images for each class"
             )
-        folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and entry.name[0] != ".")
-        self.class_names = tuple(folder.name for folder in folders)
+        self.class_names = tuple(list_folders(root))
+        alone = list_files(root, IMAGE_SUFFIXES)
+        if self.class_names and alone:
+            raise UserError(f"{root / alone[0]} lies beside the class folders, in none of them: move or remove it")
         self._root = str(root)
         self._files: list[str] = []  # relative to the root: a million short strings, not a million paths
         labels = []
-        for label, folder in enumerate(folders):
-            names = sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in IMAGE_SUFFIXES)
-            self._files += [f"{folder.name}/{name}" for name in names]
+        for label, folder in enumerate(self.class_names):
+            names = _images_of_class(root / folder)
+            self._files += [f"{folder}/{name}" for name in names]
             labels += [label] * len(names)
         if not self._files:
             raise UserError(
@@ -100,7 +87,7 @@ class ImageFolderSource(Source):
             )
         self._labels = np.array(labels, np.int32)
         self.sample_shape = (image_size, image_size, channels)
-        self.num_classes = len(folders)
+        self.num_classes = len(self.class_names)
 
     @classmethod
     def from_config(cls, config: DataConfig) -> "ImageFolderSource":
@@ -118,13 +105,27 @@ class ImageFolderSource(Source):
         return make_element(pixels, self._labels[index], index)
 
 
+def _images_of_class(folder: pathlib.Path) -> list[str]:
+    """The names of a class's images. Raises UserError if there are none, or some in folders below."""
+    names = list_files(folder, IMAGE_SUFFIXES)
+    for below in list_folders(folder):
+        if nested := list_below(folder / below, IMAGE_SUFFIXES):
+            raise UserError(
+                f"{folder / below / nested[0]} is not read: the images of a class lie in the class folder itself; move "
+                f"those of {folder / below} up, or remove them"
+            )
+    if not names:
+        raise UserError(f"the class folder {folder} holds no images: add some, or remove it")
+    return names
+
+
 class TfdsSource(Source):
     """A prepared TFDS dataset with the features `image` and `label`, read from its array_record files."""
 
     reads_image_files = True
 
     def __init__(self, name: str, split: str, data_dir: str, *, image_size: int, channels: int):
-        self._name, self._split, self._data_dir = name, split, data_dir
+        self._name, self._split, self._data_dir = name, split, expand(data_dir, "config.data.path")
         self._lock = threading.Lock()
         builder = self._builder()
         self._check_features(dict(builder.info.features or {}))
@@ -153,7 +154,7 @@ class TfdsSource(Source):
     def __getitem__(self, index: int) -> Element:
         with naming_damage(self.name(index)):
             record = self._record(index)
-        return make_element(self._training_image(record), record["label"], index)
+            return make_element(self._training_image(record), record["label"], index)
 
     def _record(self, index: int) -> dict:
         with self._lock:

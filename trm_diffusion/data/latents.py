@@ -11,19 +11,26 @@ again in each epoch, so that the model sees more than one sample of each posteri
 
 import collections
 import dataclasses
-import json
 import pathlib
 
 import numpy as np
 
 from trm_diffusion.data.base import DataConfig, Element, Source, make_element
-from trm_diffusion.data.shards import LISTED_FIELDS, MANIFEST_NAME, ShardFile, ShardReader, read_about
+from trm_diffusion.data.shards import LISTED_FIELDS, MANIFEST_NAME, SHARD_FORM, ShardFile, ShardReader, read_about
 from trm_diffusion.errors import UserError
 from trm_diffusion.models.latent import LatentSpec
+from trm_diffusion.readers.paths import local_path
+from trm_diffusion.readers.records import build, check, read_json
 
 FORMAT_VERSION = 1
-SHARD_FIELDS = {
-    *LISTED_FIELDS, "class_counts", "bad_images", "num_classes", "latent", "preparation"
+RECORD_FORM = SHARD_FORM | {  # of a shard's JSON record
+    "sha256": str, "class_counts": {str: int}, "bad_images": [{"name": str}], "num_classes": int, "latent": dict,
+    "preparation": dict | None,
+}  # fmt: skip
+
+MANIFEST_FORM = {
+    "records": int, "num_classes": int, "latent": dict, "preparation": dict | None, "bad_images": [{"name": str}],
+    "class_counts": [int], "shards": [SHARD_FORM],
 }  # fmt: skip
 
 _HOW_TO_PREPARE = (
@@ -97,7 +104,7 @@ def shard_name(index: int) -> str:
 
 def read_shard_record(directory: pathlib.Path, index: int) -> dict | None:
     """The JSON record that `ShardWriter` wrote for a shard, or None if it is incomplete or the shard is missing."""
-    return read_about(directory / shard_name(index), SHARD_FIELDS)
+    return read_about(directory / shard_name(index), RECORD_FORM)
 
 
 def assemble_manifest(shards: list[dict]) -> dict:
@@ -186,28 +193,24 @@ def read_manifest(directory: str) -> dict:
     """The validated manifest, with "latent" as a LatentSpec."""
     if not directory:
         raise UserError(f"config.data.source=latents needs config.data.path: {_HOW_TO_PREPARE}")
-    path = pathlib.Path(directory) / MANIFEST_NAME
+    path = local_path(directory, "config.data.path") / MANIFEST_NAME
     if not path.parent.is_dir():
         raise UserError(f"config.data.path={directory!r} does not exist: {_HOW_TO_PREPARE}")
     if not path.is_file():
         raise UserError(f"config.data.path={directory!r} has no {MANIFEST_NAME}: {_HOW_TO_PREPARE}")
-    try:
-        manifest = json.loads(path.read_text())
-        version = manifest["format_version"]
-        if version != FORMAT_VERSION:
-            raise UserError(
-                f"{path} has format version {version}, this code reads {FORMAT_VERSION}: prepare the latents again"
-            )
-        manifest["latent"] = LatentSpec(**manifest["latent"])
-        records = sum(shard["records"] for shard in manifest["shards"] if shard["file"])
-        consistent = (
-            records == manifest["records"]
-            and len(manifest["class_counts"]) == manifest["num_classes"]
-            and (not manifest["num_classes"] or sum(manifest["class_counts"]) == records)
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error!r}): prepare the latents again") from error
-    if not consistent:
+    remedy = "prepare the latents again"
+    manifest = read_json(path, {"format_version": int}, remedy)
+    version = manifest["format_version"]
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} has format version {version}, this code reads {FORMAT_VERSION}: {remedy}")
+    check(manifest, MANIFEST_FORM, str(path), remedy)
+    manifest["latent"] = build(LatentSpec, manifest["latent"], f"{path}: latent", remedy)
+    records = sum(shard["records"] for shard in manifest["shards"])
+    if (
+        records != manifest["records"]
+        or len(manifest["class_counts"]) != manifest["num_classes"]
+        or (manifest["num_classes"] and sum(manifest["class_counts"]) != records)
+    ):
         raise UserError(
             f"{path} counts {manifest['records']} records, its shards have {records}: prepare the latents again"
         )

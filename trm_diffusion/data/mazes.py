@@ -11,18 +11,16 @@ Record i is a pure function of (seed, split, i); there is nothing to store and n
 """
 
 import dataclasses
-import hashlib
 
 import numpy as np
 
 from trm_diffusion.data.base import DataConfig, Element, Source, make_context_element
+from trm_diffusion.data.layouts import SPLITS, held_out
 from trm_diffusion.data.scenes.source import Draws
 from trm_diffusion.errors import UserError
 
-SPLITS = ("train", "test")  # a stream's key is the index of its split: append only
 ROOMS = (3, 15)  # least and most a side
 CONTEXT = ("open", "start", "goal")  # channels of the context image
-HELD_OUT = 4  # one layout in so many is of the test split
 
 _WALL, _OPEN, _UNSEEN = 0, 1, 2  # cells while a maze is drawn
 _STREAM = 1_000  # apart from the streams of other sources
@@ -47,22 +45,6 @@ class Maze:
     def length(self) -> int:
         """Moves from room to room on the path."""
         return int(self.path.sum()) // 2
-
-
-def symmetries(cells: np.ndarray) -> list[np.ndarray]:
-    """The array [S, S] under the 8 rotations and reflections of a square."""
-    turned = [np.rot90(cells, turns) for turns in range(4)]
-    return turned + [one.T for one in turned]
-
-
-def canonical(layout: np.ndarray) -> bytes:
-    """One form of a layout, bool [S, S], for all of its symmetries."""
-    return min(one.tobytes() for one in symmetries(layout))
-
-
-def held_out(layout: np.ndarray) -> bool:
-    """Is the layout, bool [S, S], of the test split?"""
-    return hashlib.blake2b(canonical(layout), digest_size=8).digest()[0] % HELD_OUT == 0
 
 
 def draw_layout(rooms: int, draws: Draws) -> np.ndarray:
@@ -121,6 +103,7 @@ class MazeSource(Source):
     num_classes = 1
     mirrored = ("image", "context")
     in_memory = True
+    held_out_split = "test"
 
     def __init__(self, rooms: int, split: str = "train", *, seed: int = 0, num_mazes: int = 2**20):
         if split not in SPLITS:
@@ -134,6 +117,12 @@ class MazeSource(Source):
     @classmethod
     def from_config(cls, config: DataConfig) -> "MazeSource":
         return cls(rooms_of(config.image_size), config.split)
+
+    @classmethod
+    def focus(cls, context: np.ndarray) -> tuple[int, int]:
+        """The goal."""
+        goal = context[..., CONTEXT.index("goal")]
+        return divmod(int(goal.argmax()), goal.shape[1])
 
     def __len__(self) -> int:
         return self._num_mazes

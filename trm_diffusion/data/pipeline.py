@@ -12,7 +12,6 @@ model's training step; this way it takes about 1 ms.
 """
 
 import functools
-import json
 import multiprocessing
 import os
 import threading
@@ -25,6 +24,8 @@ from etils import epath
 
 from trm_diffusion.data.base import DataConfig, Source
 from trm_diffusion.errors import UserError
+from trm_diffusion.readers.folders import list_files
+from trm_diffusion.readers.records import read_json
 
 # Independent random streams of one seed.
 _ORDER_STREAM = 0
@@ -162,7 +163,8 @@ class BatchIterator(grain.DatasetIterator):
         """Moves to the position in a checkpoint. Every process wrote the same one, so any of their files will do."""
 
         async def move() -> None:
-            self.set_state(json.loads(min(directory.glob("process_*.json")).read_text()))
+            names = [name for name in list_files(directory, [".json"]) if name.startswith("process_")]
+            self.set_state(read_json(directory / min(names), {str: int}))
 
         return move()
 

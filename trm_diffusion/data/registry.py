@@ -17,4 +17,6 @@ SOURCES = {  # `data.source`: its class
     "tfds_captions": "trm_diffusion.data.captions:TfdsCaptionSource",
     "mazes": "trm_diffusion.data.mazes:MazeSource",
     "image_pairs": "trm_diffusion.data.contexts:ImagePairSource",
+    "captioned_pairs": "trm_diffusion.data.contexts:CaptionedPairSource",
+    "frozen_lake": "trm_diffusion.data.frozen_lake:FrozenLakeSource",
 }

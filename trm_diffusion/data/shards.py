@@ -5,25 +5,29 @@ manifest; see `latents.py` and `encodings.py`.
 """
 
 import abc
-import json
+import contextlib
 import os
 import pathlib
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 
 from trm_diffusion.errors import UserError
 from trm_diffusion.files import clear_partial, partial_path, remove, sha256_of_file, write_json
+from trm_diffusion.readers.paths import local_path
+from trm_diffusion.readers.records import read_json
 
 MANIFEST_NAME = "manifest.json"
 LISTED_FIELDS = ("file", "records", "sha256")  # fields of a shard's JSON record that the manifest repeats
+SHARD_FORM = {"file": str, "records": int, "sha256?": str}  # of a shard, in its own record and in the manifest
 INDENT = 1  # spaces, in the JSON files of a directory of shards
 
 
 class ShardFile(abc.ABC):
     """Writes one shard; a context manager. After an error nothing of the shard is left.
 
-    Only one process may write a shard at a time.
+    Only one process may write a shard at a time. Raises UserError if it cannot be written.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -34,10 +38,12 @@ class ShardFile(abc.ABC):
         clear_partial(path.parent, path.name)
         self._partial = partial_path(path)
         # Groups of one record, so that a random read touches only its own bytes.
-        self._file = ArrayRecordWriter(str(self._partial), "group_size:1")
+        with self._writing():
+            self._file = ArrayRecordWriter(str(self._partial), "group_size:1")
 
     def append(self, record: bytes) -> None:
-        self._file.write(record)
+        with self._writing():
+            self._file.write(record)
         self.records += 1
 
     @abc.abstractmethod
@@ -48,7 +54,12 @@ class ShardFile(abc.ABC):
         return self
 
     def __exit__(self, error_type, error, traceback) -> None:
-        self._file.close()
+        try:
+            with self._writing():
+                self._file.close()
+        except UserError:
+            remove(self._partial)
+            raise
         if error_type is not None:
             remove(self._partial)
             return
@@ -56,14 +67,25 @@ class ShardFile(abc.ABC):
         record = {"file": self.path.name, "records": self.records, "sha256": sha256_of_file(self.path)}
         write_json(self.path.with_suffix(".json"), record | self.about(), INDENT)
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # the library's error for any failure to write
+            reason = str(error).partition(";")[0]
+            raise UserError(
+                f"{self.path} cannot be written ({reason}): free some space, or choose another --out; then start the "
+                "same command again"
+            ) from error
 
-def read_about(path: pathlib.Path, fields: set[str]) -> dict | None:
-    """The JSON record of the shard `path`, or None if it lacks a field, is damaged, or either file is missing."""
+
+def read_about(path: pathlib.Path, form: dict) -> dict | None:
+    """The JSON record of the shard `path`; None if it is of another form or damaged, or if either file is missing."""
     try:
-        about = json.loads(path.with_suffix(".json").read_text())
-    except (OSError, ValueError):
+        about = read_json(path.with_suffix(".json"), form)
+    except UserError:
         return None
-    return about if about.keys() >= fields and path.is_file() else None
+    return about if path.is_file() else None
 
 
 def holds_all_records(directory: pathlib.Path, record: dict) -> bool:
@@ -92,11 +114,13 @@ class ShardReader:
     """
 
     def __init__(self, directory: str | os.PathLike, shards: list[dict], remedy: str):
-        self._paths = [pathlib.Path(directory) / shard["file"] for shard in shards]
+        self._paths = [local_path(directory) / shard["file"] for shard in shards]
         self._counts = [shard["records"] for shard in shards]
         self._ends = np.cumsum(self._counts, dtype=np.int64)
         self._remedy = remedy
-        for path in self._paths:
+        for path, count in zip(self._paths, self._counts, strict=True):
+            if count < 0:
+                raise UserError(f"{path} cannot hold {count} records: {remedy}")
             if not path.is_file():
                 raise UserError(f"{path} is missing: {remedy}")
         self._forget_readers()

@@ -7,15 +7,20 @@ the class number of KEY.jpg (or another image format) is the text of KEY.cls in 
 import io
 import os
 import pathlib
-import tarfile
 
 import numpy as np
 
 from trm_diffusion.data.base import DataConfig, Element, Source, make_element
-from trm_diffusion.data.images import IMAGE_SUFFIXES, pixel_format, read_training_image
+from trm_diffusion.data.images import pixel_format, read_training_image
 from trm_diffusion.errors import UserError
+from trm_diffusion.readers.folders import list_files
+from trm_diffusion.readers.images import IMAGE_SUFFIXES
+from trm_diffusion.readers.opening import open_file
+from trm_diffusion.readers.paths import local_path
+from trm_diffusion.readers.tars import list_members
 
 LABEL_SUFFIX = ".cls"
+MOST_LABEL_BYTES = 64
 
 
 class ImageTarSource(Source):
@@ -24,8 +29,8 @@ class ImageTarSource(Source):
     reads_image_files = True
 
     def __init__(self, directory: str, *, num_classes: int, image_size: int, channels: int):
-        root = pathlib.Path(directory)
-        self._tars = sorted(root.glob("*.tar")) if directory else []
+        root = local_path(directory, "config.data.path")
+        self._tars = [root / name for name in list_files(root, [".tar"])] if directory and root.is_dir() else []
         if not self._tars:
             raise UserError(
                 f"config.data.path={directory!r} holds no .tar files: config.data.source=image_tars needs a tar of "
@@ -68,7 +73,7 @@ class ImageTarSource(Source):
 
     def __getitem__(self, index: int) -> Element:
         tar, offset, length = self._places[index]
-        with self._tars[tar].open("rb") as file:
+        with open_file(self._tars[tar]) as file:
             content = os.pread(file.fileno(), int(length), int(offset))
         size, _, channels = self.sample_shape
         pixels = read_training_image(io.BytesIO(content), size, channels, name=self.name(index))
@@ -78,16 +83,19 @@ class ImageTarSource(Source):
 def _index(path: pathlib.Path) -> tuple[list[tuple[str, int, int]], dict[str, int]]:
     """Name, offset and size of each image in a tar, in order, and the class numbers by key."""
     images, classes = [], {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                suffix = pathlib.PurePosixPath(member.name).suffix.lower()
-                if member.isfile() and suffix in IMAGE_SUFFIXES:
-                    images.append((member.name, member.offset_data, member.size))
-                elif member.isfile() and suffix == LABEL_SUFFIX:
-                    classes[_key(member.name)] = int(tar.extractfile(member).read())
-    except (tarfile.TarError, ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read as an uncompressed tar of images ({error}): fetch it again") from error
+    members = list_members(path, [*IMAGE_SUFFIXES, LABEL_SUFFIX])
+    if not members:
+        raise UserError(f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)}): fetch it again, or remove it")
+    with open_file(path) as file:
+        for name, offset, size in members:
+            if not name.lower().endswith(LABEL_SUFFIX):
+                images.append((name, offset, size))
+                continue
+            text = os.pread(file.fileno(), min(size, MOST_LABEL_BYTES), offset)
+            try:
+                classes[_key(name)] = int(text)
+            except ValueError:
+                raise UserError(f"{path}: {name} holds {text!r}, not the number of a class") from None
     return images, classes
 
 

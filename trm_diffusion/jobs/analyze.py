@@ -3,7 +3,8 @@
 The job draws one batch of `sample.batch_size` images, cycling through the classes or texts of the run's grids, and
 records the gates' reports at every diffusion step. Reports are means over all tokens that the network sees, including
 the unconditional half of guidance; with Heun's sampler they are those of the predictor. With halting, the job also
-draws the same batch without it and times both in turn.
+draws the same batch without it and times both in turn. The report's "liveness" is what training logs
+(jobs/liveness.py), of the parameters that are sampled with.
 """
 
 import dataclasses
@@ -20,7 +21,8 @@ from trm_diffusion.conditions import SampleRequest
 from trm_diffusion.config import Config
 from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.experiment import Experiment, build
-from trm_diffusion.files import write_json
+from trm_diffusion.files import check_writable, write_json
+from trm_diffusion.jobs.liveness import make_liveness
 from trm_diffusion.jobs.sample import make_sample_fn
 from trm_diffusion.models.architecture import stack_layout
 from trm_diffusion.models.recursion.report import RoutingReport
@@ -28,7 +30,7 @@ from trm_diffusion.run.protocol import protocol
 from trm_diffusion.run.restore import load_run, sampling_parameters
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.parameters import Parameters
-from trm_diffusion.runtime.processes import is_main_process
+from trm_diffusion.runtime.processes import in_process_0, is_main_process
 from trm_diffusion.runtime.signals import StopRequest
 from trm_diffusion.runtime.timing import interleaved_seconds
 
@@ -40,6 +42,9 @@ def analyze(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
     """Writes analysis.json of the run in `workdir`; prints it as one line, without the part by diffusion step."""
     if config.model.recursion.blocks == "none":
         raise UserError("config.model.recursion.blocks is none: no block recurses, so there is nothing to analyze")
+    if config.model.recursion.looped:
+        raise UserError("config.model.recursion.looped is True: a loop has no gates, so there is no routing to analyze")
+    in_process_0(lambda: check_writable(workdir / "analysis.json"))
     experiment, state = load_run(config, workdir)
     parameters = sampling_parameters(experiment, state)
     condition = _condition_of_batch(experiment, experiment.condition.request())
@@ -49,6 +54,7 @@ def analyze(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
         "blocks": list(stack_layout(config.model).recursive),
         "latent_steps": reports.ran.shape[-1],
         **_routing(reports),
+        "liveness": _liveness(experiment, workdir, parameters),
         "halting": {"rule": config.model.recursion.halting},
         "protocol": {**protocol(config, update=int(state.step)), "samples": len(images), "label_rule": "grid"},
     }
@@ -56,9 +62,9 @@ def analyze(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
         report["halting"] |= _halting(experiment, parameters, condition, images, reports, stop)
     if not is_main_process():
         return
+    print(json.dumps(report), flush=True)
     write_json(workdir / "analysis.json", {**report, "by_diffusion_step": _by_diffusion_step(experiment, reports)})
     say(f"wrote {workdir / 'analysis.json'}")
-    print(json.dumps(report), flush=True)
 
 
 def _condition_of_batch(experiment: Experiment, request: SampleRequest):
@@ -87,6 +93,16 @@ def _routing(reports: RoutingReport) -> dict:
         "expert_load": _rounded(np.einsum("srt,srtpm->rpm", ran, reports.load)),
         "gate_entropy_nats": _rounded(np.sum(ran * reports.entropy, axis=(0, 2))),
     }
+
+
+def _liveness(experiment: Experiment, workdir: epath.Path, parameters: Parameters) -> dict | None:
+    """What jobs/liveness.py measures; None, and a line that says why, where the data are missing."""
+    try:
+        line = make_liveness(experiment, workdir)(parameters)
+    except UserError as error:
+        say(f"no liveness in the report: {error}")
+        return None
+    return {name: _rounded(value) for name, value in line.items()}
 
 
 def _halting(experiment: Experiment, parameters: Parameters, condition, images, reports: RoutingReport, stop) -> dict:

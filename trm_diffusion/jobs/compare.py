@@ -3,23 +3,28 @@
 import base64
 import html
 import io
-import json
 
 import numpy as np
-from etils import epath
 
 from trm_diffusion.analysis.grids import image_grid
 from trm_diffusion.errors import UserError
-from trm_diffusion.files import write_text
+from trm_diffusion.files import check_writable, write_text
 from trm_diffusion.metrics.image_sets import open_images
+from trm_diffusion.readers.paths import any_path
+from trm_diffusion.readers.records import check, read_json
 from trm_diffusion.runtime.logging import say
 
 METRICS = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "precision", "recall": "recall"}
 FIELDS = ("num_images", "fid_name", "intervals_95", "images", "protocol", "sampling")
+FORM = {
+    **dict.fromkeys(METRICS, float), "num_images": int, "fid_name": str, "images": str, "sampling": dict,
+    "intervals_95": dict.fromkeys(METRICS, (float, float)), "protocol": {"image_size_cropped_to": int | None},
+    "warnings?": [str],
+}  # fmt: skip
 # Fields in which compared evaluations may differ: file locations and the models themselves.
 FREE_PROTOCOL = ("reference",)
 SHOWN = ("latent_steps", "recursive_blocks", "update", "train_seed")
-FREE_SAMPLING = (*SHOWN, "version", "git_commit", "jax", "device")
+FREE_SAMPLING = (*SHOWN, "config", "weights_sha256", "version", "git_commit", "jax", "device")
 GRID_IMAGES, GRID_COLUMNS, GRID_PIXELS = 32, 8, 64
 STYLE = """
 body { font: 15px sans-serif; margin: 2em auto; max-width: 75em }
@@ -37,6 +42,7 @@ def compare(paths: list[str], out: str) -> None:
     """
     if len(paths) < 2:
         raise UserError("--evaluations needs two files or more, separated by commas")
+    check_writable(out)
     reports = {path: read_evaluation(path) for path in paths}
     first = paths[0]
     for path, report in reports.items():
@@ -53,15 +59,13 @@ def compare(paths: list[str], out: str) -> None:
 
 def read_evaluation(path: str) -> dict:
     """Reads an evaluation.json of the ADM protocol. Raises UserError for any other file."""
-    try:
-        report = json.loads(epath.Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as an evaluation ({error})") from error
+    report = read_json(any_path(path, "--evaluations"))
     missing = [field for field in (*METRICS, *FIELDS) if field not in report]
     if missing:
         raise UserError(
             f"{path} is not an evaluation of images (no {missing[0]}); make one with --mode=evaluate --images"
         )
+    check(report, FORM, path, "make an evaluation with --mode=evaluate --images")
     return report
 
 

@@ -4,11 +4,11 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
-from etils import epath
 
 from trm_diffusion.config import Config
 from trm_diffusion.errors import UserError
 from trm_diffusion.files import write_json
+from trm_diffusion.readers.paths import any_path, local_path
 from trm_diffusion.run.decoder import kept_spec
 from trm_diffusion.run.restore import layers_of_run, model_of
 from trm_diffusion.run.workdir import load_config
@@ -18,7 +18,7 @@ from trm_diffusion.weights.adapters import adapter_of, merged
 from trm_diffusion.weights.convert import LAYOUTS, Weights, in_dtype, to_ours, to_theirs
 from trm_diffusion.weights.safetensors import TensorSpec, write_safetensors
 from trm_diffusion.weights.source import open_source
-from trm_diffusion.weights.store import holds_weights, load_weights, new_directory, save_weights
+from trm_diffusion.weights.store import check_new, holds_weights, load_weights, new_directory, save_weights
 
 DIFFUSERS_FILE, PLAIN_FILE = "diffusion_pytorch_model.safetensors", "model.safetensors"
 ADAPTER = "adapter"  # given instead of a layout: only gates and experts
@@ -38,6 +38,7 @@ def convert(
     for flag, name, known in (("layout", layout, [*LAYOUTS]), ("to-layout", to_layout, [*LAYOUTS, ADAPTER])):
         if name and name not in known:
             raise UserError(f"--{flag}={name} is none of {', '.join(known)}")
+    check_new(destination)
     weights = _open(source, layout)
     if dtype:
         weights = in_dtype(weights, dtype, source)
@@ -60,7 +61,7 @@ def convert(
 
 
 def _open(source: str, layout: str) -> Weights:
-    path = Path(source).expanduser()
+    path = local_path(source, "--from")
     if holds_weights(path):
         return load_weights(path)
     if (path / "checkpoints").is_dir():
@@ -70,7 +71,7 @@ def _open(source: str, layout: str) -> Weights:
 
 def _of_run(workdir: Path) -> Weights:
     """A run's sampling parameters (by default the first EMA)."""
-    path = epath.Path(workdir)
+    path = any_path(workdir)
     weights = weights_of(load_config(path), layers_of_run(path), str(workdir))
     spec = kept_spec(path)
     latent = {"latent": dataclasses.asdict(spec)} if spec else {}

@@ -12,6 +12,8 @@ from trm_diffusion.data.sources import CAPTIONED_SOURCES, make_source
 from trm_diffusion.data.text_encoders import TEXTS_AT_ONCE, PretrainedEncoder
 from trm_diffusion.errors import UserError
 from trm_diffusion.files import sha256_of_json, sha256_of_names
+from trm_diffusion.readers.paths import local_path
+from trm_diffusion.run.claim import claimed
 from trm_diffusion.run.prompts import read_prompts
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.signals import StopRequest
@@ -38,7 +40,7 @@ def encode(
         own by default.
 
     Raises:
-      UserError: no captions, no encoders, or `out` holds shards made with other settings.
+      UserError: no captions, no encoders, `out` holds shards made with other settings or is in use.
       Interrupted: asked to stop; complete shards are kept.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs the GPU's memory
@@ -46,10 +48,12 @@ def encode(
         raise UserError("--mode=encode needs --out=DIR, the directory to write")
     if config.model.text.encoder != "encoded":
         raise UserError("--mode=encode needs config.model.text.encoder=encoded; other models do not use encoded text")
+    directory = local_path(out, "--out")
     share = process_share(process_index, process_count, items_per_shard)
     items = [NONE, *(_prompts(prompts) if prompts else _captions(config))]
-    job = TextJob(items, PretrainedEncoder(config.model.text), pathlib.Path(out), items_per_shard)
-    manifest = make_shards(job, share, stop)
+    with claimed(directory, "--mode=encode", stop, share):
+        job = TextJob(items, PretrainedEncoder(config.model.text), directory, items_per_shard)
+        manifest = make_shards(job, share, stop)
     if manifest is not None:
         say(f"wrote {out}: {manifest['records']:,} texts of {manifest['items'] - 1:,} items, and the empty text")
 

@@ -9,7 +9,7 @@ from etils import epath
 
 import trm_diffusion
 from trm_diffusion.errors import UserError
-from trm_diffusion.files import replacing, write_json
+from trm_diffusion.files import check_writable, replacing, write_json
 from trm_diffusion.metrics.adm import (
     PROTOCOL,
     adm_metrics,
@@ -21,9 +21,11 @@ from trm_diffusion.metrics.adm import (
 )
 from trm_diffusion.metrics.image_sets import ImageSet, open_images
 from trm_diffusion.metrics.precision_recall import NEIGHBOURS
+from trm_diffusion.readers.paths import any_path
+from trm_diffusion.readers.records import read_json
 from trm_diffusion.run.protocol import git_commit
 from trm_diffusion.runtime.logging import say
-from trm_diffusion.runtime.processes import is_main_process
+from trm_diffusion.runtime.processes import in_process_0, is_main_process
 from trm_diffusion.weights.inception import load_inception
 
 BATCH_SIZE = 64
@@ -31,6 +33,7 @@ BATCH_SIZE = 64
 SAMPLING_FIELDS = (
     "sampler",
     "diffusion_steps",
+    "eta",
     "guidance_scale",
     "guidance_interval",
     "guidance_channels",
@@ -47,7 +50,7 @@ SAMPLING_FIELDS = (
 def evaluate_images(
     images: str, reference: str, inception: str, out: str = "", image_size: int = 0, precision_dtype: str = "float32"
 ) -> dict:
-    """Evaluates a folder or npz of samples; writes and prints one JSON object with all metrics and their settings.
+    """Evaluates a folder or npz of samples; prints and writes one JSON object with all metrics and their settings.
 
     Args:
       images: folder of pictures or .npz; `sampling.json` beside them records how they were drawn.
@@ -62,7 +65,8 @@ def evaluate_images(
     samples = open_images(images, image_size)
     target = read_reference(reference)
     weights, weights_sha256 = load_inception(inception)
-    path = epath.Path(out) if out else beside(samples, "evaluation.json")
+    path = any_path(out, "--out") if out else beside(samples, "evaluation.json")
+    in_process_0(lambda: check_writable(path))
     warnings = warnings_about(samples)
     for warning in warnings:
         say(f"warning: {warning}")
@@ -100,17 +104,18 @@ def evaluate_images(
         },
     }
     if is_main_process():
+        print(json.dumps(report), flush=True)
         write_json(path, report)
         say(f"wrote {path}")
-        print(json.dumps(report), flush=True)
     return report
 
 
 def make_reference(images: str, inception: str, out: str, image_size: int = 0) -> None:
     """Writes a reference .npz of all images of a folder or npz; see `metrics.adm`."""
-    path = epath.Path(out)
+    path = any_path(out, "--out")
     if path.suffix != ".npz":
         raise UserError(f"--out={out} must end in .npz, the format of a reference")
+    in_process_0(lambda: check_writable(path))
     source = open_images(images, image_size)
     if len(source) < 2:
         raise UserError(f"--images={images} holds one image; a reference needs at least 2, usually a whole data set")
@@ -126,7 +131,7 @@ def make_reference(images: str, inception: str, out: str, image_size: int = 0) -
 def sampling_record(samples: ImageSet) -> dict:
     """How the samples were drawn: `SAMPLING_FIELDS` from sampling.json beside them, None for those it lacks."""
     path = beside(samples, "sampling.json")
-    record = json.loads(path.read_text()) if path.exists() else {}
+    record = read_json(path) if path.exists() else {}
     return {field: None for field in SAMPLING_FIELDS} | record
 
 

@@ -1,42 +1,45 @@
 """The export job: writes many images of a run as PNG files, for `--mode=evaluate --images`.
 
 An image depends only on its index, its label and `sample.seed`. Files are written atomically, and a restarted job draws
-every batch that lacks a file, so an interrupted export ends with the same bytes. Each process decodes and writes the
-images that its own devices draw.
+every batch that lacks a sound image, so an interrupted export ends with the same bytes. Each process decodes and writes
+the images that its own devices draw.
 
 NUMBER.png       the images, by index
 labels.npy       [N] int32, the requested classes
-sampling.json    how they were drawn
+sampling.json    how they were drawn; see run/drawn_set.py
 """
 
 import contextlib
 import io
-import json
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import tqdm
 from etils import epath
-from jax.experimental import multihost_utils
 
-from trm_diffusion.analysis.grids import image_grid, save_png
+from trm_diffusion.analysis.grids import to_uint8
 from trm_diffusion.conditions import LABELS, kind_of
 from trm_diffusion.config import Config
 from trm_diffusion.errors import Interrupted, UserError
-from trm_diffusion.files import replacing, write_json
+from trm_diffusion.experiment import Experiment
+from trm_diffusion.files import check_writable, replacing, sha256_of_arrays, write_bytes, write_json
 from trm_diffusion.jobs.sample import make_sample_fn
 from trm_diffusion.metrics.image_sets import FolderImages
+from trm_diffusion.readers.images import IMAGE_SUFFIXES
+from trm_diffusion.readers.paths import any_path
+from trm_diffusion.run.claim import claimed
 from trm_diffusion.run.decoder import load_decoder
-from trm_diffusion.run.protocol import evaluation_labels, protocol
+from trm_diffusion.run.drawn_set import DrawnSet, check_record, visible
+from trm_diffusion.run.protocol import evaluation_labels, set_record
 from trm_diffusion.run.restore import load_run, sampling_parameters
 from trm_diffusion.runtime.logging import say
-from trm_diffusion.runtime.processes import barrier, is_main_process
+from trm_diffusion.runtime.processes import barrier, in_process_0, is_main_process
 from trm_diffusion.runtime.sharding import own_shards
 from trm_diffusion.runtime.signals import StopRequest
+from trm_diffusion.runtime.state import TrainState
 
-# Fields of the record that may differ when an export is resumed: software and device.
-FREE = ("version", "git_commit", "jax", "device")
+LABELS_FILE, RECORD_FILE = "labels.npy", "sampling.json"
 
 
 def export(config: Config, workdir: epath.Path, stop: StopRequest, count: int, out: str = "") -> None:
@@ -47,22 +50,46 @@ def export(config: Config, workdir: epath.Path, stop: StopRequest, count: int, o
         beside it, in ADM's layout: arr_0 uint8 [N, H, W, C], arr_1 labels [N].
 
     Raises:
-      UserError: a model of texts, latents without an autoencoder, or a folder of images drawn with other settings.
+      UserError: a model of texts, latents without an autoencoder, a folder of other images or of images drawn with
+        other settings, one in use, or an image that is not finite.
       Interrupted: asked to stop; the images drawn so far are kept.
     """
     kind_of(config).require(LABELS, "--num")
     require_images(config)
     experiment, state = load_run(config, workdir)
-    update = int(state.step)
-    target = epath.Path(out or workdir / "samples" / f"images_{update:07d}")
+    target = any_path(out or workdir / "samples" / f"images_{int(state.step):07d}")
     folder = target.with_suffix("") if target.suffix == ".npz" else target
+    if target != folder:
+        in_process_0(lambda: check_writable(target))
+    with claimed(folder, "--mode=sample --num", stop):
+        _export(experiment, state, workdir, stop, count, target, folder)
+
+
+def _export(
+    experiment: Experiment,
+    state: TrainState,
+    workdir: epath.Path,
+    stop: StopRequest,
+    count: int,
+    target: epath.Path,
+    folder: epath.Path,
+) -> None:
+    """Draws the images that `folder` lacks, and packs them if `target` is an npz."""
+    config, update = experiment.config, int(state.step)
     labels = evaluation_labels(config, count)
-    batches = unfinished_batches(folder, count, config.sample.batch_size)
     decoder = load_decoder(experiment, workdir, experiment.mesh.local_mesh)
-    prepare_folder(folder, labels, protocol(config, update, decoder) | {"samples": count})
+    parameters = sampling_parameters(experiment, state)
+    contents = {"samples": count, "labels_sha256": sha256_of_arrays([("", labels)])}
+    drawn = DrawnSet(folder, folder / RECORD_FILE, set_record(config, update, parameters, decoder) | contents)
+    check_contents(drawn, target, count)
+    lacking = drawn.lacking([image_name(index) for index in range(count)])
+    drawn.begin()
+    if is_main_process():
+        write_labels(folder / LABELS_FILE, labels)
+    barrier("the folder is there")
 
     draw = make_sample_fn(experiment, gathered=False)
-    parameters = sampling_parameters(experiment, state)
+    batches = unfinished_batches(lacking, config.sample.batch_size)
     missing = sum(len(indices) for indices in batches)
     with tqdm.tqdm(total=count, initial=count - missing, unit="image", mininterval=1) as bar:
         for indices in batches:
@@ -74,11 +101,12 @@ def export(config: Config, workdir: epath.Path, stop: StopRequest, count: int, o
                 images = decoder(images)
             for row, image in zip(rows, images, strict=True):
                 if row < len(indices):
-                    save_png(image_path(folder, indices[row]), image_grid(image[None], columns=1, padding=0))
+                    name = image_name(indices[row])
+                    drawn.save(name, to_uint8(image, name))
             bar.update(len(indices))
     barrier("all images are written")
     if target.suffix == ".npz" and is_main_process():
-        pack(folder, target, labels)
+        pack(drawn, target, labels)
     say(f"drew {count} images with {config.sample.parameters} parameters: {target}")
 
 
@@ -91,62 +119,49 @@ def require_images(config: Config) -> None:
         )
 
 
-def image_path(folder: epath.Path, index: int) -> epath.Path:
-    return folder / f"{index:06d}.png"
+def image_name(index: int) -> str:
+    return f"{index:06d}.png"
 
 
-def unfinished_batches(folder: epath.Path, count: int, size: int) -> list[np.ndarray]:
-    """The indices of each batch that lacks an image, as process 0 sees the folder."""
-    existing = {file.name for file in folder.iterdir()} if folder.exists() else set()
+def record_of_npz(target: epath.Path) -> epath.Path:
+    return target.with_suffix(f".{RECORD_FILE}")
+
+
+def check_contents(drawn: DrawnSet, target: epath.Path, count: int) -> None:
+    """Raises UserError if the folder or the .npz to write holds anything that is not part of this export."""
+    drawn.check()
+    images = {image_name(index) for index in range(count)}
+    others = [name for name in visible(drawn.folder) if name.lower().endswith(IMAGE_SUFFIXES) and name not in images]
+    if others:
+        raise UserError(f"{drawn.folder} holds {len(others)} other images, such as {others[0]}: move them away")
+    if target != drawn.folder:
+        check_record(record_of_npz(target), target, drawn.record)
+        if target.exists() and not record_of_npz(target).exists():
+            raise UserError(f"{target} exists and has no {record_of_npz(target).name}: give another --out")
+
+
+def unfinished_batches(lacking: np.ndarray, size: int) -> list[np.ndarray]:
+    """The indices of each batch with an image to draw; lacking: bool [N]."""
+    count = len(lacking)
     batches = [np.arange(first, min(first + size, count)) for first in range(0, count, size)]
-    lacking = broadcast_flags(
-        [any(image_path(folder, index).name not in existing for index in batch) for batch in batches]
-    )
-    return [batch for batch, lacks in zip(batches, lacking, strict=True) if lacks]
+    return [batch for batch in batches if lacking[batch].any()]
 
 
-def broadcast_flags(flags: Sequence[bool]) -> np.ndarray:
-    """Broadcasts the flags of process 0 to all processes; none starts to write before process 0 has looked."""
-    return np.asarray(multihost_utils.broadcast_one_to_all(np.array(flags, np.int32))).astype(bool)
+def write_labels(path: epath.Path, labels: np.ndarray) -> None:
+    """Writes labels.npy, unless it is there with the same bytes."""
+    stream = io.BytesIO()
+    np.save(stream, labels)
+    wrong = path.exists() and path.read_bytes() != stream.getvalue()
+    if wrong:
+        say(f"{path} does not hold the labels of these images; it is written again")
+    if wrong or not path.exists():
+        write_bytes(path, stream.getvalue())
 
 
-def prepare_folder(folder: epath.Path, labels: np.ndarray, record: dict) -> None:
-    """Writes the labels and the record. Raises UserError if the folder's record has other settings."""
-    if keep_record(folder / "sampling.json", folder, record) and is_main_process():
-        with replacing(folder / "labels.npy") as partial, partial.open("wb") as file:
-            np.save(file, labels)
-    barrier("the folder is there")
-
-
-def keep_record(path: epath.Path, folder: epath.Path, record: dict) -> bool:
-    """Writes the record of the images in `folder` to `path`; returns False if it is there already.
-
-    Raises UserError if the record there has other settings.
-    """
-    if path.exists():
-        before = _fixed(json.loads(path.read_text()))
-        now = _fixed(record)
-        changed = [field for field in now if before.get(field) != now[field]]
-        if changed:
-            field = changed[0]
-            raise UserError(
-                f"{folder} holds images drawn with {field} = {before.get(field)!r}, not {now[field]!r}: "
-                "remove it, or give another --out"
-            )
-        return False
-    if is_main_process():
-        write_json(path, record)
-    return True
-
-
-def _fixed(record: dict) -> dict:
-    """The fields that may not differ when an export is resumed."""
-    return {field: value for field, value in record.items() if field not in FREE}
-
-
-def pack(folder: epath.Path, target: epath.Path, labels: np.ndarray) -> None:
-    """Writes the folder's images and labels as one npz, a batch at a time, and its record beside it."""
-    images = FolderImages(folder)
+def pack(drawn: DrawnSet, target: epath.Path, labels: np.ndarray) -> None:
+    """Writes the images and labels as one npz, a batch at a time, after its record beside it."""
+    write_json(record_of_npz(target), drawn.record)
+    images = FolderImages(drawn.folder)
     first = next(images.batches(1))
     with replacing(target) as partial, partial.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
         with _array(archive, "arr_0", (len(images), *first.shape[1:]), np.uint8) as stream:
@@ -154,7 +169,6 @@ def pack(folder: epath.Path, target: epath.Path, labels: np.ndarray) -> None:
                 stream.write(np.ascontiguousarray(batch).tobytes())
         with _array(archive, "arr_1", labels.shape, labels.dtype) as stream:
             stream.write(labels.tobytes())
-    write_json(target.with_name(f"{folder.name}.sampling.json"), json.loads((folder / "sampling.json").read_text()))
 
 
 @contextlib.contextmanager

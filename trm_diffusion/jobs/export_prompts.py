@@ -1,11 +1,11 @@
 """The export job for prompt benchmarks: four images per prompt, in the layout that the benchmark's evaluator reads.
 
 Image i of prompt p depends only on the prompt, `sample.seed` and its index 4 p + i. Prompts are drawn in groups, the
-same in every start of the job. Files are written atomically, and a group that lacks a file is drawn again, so an
+same in every start of the job. Files are written atomically, and a group that lacks a sound image is drawn again, so an
 interrupted export ends with the same bytes.
 
 OUT                  the images, in the layout of `metrics/geneval.py` or `metrics/dpg.py`
-OUT.sampling.json    how they were drawn
+OUT.sampling.json    how they were drawn; see run/drawn_set.py
 """
 
 import pathlib
@@ -17,20 +17,25 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from trm_diffusion.analysis.grids import image_grid
+from trm_diffusion.analysis.grids import to_uint8
 from trm_diffusion.conditions import PROMPTS, TEXTS, kind_of
 from trm_diffusion.config import Config
 from trm_diffusion.errors import UserError
+from trm_diffusion.experiment import Experiment
 from trm_diffusion.files import clear_partial, sha256_of_json
-from trm_diffusion.jobs.export_images import broadcast_flags, keep_record, require_images
+from trm_diffusion.jobs.export_images import require_images
 from trm_diffusion.jobs.sample import draw_all, make_sample_fn
 from trm_diffusion.metrics import dpg, geneval
+from trm_diffusion.readers.paths import local_path
+from trm_diffusion.run.claim import claimed
 from trm_diffusion.run.decoder import load_decoder
-from trm_diffusion.run.protocol import protocol
+from trm_diffusion.run.drawn_set import DrawnSet
+from trm_diffusion.run.protocol import set_record
 from trm_diffusion.run.restore import load_run, sampling_parameters
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.processes import is_main_process
 from trm_diffusion.runtime.signals import StopRequest
+from trm_diffusion.runtime.state import TrainState
 
 IMAGES = 4  # images per prompt, in both benchmarks
 
@@ -39,26 +44,31 @@ class Benchmark(NamedTuple):
     """The prompts of a benchmark, and its layout of a folder of images."""
 
     texts: list[str]
-    unfinished: Callable[[pathlib.Path], set[int]]  # the prompts that lack a file
-    write: Callable[[pathlib.Path, int, np.ndarray], None]  # writes the images uint8 [4, H, W, 3] of a prompt
+    names: list[list[str]]  # of the image files of each prompt, relative to the folder
+    write: Callable[[DrawnSet, int, np.ndarray], None]  # writes the images uint8 [4, H, W, 3] of a prompt
+    write_texts: Callable[[pathlib.Path], None]  # writes the other files that are missing or wrong
     check: Callable[[pathlib.Path], object]  # raises UserError for a missing or an extra file
 
 
 def _geneval(path: str) -> Benchmark:
     prompts = geneval.read_prompts(path)
+    numbers = range(len(prompts))
+    names = [[geneval.image_path("", prompt, image).as_posix() for image in range(IMAGES)] for prompt in numbers]
 
-    def unfinished(folder):
-        metadata = {prompt for prompt in range(len(prompts)) if not geneval.metadata_path(folder, prompt).exists()}
-        return metadata | {prompt for prompt, _ in geneval.missing_images(folder, len(prompts))}
-
-    def write(folder, prompt, images):
+    def write(drawn, prompt, images):
         for image, pixels in enumerate(images):
-            geneval.write_image(folder, prompts, prompt, image, pixels)
+            mark = drawn.mark(names[prompt][image])
+            geneval.write_image(drawn.folder, prompts, prompt, image, pixels, mark)
+
+    def write_texts(folder):
+        for prompt in numbers:
+            geneval.write_metadata(folder, prompts, prompt)
 
     return Benchmark(
         [prompt["prompt"] for prompt in prompts],
-        unfinished,
+        names,
         write,
+        write_texts,
         lambda folder: geneval.check_export(folder, prompts),
     )
 
@@ -66,10 +76,16 @@ def _geneval(path: str) -> Benchmark:
 def _dpg(path: str) -> Benchmark:
     prompts = dpg.read_prompts(path)
     item_ids = list(prompts)
+    names = [f"{item_id}.png" for item_id in item_ids]
+
+    def write(drawn, prompt, images):
+        dpg.write_grid(drawn.folder, item_ids[prompt], images, drawn.mark(names[prompt]))
+
     return Benchmark(
         list(prompts.values()),
-        lambda folder: {i for i, item_id in enumerate(item_ids) if not (folder / f"{item_id}.png").exists()},
-        lambda folder, prompt, images: dpg.write_grid(folder, item_ids[prompt], images),
+        [[name] for name in names],
+        write,
+        lambda folder: None,
         lambda folder: dpg.check_export(folder, item_ids),
     )
 
@@ -86,7 +102,7 @@ def export_prompts(
 
     Raises:
       UserError: a model of labels, latents without an autoencoder, malformed prompts, or a folder that holds something
-        else.
+        else or is in use.
       Interrupted: asked to stop; the images drawn so far are kept.
     """
     kind_of(config).require(TEXTS, f"--export={benchmark}")
@@ -97,46 +113,65 @@ def export_prompts(
         )
     suite = {"geneval": _geneval, "dpg": _dpg}[benchmark](prompts)
     experiment, state = load_run(config, workdir, reads=PROMPTS)
-    texts = experiment.condition
+    folder = local_path(out or workdir / "samples" / f"{benchmark}_{int(state.step):07d}")
+    with claimed(folder, f"--mode=sample --export={benchmark}", stop):
+        _export(experiment, state, workdir, stop, benchmark, suite, folder)
+    if is_main_process():
+        suite.check(folder)
+    drawn = f"{IMAGES} images of each of {len(suite.texts)} prompts"
+    say(f"drew {drawn} with {config.sample.parameters} parameters: {folder}")
+
+
+def _export(
+    experiment: Experiment,
+    state: TrainState,
+    workdir: epath.Path,
+    stop: StopRequest,
+    benchmark: str,
+    suite: Benchmark,
+    folder: pathlib.Path,
+) -> None:
+    """Draws the images that `folder` lacks."""
+    config, texts = experiment.config, experiment.condition
     decoder = load_decoder(experiment, workdir)
-    folder = pathlib.Path(out or workdir / "samples" / f"{benchmark}_{int(state.step):07d}")
-    record = protocol(config, int(state.step), decoder) | {"text": texts.encoding()}
-    prepare_folder(folder, benchmark, suite.texts, record)
+    parameters = sampling_parameters(experiment, state)
+    record = set_record(config, int(state.step), parameters, decoder) | {"text": texts.encoding()}
+    drawn, unfinished = begin_set(folder, benchmark, suite, record)
     problems = [problem for problem in map(texts.problem, suite.texts) if problem]
     if problems:
         say(f"warning: {len(problems)} of {len(suite.texts)} prompts are not fully read; the first: {problems[0]}")
 
     draw = make_sample_fn(experiment, decoder)
-    parameters = sampling_parameters(experiment, state)
     count = len(suite.texts)
     size = max(1, config.sample.batch_size // IMAGES)  # prompts per group
     groups = [range(first, min(first + size, count)) for first in range(0, count, size)]
-    unfinished = suite.unfinished(folder)
-    lacking = broadcast_flags([not unfinished.isdisjoint(group) for group in groups])
-    groups = [group for group, lacks in zip(groups, lacking, strict=True) if lacks]
+    groups = [group for group in groups if not unfinished.isdisjoint(group)]
     for group in tqdm.tqdm(groups, unit="group", mininterval=1, disable=None):
         condition = texts.encode([suite.texts[prompt] for prompt in group])
         condition = jax.tree.map(lambda leaf: np.repeat(leaf, IMAGES, axis=0), condition)
-        drawn = draw_all(draw, config, parameters, condition, stop, first_index=IMAGES * group.start)
-        images = np.concatenate(list(drawn))
+        images = draw_all(draw, config, parameters, condition, stop, first_index=IMAGES * group.start)
+        images = np.concatenate(list(images))
         if is_main_process():
             for prompt, four in zip(group, images.reshape(len(group), IMAGES, *images.shape[1:]), strict=True):
-                pixels = [image_grid(image[None], columns=1, padding=0) for image in four]
-                suite.write(folder, prompt, np.stack(pixels))
-    if is_main_process():
-        suite.check(folder)
-    say(f"drew {IMAGES} images of each of {count} prompts with {config.sample.parameters} parameters: {folder}")
+                pixels = [to_uint8(image, f"{number} of prompt {prompt}") for number, image in enumerate(four)]
+                suite.write(drawn, prompt, np.stack(pixels))
 
 
-def prepare_folder(folder: pathlib.Path, benchmark: str, texts: list[str], record: dict) -> None:
-    """Writes the record of the images beside them, and removes the partial files of a killed job.
+def begin_set(folder: pathlib.Path, benchmark: str, suite: Benchmark, record: dict) -> tuple[DrawnSet, set[int]]:
+    """The set of the suite's images, and the prompts that lack a sound image.
 
-    Raises UserError if the folder holds images drawn with other settings, or files without a record.
+    Writes the record of the images beside them, and removes what a killed job left of one. Raises UserError if the
+    folder holds images drawn with other settings, or files without a record.
     """
-    path = folder.with_name(f"{folder.name}.sampling.json")
-    if not path.exists() and folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty and has no {path.name} beside it: give another --out")
     del record["label_rule"]
-    keep_record(path, folder, {**record, "samples": IMAGES * len(texts), benchmark: sha256_of_json(texts)})
+    record |= {"samples": IMAGES * len(suite.texts), benchmark: sha256_of_json(suite.texts)}
+    drawn = DrawnSet(epath.Path(folder), epath.Path(folder.with_name(f"{folder.name}.sampling.json")), record)
     if is_main_process():
-        clear_partial(folder)
+        clear_partial(folder.parent, drawn.record_path.name, below=False)
+    drawn.check()
+    names = [(prompt, name) for prompt, of_prompt in enumerate(suite.names) for name in of_prompt]
+    lacking = drawn.lacking([name for _, name in names])
+    drawn.begin()
+    if is_main_process():
+        suite.write_texts(folder)
+    return drawn, {prompt for (prompt, _), lacks in zip(names, lacking, strict=True) if lacks}

@@ -18,7 +18,7 @@ import numpy as np
 
 from trm_diffusion.config import Config
 from trm_diffusion.data.base import Element, Source
-from trm_diffusion.data.images import CROP_RULE, UnreadableImage
+from trm_diffusion.data.images import CROP_RULE
 from trm_diffusion.data.latents import ShardWriter, assemble_manifest, read_shard_record
 from trm_diffusion.data.sharded import ShardedJob, consecutive_ranges, make_shards, process_share
 from trm_diffusion.data.sources import IMAGE_FILE_SOURCES, make_source
@@ -26,6 +26,9 @@ from trm_diffusion.errors import UserError
 from trm_diffusion.files import sha256_of_names
 from trm_diffusion.models.latent import LatentSpec
 from trm_diffusion.models.vae import VAE
+from trm_diffusion.readers.images import UnreadableImage
+from trm_diffusion.readers.paths import local_path
+from trm_diffusion.run.claim import claimed
 from trm_diffusion.run.decoder import config_vae, images_at_once, sharded_over_batch
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.signals import StopRequest
@@ -54,15 +57,18 @@ def prepare(
         own by default.
 
     Raises:
-      UserError: data without images, no autoencoder, or `out` holds shards made with other settings.
+      UserError: data without images, no autoencoder, `out` holds shards made with other settings or
+        is in use.
       Interrupted: asked to stop; complete shards are kept.
     """
     if not out:
         raise UserError("--mode=prepare needs --out=DIR, the directory to write")
+    directory = local_path(out, "--out")
     share = process_share(process_index, process_count, images_per_shard)
     if not config.data.vae:
         raise UserError("--mode=prepare needs --config.data.vae=DIR, an autoencoder written by --mode=convert")
-    manifest = make_shards(LatentJob(config, pathlib.Path(out), images_per_shard), share, stop)
+    with claimed(directory, "--mode=prepare", stop, share):
+        manifest = make_shards(LatentJob(config, directory, images_per_shard), share, stop)
     if manifest is None:
         return
     records, shards, bad = manifest["records"], len(manifest["shards"]), manifest["bad_images"]

@@ -7,9 +7,8 @@ mode does not load the others.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from etils import epath
-
 from trm_diffusion.errors import EXIT_USER_ERROR, UserError
+from trm_diffusion.readers.paths import any_path
 
 
 class Job(NamedTuple):
@@ -41,7 +40,7 @@ def _on_run(options, *jobs: Callable) -> int:
     from trm_diffusion.runtime.signals import StopRequest
 
     config = _config(options)
-    workdir = epath.Path(options.workdir or f"runs/{config.name}")
+    workdir = any_path(options.workdir or f"runs/{config.name}")
     use_compilation_cache(options.compilation_cache, workdir)
     with StopRequest() as stop:
         for job in jobs:
@@ -100,6 +99,12 @@ def _analyze(options) -> int:
     from trm_diffusion.jobs.analyze import analyze
 
     return _on_run(options, analyze)
+
+
+def _trace(options) -> int:
+    from trm_diffusion.jobs.trace import trace
+
+    return _on_run(options, lambda *run: trace(*run, context=options.context or ""))
 
 
 def _prepare(options) -> int:
@@ -165,6 +170,7 @@ JOBS = {
     "sample": Job(_sample),
     "evaluate": Job(_evaluate),
     "analyze": Job(_analyze),
+    "trace": Job(_trace),
     "prepare": Job(_prepare, shared=True),
     "encode": Job(_encode, shared=True),
     "verify": Job(_verify, one_process=True),

@@ -14,11 +14,14 @@ from trm_diffusion.config import Config
 from trm_diffusion.data.pipeline import make_iterator
 from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.experiment import Experiment, build
+from trm_diffusion.jobs.liveness import make_liveness, warn_if_dead
 from trm_diffusion.jobs.sample import make_sample_fn, save_grid
 from trm_diffusion.jobs.train_step import make_train_step
+from trm_diffusion.run.claim import claimed
 from trm_diffusion.run.decoder import check_latents, keep_spec, load_decoder
 from trm_diffusion.run.restore import restore_or_init
 from trm_diffusion.runtime.checkpoints import Checkpoints
+from trm_diffusion.runtime.doubt import RECOVERED, Doubt
 from trm_diffusion.runtime.logging import RunLogger, say
 from trm_diffusion.runtime.parameters import count, device_bytes
 from trm_diffusion.runtime.processes import is_main_process
@@ -29,7 +32,15 @@ from trm_diffusion.runtime.window import Window
 
 
 def train(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
-    """Trains the run up to `train.updates`, resuming if it can. On a stop request, saves and raises Interrupted."""
+    """Trains the run up to `train.updates`, resuming if it can. On a stop request, saves and raises Interrupted.
+
+    Raises UserError if another job trains in `workdir`.
+    """
+    with claimed(workdir, "--mode=train", stop):
+        _train(config, workdir, stop)
+
+
+def _train(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
     condition = make_condition(config, workdir)
     experiment = build(config, condition=condition)
     source = condition.source()
@@ -73,26 +84,43 @@ def _loop(experiment, workdir, stop, checkpoints, iterator, state, loop) -> None
     start, total = int(state.step), config.train.updates
     train_step = make_train_step(experiment)
     sharding = batch_sharding(experiment.mesh)
-    window = Window(loop, config.train.batch_size)
+    window, doubt = Window(loop, config.train.batch_size), Doubt(loop)
+    checkpoints.protect(doubt.since)
     logger = None
     if is_main_process():
         logger = RunLogger(workdir, config.log, name=config.name, total_steps=total, resume_step=start)
 
+    measures = config.log.liveness_every if config.model.recursion.blocks != "none" else 0
+    liveness = make_liveness(experiment, workdir) if measures else None
+
+    def line_is_due(step: int) -> bool:
+        return step % config.log.every == 0 or step == total
+
+    def liveness_is_due(step: int) -> bool:
+        """In the first line at or after each multiple of `log.liveness_every`, and in the last."""
+        return bool(measures) and line_is_due(step) and (step % measures < config.log.every or step == total)
+
     def record(step: int, metrics: dict) -> None:
         """Reads the metrics of update `step`, logs a line when due, and raises UserError at `train.nonfinite_limit`."""
         window.add({name: np.asarray(value) for name, value in metrics.items()})
+        begins = doubt.add(step, bool(window.skipped_in_a_row))
+        checkpoints.protect(doubt.since)
         if window.skipped_in_a_row:
-            say(f"update {step}: skipped, because {_first_bad(metrics, state)} is not finite")
+            kept = f"; {_kept(checkpoints, step)}" if begins else ""
+            say(f"update {step}: skipped, because {_first_bad(metrics, state)} is not finite{kept}")
         if window.skipped_in_a_row >= config.train.nonfinite_limit:
             raise UserError(
                 f"{window.skipped_in_a_row} updates in a row up to {step} were not finite, the last in "
-                f"{_first_bad(metrics, state)}; lower config.optim.lr or set config.optim.clip_norm. "
-                f"The last good checkpoint is in {checkpoints.directory}"
+                f"{_first_bad(metrics, state)}. {_way_back(checkpoints, doubt.since)}lower config.optim.lr (here "
+                f"{float(metrics['learning_rate']):.3g}) or set config.optim.clip_norm"
             )
-        if step % config.log.every == 0 or step == total:
+        if line_is_due(step):
             line = window.line()
+            if liveness_is_due(step):
+                line |= liveness(state.parameters)
             if logger:
                 logger.metrics(step, line)
+                warn_if_dead(experiment, line, step)
 
     if config.log.samples_every:
         draw = make_sample_fn(experiment, load_decoder(experiment, workdir))
@@ -115,7 +143,7 @@ def _loop(experiment, workdir, stop, checkpoints, iterator, state, loop) -> None
             sampling = config.log.samples_every and step % config.log.samples_every == 0
             stopping = stop.reached()
             saving = step % config.checkpoint.every == 0 or step == total or stopping
-            if sampling or saving:
+            if sampling or saving or liveness_is_due(step):
                 record(*unread)
                 unread = None
             if sampling:
@@ -123,13 +151,38 @@ def _loop(experiment, workdir, stop, checkpoints, iterator, state, loop) -> None
                 if logger:
                     logger.image(step, "samples", image)
             if saving:
-                checkpoints.save(step, state, iterator, window.record())
+                checkpoints.save(step, state, iterator, window.record() | doubt.record())
             if stopping:
                 checkpoints.close()
                 raise Interrupted(f"stopped at update {step} of {total}, saved in {workdir}")
     finally:
         if logger:
             logger.close()
+
+
+def _kept(checkpoints: Checkpoints, skipped: int) -> str:
+    older = [str(step) for step in checkpoints.steps() if step < skipped]
+    if not older:
+        return "there is no checkpoint from before it"
+    listed = f"checkpoint {older[0]}" if len(older) == 1 else f"checkpoints {', '.join(older)}"
+    return f"from before it, {listed} will be kept until {RECOVERED} updates in a row are finite"
+
+
+def _way_back(checkpoints: Checkpoints, skipped: int) -> str:
+    """Names the last good checkpoint from before the first `skipped` update, and how to go on from it.
+
+    The good one is the newest with a finite update after it: a state whose very next update fails may be ruined.
+    """
+    older = [step for step in checkpoints.steps() if step < skipped]
+    if not older:
+        return f"There is no checkpoint from before update {skipped}, the first of these: start again, and "
+    good = max([step for step in older if step < skipped - 1] or older)
+    others = ", ".join(str(step) for step in older if step != good)
+    return (
+        f"The last good checkpoint is {good}, from before the first skipped update, {skipped}"
+        + (f" (also kept: {others})" if others else "")
+        + f": go on from it with --config.init.step={good}, and "
+    )
 
 
 def _first_bad(metrics: dict, state: TrainState) -> str:

@@ -14,6 +14,7 @@ from trm_diffusion.models.recursion.report import RoutingReport
 from trm_diffusion.runtime.devices import compiler_options
 from trm_diffusion.runtime.optimizer import ema_decay, learning_rate, update_ema
 from trm_diffusion.runtime.parameters import Parameters, is_balance_bias
+from trm_diffusion.runtime.processes import compiled_together
 from trm_diffusion.runtime.random import Purpose, key_for
 from trm_diffusion.runtime.sharding import batch_sharding, replicated
 from trm_diffusion.runtime.state import TrainState
@@ -64,6 +65,8 @@ def loss_and_metrics(
         fewer = jnp.arange(1, most)
         each = jax.lax.map(lambda steps: jnp.mean(losses_at(steps)[0]), fewer)  # [most - 1]
         counted = fewer < (most if latent_steps is None else latent_steps)
+        if config.train.latent_step_loss_power:
+            counted = counted * fewer.astype(jnp.float32) ** config.train.latent_step_loss_power
         total += weight * jnp.sum(each * counted) / jnp.maximum(jnp.sum(counted), 1)
     return total, (metrics, reports)
 
@@ -151,10 +154,11 @@ def make_train_step(experiment: Experiment) -> Callable:
         return new_state, metrics
 
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, experiment.abstract_state)
-    return jax.jit(
+    jitted = jax.jit(
         train_step,
         donate_argnums=0,
         in_shardings=(state_shardings, batch_sharding(experiment.mesh)),
         out_shardings=(state_shardings, replicated(experiment.mesh)),
         compiler_options=compiler_options(experiment.mesh),
     )
+    return compiled_together(jitted)

@@ -15,6 +15,9 @@ from trm_diffusion.data.shards import MANIFEST_NAME
 from trm_diffusion.errors import UserError
 from trm_diffusion.files import sha256_of_file
 from trm_diffusion.models.latent import LatentSpec
+from trm_diffusion.readers.folders import list_files
+from trm_diffusion.readers.paths import local_path
+from trm_diffusion.readers.records import read_json
 from trm_diffusion.run.decoder import config_vae, difference
 from trm_diffusion.runtime.logging import say
 
@@ -39,15 +42,15 @@ def verify(directory: str, config: Config | None = None) -> bool:
 
 def _holds_texts(directory: str) -> bool:
     try:
-        return "encoding" in json.loads((pathlib.Path(directory) / MANIFEST_NAME).read_text())
-    except (OSError, ValueError, TypeError):
+        return "encoding" in read_json(local_path(directory, "--out") / MANIFEST_NAME)
+    except UserError:
         return False  # reading it as a manifest of latents raises the right error
 
 
 def _verify_latents(directory: str, config: Config | None) -> tuple[list[str], dict]:
     """Findings, and the report where there are none."""
     manifest = latents.read_manifest(directory)
-    root = pathlib.Path(directory)
+    root = local_path(directory)
     spec, shards = manifest["latent"], manifest["shards"]
     shard_records = [latents.read_shard_record(root, index) for index in range(len(shards))]
     findings = list(_manifest_findings(root, shards, shard_records, latents.assemble_manifest))
@@ -79,7 +82,7 @@ def _verify_latents(directory: str, config: Config | None) -> tuple[list[str], d
 def _verify_texts(directory: str, config: Config | None) -> tuple[list[str], dict]:
     """Findings, and the report where there are none."""
     manifest = encodings.read_manifest(directory)
-    root = pathlib.Path(directory)
+    root = local_path(directory)
     shards = manifest["shards"]
     sizes = [manifest["encoding"][name] for name in encodings.SIZES]
     shard_records = [encodings.read_shard_record(root, index) for index in range(len(shards))]
@@ -108,12 +111,12 @@ def _manifest_findings(
 ) -> Iterator[str]:
     """Yields shards that the manifest does not list, and its fields that differ from the records of the shards."""
     listed = {shard["file"] for shard in shards}
-    for file in sorted(root.glob("*.array_record")):
-        if file.name not in listed:
-            yield f"{file} is not in the manifest"
+    for name in list_files(root, [".array_record"]):
+        if name not in listed:
+            yield f"{root / name} is not in the manifest"
     if None in shard_records:
         return  # a missing or damaged file has its own finding
-    written = json.loads((root / MANIFEST_NAME).read_text())
+    written = read_json(root / MANIFEST_NAME)
     for field, value in assemble(shard_records).items():
         if value != written.get(field):
             yield f"{root / MANIFEST_NAME}: {field} is not what the records of its shards say"

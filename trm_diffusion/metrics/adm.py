@@ -10,7 +10,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import tqdm
-from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -22,6 +21,8 @@ from trm_diffusion.metrics.inception_score import CHUNK_IMAGES, inception_score
 from trm_diffusion.metrics.intervals import bootstrap_interval
 from trm_diffusion.metrics.precision_recall import NEIGHBOURS, precision_recall
 from trm_diffusion.models.inception import Features, Weights, inception_features
+from trm_diffusion.readers.arrays import NpzFile
+from trm_diffusion.readers.paths import any_path
 
 POOL_WIDTH, SPATIAL_WIDTH = 2048, 2023
 FID_50K_IMAGES = 50_000
@@ -126,19 +127,19 @@ def warnings_about(images: ImageSet) -> list[str]:
 
 def read_reference(path: str) -> Reference:
     """Reads a reference file. Raises UserError if it is missing or has another layout."""
-    location = epath.Path(path)
+    location = any_path(path, "--reference")
     if not location.exists():
         raise UserError(f"--reference={path}: no such file; make one with --mode=reference")
     images = NpzImages(location)
-    with location.open("rb") as file, np.load(file) as arrays:
-        statistics = []
-        for mean, covariance, width in (("mu", "sigma", POOL_WIDTH), ("mu_s", "sigma_s", SPATIAL_WIDTH)):
-            if mean not in arrays or covariance not in arrays:
-                raise UserError(f"{path} has no {mean} and {covariance}: make a reference with --mode=reference")
-            pair = Statistics(np.asarray(arrays[mean], np.float64), np.asarray(arrays[covariance], np.float64))
-            if pair.mean.shape != (width,) or pair.covariance.shape != (width, width):
-                raise UserError(f"{path}: {mean} and {covariance} must be [{width}] and [{width}, {width}]")
-            statistics.append(pair)
+    file = NpzFile(location)
+    statistics = []
+    for mean, covariance, width in (("mu", "sigma", POOL_WIDTH), ("mu_s", "sigma_s", SPATIAL_WIDTH)):
+        if mean not in file.headers or covariance not in file.headers:
+            raise UserError(f"{path} has no {mean} and {covariance}: make a reference with --mode=reference")
+        arrays = file.read(mean, (width,), kinds="f"), file.read(covariance, (width, width), kinds="f")
+        if not all(np.isfinite(array).all() for array in arrays):
+            raise UserError(f"{path}: {mean} or {covariance} is not finite: make a reference with --mode=reference")
+        statistics.append(Statistics(*(np.asarray(array, np.float64) for array in arrays)))
     return Reference(*statistics, images, sha256_of_file(location))
 
 

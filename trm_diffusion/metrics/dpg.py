@@ -34,12 +34,19 @@ import numpy as np
 
 from trm_diffusion.analysis.grids import save_png
 from trm_diffusion.errors import UserError
-from trm_diffusion.metrics.exports import check_files, print_json, read_json_lines, read_text
+from trm_diffusion.metrics.exports import check_files, print_json
+from trm_diffusion.readers.folders import list_files
+from trm_diffusion.readers.images import read_image
+from trm_diffusion.readers.opening import read_bytes
+from trm_diffusion.readers.paths import local_path
+from trm_diffusion.readers.records import parse, read_json_lines
+from trm_diffusion.readers.text import decode, read_text, split_lines
 
 CROPS = 4
 MODES = ("official", "corrected")
 _COLUMNS = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
 
+ANSWER = {"item_id": str, "answers": [[str]]}  # form of a line of answers
 Answers = dict[str, list[list[str]]]  # {item_id: [crop][question, in the order of the CSV]}
 
 
@@ -58,12 +65,21 @@ def read_questions(path: str | pathlib.Path) -> dict[str, list[Question]]:
     Raises:
       UserError: an unreadable file, a missing column, or numbers that are invalid.
     """
-    reader = csv.DictReader(io.StringIO(read_text(path)))
+    try:
+        reader = csv.DictReader(io.StringIO(read_text(path)))
+        lines = list(reader)
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, line {reader.line_num}: not CSV ({error}); give the benchmark's dpg_bench.csv"
+        ) from None
     absent = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
     if absent:
         raise UserError(f"{path} has no column {absent[0]!r}; give the benchmark's dpg_bench.csv")
     questions = defaultdict(list)
-    for row, line in enumerate(reader):
+    for row, line in enumerate(lines):
+        empty = [column for column in _COLUMNS if not isinstance(line[column], str)]
+        if empty:
+            raise UserError(f"{path}, data row {row + 1}: no {empty[0]}; is the file cut off?")
         try:
             number = int(line["proposition_id"])
             parents = tuple(int(parent) for parent in line["dependency"].split(",") if int(parent))
@@ -84,16 +100,17 @@ def read_prompts(path: str | pathlib.Path) -> dict[str, str]:
     Raises:
       UserError: no prompts, a prompt that is not text, or item ids that are duplicates or cannot name files.
     """
-    path = pathlib.Path(path)
+    path = local_path(path)
     if path.is_dir():
-        pairs = [(file.stem, read_text(file).strip()) for file in sorted(path.glob("*.txt"))]
+        pairs = [(name[: -len(".txt")], read_text(path / name).strip()) for name in list_files(path, [".txt"])]
         if not pairs:
             raise UserError(f"{path} holds no <item_id>.txt")
     else:
-        pairs = [(str(record["item_id"]), record["prompt"]) for record in read_json_lines(path, ("item_id", "prompt"))]
+        form = {"item_id": str | int, "prompt": str}
+        pairs = [(str(record["item_id"]), record["prompt"]) for _, record in read_json_lines(path, form)]
     for number, (item_id, prompt) in enumerate(pairs):
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise UserError(f"{path}, prompt {number}: prompt {prompt!r} of item {item_id} is not text")
+        if not prompt.strip():
+            raise UserError(f"{path}, prompt {number}: prompt {prompt!r} of item {item_id} is empty")
         if not re.fullmatch(r"\w[\w.-]*", item_id):
             raise UserError(f"{path}, prompt {number}: item_id {item_id!r} cannot name a file")
     prompts = dict(pairs)
@@ -118,9 +135,9 @@ def split_grid(grid: np.ndarray) -> np.ndarray:
     return rows.transpose(0, 2, 1, 3, 4).reshape(CROPS, height // 2, width // 2, channels)
 
 
-def write_grid(directory: str | pathlib.Path, item_id: str, images: np.ndarray) -> None:
-    """Writes the grid of uint8 images [4, H, W, 3] as <item_id>.png, atomically."""
-    save_png(pathlib.Path(directory) / f"{item_id}.png", make_grid(images))
+def write_grid(directory: str | pathlib.Path, item_id: str, images: np.ndarray, mark: str = "") -> None:
+    """Writes the grid of uint8 images [4, H, W, 3] as <item_id>.png, atomically, with a mark as in `save_png`."""
+    save_png(local_path(directory) / f"{item_id}.png", make_grid(images), mark)
 
 
 def check_export(directory: str | pathlib.Path, item_ids: Iterable[str]) -> None:
@@ -139,23 +156,17 @@ def ask(
     Items already in `answers_path` are skipped, so an interrupted run continues where it stopped; a last line that
     the interruption cut off is dropped.
     """
-    from PIL import Image
-
     check_export(directory, questions)
-    path = pathlib.Path(answers_path)
-    written, newline, _ = path.read_bytes().rpartition(b"\n") if path.exists() else (b"", b"", b"")
-    done = {json.loads(line)["item_id"] for line in written.splitlines()}
+    path = local_path(answers_path, "--answers")
+    written, newline, _ = read_bytes(path).rpartition(b"\n") if path.exists() else (b"", b"", b"")
+    lines = enumerate(split_lines(decode(written, str(path))), start=1)
+    done = {parse(line, ANSWER, f"{path}, line {number}")["item_id"] for number, line in lines}
     with path.open("ab") as file:
         file.truncate(len(written + newline))
         for item_id, asked in questions.items():
             if item_id in done:
                 continue
-            image_path = pathlib.Path(directory) / f"{item_id}.png"
-            try:
-                with Image.open(image_path) as image:
-                    crops = split_grid(np.asarray(image.convert("RGB")))
-            except (OSError, SyntaxError) as error:  # PIL raises both for damaged files
-                raise UserError(f"cannot read the image {image_path} ({error}): export it again") from None
+            crops = split_grid(np.asarray(read_image(local_path(directory) / f"{item_id}.png", 3)))
             answers = [[vqa(crop, question.text) for question in asked] for crop in crops]
             file.write(json.dumps({"item_id": item_id, "answers": answers}).encode() + b"\n")
             file.flush()
@@ -163,7 +174,7 @@ def ask(
 
 def read_answers(path: str | pathlib.Path) -> Answers:
     """Reads the answers that `ask` wrote."""
-    return {record["item_id"]: record["answers"] for record in read_json_lines(path, ("item_id", "answers"))}
+    return {record["item_id"]: record["answers"] for _, record in read_json_lines(path, ANSWER)}
 
 
 def score_crop(questions: Sequence[Question], answers: Sequence[str]) -> tuple[list[float], list[float]]:

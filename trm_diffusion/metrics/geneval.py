@@ -23,11 +23,14 @@ import numpy as np
 from trm_diffusion.analysis.grids import save_png
 from trm_diffusion.errors import UserError
 from trm_diffusion.files import write_text
-from trm_diffusion.metrics.exports import check_files, print_json, read_json_lines
+from trm_diffusion.metrics.exports import check_files, print_json
+from trm_diffusion.readers.paths import local_path
+from trm_diffusion.readers.records import read_json_lines
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 IMAGES_PER_PROMPT = 4
 NUM_PROMPTS = 553
+RESULT = {"filename": str, "tag": str, "correct": bool, "metadata": object}  # form of a line of results
 
 
 def read_prompts(path: str | pathlib.Path) -> list[dict]:
@@ -36,39 +39,38 @@ def read_prompts(path: str | pathlib.Path) -> list[dict]:
     Raises:
       UserError: an unreadable file, a line without one of these keys, an unknown tag, or a prompt that is not text.
     """
-    prompts = read_json_lines(path, ("tag", "include", "prompt"))
-    for number, prompt in enumerate(prompts):
-        if not isinstance(prompt["prompt"], str) or not prompt["prompt"].strip():
-            raise UserError(f"{path}, prompt {number}: prompt {prompt['prompt']!r} is not text")
+    prompts = read_json_lines(path, {"tag": str, "include": list, "prompt": str})
+    for where, prompt in prompts:
+        if not prompt["prompt"].strip():
+            raise UserError(f"{where}: the prompt is empty")
         if prompt["tag"] not in TASKS:
-            raise UserError(f"{path}, prompt {number}: tag {prompt['tag']!r} is none of {', '.join(TASKS)}")
-    return prompts
+            raise UserError(f"{where}: tag {prompt['tag']!r} is none of {', '.join(TASKS)}")
+    return [prompt for _, prompt in prompts]
 
 
 def image_path(directory: str | pathlib.Path, prompt: int, image: int) -> pathlib.Path:
     """The path of image `image` of prompt `prompt`; both count from 0."""
-    return pathlib.Path(directory) / f"{prompt:05d}" / "samples" / f"{image:04d}.png"
+    return local_path(directory) / f"{prompt:05d}" / "samples" / f"{image:04d}.png"
 
 
 def metadata_path(directory: str | pathlib.Path, prompt: int) -> pathlib.Path:
     """The path of the copy of the prompt's line."""
-    return pathlib.Path(directory) / f"{prompt:05d}" / "metadata.jsonl"
+    return local_path(directory) / f"{prompt:05d}" / "metadata.jsonl"
 
 
-def write_image(directory: str | pathlib.Path, prompts: Sequence[dict], prompt: int, image: int, pixels: np.ndarray):
-    """Writes one image, uint8 [H, W, 3], and its prompt's metadata, each atomically."""
-    path, metadata = image_path(directory, prompt, image), metadata_path(directory, prompt)
-    if not metadata.exists():
-        write_text(metadata, json.dumps(prompts[prompt]) + "\n")
-    save_png(path, pixels)
+def write_metadata(directory: str | pathlib.Path, prompts: Sequence[dict], prompt: int) -> None:
+    """Writes the prompt's line beside its images, unless it is there."""
+    path, line = metadata_path(directory, prompt), json.dumps(prompts[prompt]) + "\n"
+    if not path.exists() or path.read_bytes() != line.encode():
+        write_text(path, line)
 
 
-def missing_images(
-    directory: str | pathlib.Path, num_prompts: int, images_per_prompt: int = IMAGES_PER_PROMPT
-) -> list[tuple[int, int]]:
-    """The (prompt, image) pairs still to be written, in order; a stopped export continues with them."""
-    pairs = ((prompt, image) for prompt in range(num_prompts) for image in range(images_per_prompt))
-    return [pair for pair in pairs if not image_path(directory, *pair).exists()]
+def write_image(
+    directory: str | pathlib.Path, prompts: Sequence[dict], prompt: int, image: int, pixels: np.ndarray, mark: str = ""
+) -> None:
+    """Writes one image, uint8 [H, W, 3], with a mark as in `save_png`, and its prompt's metadata, each atomically."""
+    write_metadata(directory, prompts, prompt)
+    save_png(image_path(directory, prompt, image), pixels, mark)
 
 
 def check_export(
@@ -89,8 +91,8 @@ def check_export(
         expected |= {path.as_posix() for path in paths}
     check_files(directory, expected)
     for folder, prompt in zip(folders, prompts, strict=True):
-        metadata = pathlib.Path(directory) / folder / "metadata.jsonl"
-        if read_json_lines(metadata, ("prompt",)) != [prompt]:
+        metadata = local_path(directory) / folder / "metadata.jsonl"
+        if [record for _, record in read_json_lines(metadata)] != [prompt]:
             raise UserError(f"{metadata} is not the prompt {prompt['prompt']!r}: export into an empty directory")
     return {
         "num_prompts": len(prompts),
@@ -148,8 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if bool(options.results) == bool(options.images) or bool(options.images) != bool(options.prompts):
         parser.error("give either --results, or both --prompts and --images")
     if options.results:
-        required = ("filename", "tag", "correct", "metadata")
-        return print_json(lambda: summarise(read_json_lines(options.results, required)))
+        return print_json(lambda: summarise([record for _, record in read_json_lines(options.results, RESULT)]))
     return print_json(lambda: check_export(options.images, read_prompts(options.prompts)))
 
 

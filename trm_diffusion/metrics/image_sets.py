@@ -1,15 +1,17 @@
 """Sets of images on disk, read batch by batch: a folder of pictures, or an npz file in ADM's layout."""
 
-import contextlib
-import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from etils import epath
 
-from trm_diffusion.data.images import IMAGE_SUFFIXES, centre_crop, naming_damage
+from trm_diffusion.data.images import centre_crop
 from trm_diffusion.errors import UserError
+from trm_diffusion.readers.arrays import NpzFile
+from trm_diffusion.readers.folders import list_below
+from trm_diffusion.readers.images import IMAGE_SUFFIXES, naming_damage, read_image
+from trm_diffusion.readers.paths import any_path
 
 READERS = 8  # threads that decode pictures
 ARRAY, LABELS = "arr_0", "arr_1"
@@ -64,7 +66,7 @@ def open_images(path: str, image_size: int = 0) -> ImageSet:
     Raises:
       UserError: a missing path, no images, or another layout.
     """
-    location = epath.Path(path)
+    location = any_path(path, "--images")
     if location.is_dir():
         return FolderImages(location, image_size)
     if not location.exists() or location.suffix != ".npz":
@@ -79,12 +81,7 @@ class FolderImages(ImageSet):
         self.path = path
         self._image_size = image_size
         self._shape: tuple[int, int, int] | None = None  # of the first image read
-        self._files = sorted(
-            epath.Path(folder) / name
-            for folder, _, names in path.walk()
-            for name in names
-            if name.lower().endswith(IMAGE_SUFFIXES)
-        )
+        self._files = [path / name for name in list_below(path, IMAGE_SUFFIXES)]
         if not self._files:
             raise UserError(f"--images={path} holds no images ({', '.join(IMAGE_SUFFIXES)})")
         folders, labels = np.unique([str(file.parent) for file in self._files], return_inverse=True)
@@ -115,11 +112,9 @@ class FolderImages(ImageSet):
         return np.stack(images)
 
     def _read(self, file: epath.Path) -> np.ndarray:
-        from PIL import Image
-
-        with naming_damage(str(file)), file.open("rb") as stream, Image.open(stream) as image:
-            image = image.convert("RGB")
-        return np.asarray(centre_crop(image, self._image_size) if self._image_size else image)
+        with naming_damage(file):
+            image = read_image(file, 3)
+            return np.asarray(centre_crop(image, self._image_size) if self._image_size else image)
 
 
 class NpzImages(ImageSet):
@@ -127,24 +122,21 @@ class NpzImages(ImageSet):
 
     def __init__(self, path: epath.Path):
         self.path = path
-        try:
-            with _array_stream(self.path) as (_, shape, dtype):
-                self._shape = shape
-            with path.open("rb") as file, np.load(file) as arrays:
-                self.labels = arrays[LABELS] if LABELS in arrays else None
-        except (KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} is not an npz file with images in {ARRAY} ({error})") from error
-        if len(shape) != 4 or not shape[0] or shape[-1] not in (1, 3) or dtype != np.uint8:
-            raise UserError(f"{path}: {ARRAY} must be uint8 [N, H, W, 3], it is {dtype} {list(shape)}")
-        if self.labels is not None and self.labels.shape != shape[:1]:
-            raise UserError(f"{path}: {LABELS} has shape {self.labels.shape}, but {ARRAY} has {shape[0]} images")
+        self._file = NpzFile(path)
+        if ARRAY not in self._file.headers:
+            raise UserError(f"{path} is not an npz file with images in {ARRAY}; it has {[*self._file.headers]}")
+        shape, dtype, order = self._file.headers[ARRAY]
+        if len(shape) != 4 or not all(shape) or shape[-1] not in (1, 3) or dtype != np.uint8 or order != "C":
+            raise UserError(f"{path}: {ARRAY} must be uint8 [N, H, W, 3], it is {dtype} {list(shape)} in {order} order")
+        self._shape = shape
+        self.labels = self._file.read(LABELS, shape[:1], kinds="iu") if LABELS in self._file.headers else None
 
     def __len__(self) -> int:
         return self._shape[0]
 
     def batches(self, size: int, share: tuple[int, int] = (0, 1)) -> Iterator[np.ndarray]:
         image_bytes = int(np.prod(self._shape[1:]))
-        with _array_stream(self.path) as (stream, _, _):
+        with self._file.stream(ARRAY) as stream:
             start = stream.tell()
             for first in self._first_images(size, share):
                 stream.seek(start + first * image_bytes)
@@ -154,15 +146,3 @@ class NpzImages(ImageSet):
                     raise UserError(f"{self.path} ends after {first} of {len(self)} images: write it again")
                 images = flat.reshape(count, *self._shape[1:])
                 yield np.broadcast_to(images, (*images.shape[:3], 3))
-
-
-@contextlib.contextmanager
-def _array_stream(path: epath.Path):
-    """(stream at the first value, shape, dtype) of `arr_0`, without reading the array."""
-    with path.open("rb") as file, zipfile.ZipFile(file) as archive, archive.open(f"{ARRAY}.npy") as stream:
-        version = np.lib.format.read_magic(stream)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran_order, dtype = read_header(stream)
-        if fortran_order:
-            raise ValueError(f"{ARRAY} is in Fortran order")
-        yield stream, shape, dtype

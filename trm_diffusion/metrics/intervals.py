@@ -1,4 +1,4 @@
-"""Bootstrap intervals of metrics that are smooth functions of the images' distribution."""
+"""95% intervals of metrics: by bootstrap, and exact ones of shares."""
 
 import numpy as np
 
@@ -13,3 +13,11 @@ def bootstrap_interval(value: float, influence: np.ndarray, resamples: int = 100
     count = len(influence)
     means = [influence[rng.integers(0, count, count)].mean() for _ in range(resamples)]
     return [float(value + quantile) for quantile in np.quantile(means, [0.025, 0.975])]
+
+
+def share_with_interval(name: str, hits: np.ndarray) -> dict:
+    """{name: share of the hits, bool [N], NAME_95: Clopper and Pearson's interval}."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(confidence_level=0.95)
+    return {name: float(hits.mean()), f"{name}_95": [float(interval.low), float(interval.high)]}

@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trm_diffusion.data.base import DataConfig
+from trm_diffusion.errors import UserError
 from trm_diffusion.runtime.random import Purpose
 
 JUDGES = {  # `evaluate.kind`: its class
     "digits": "trm_diffusion.metrics.digits:DigitsJudge",
     "scenes": "trm_diffusion.metrics.scenes.judge:SceneJudge",
     "mazes": "trm_diffusion.metrics.mazes:MazeJudge",
+    "frozen_lake": "trm_diffusion.metrics.frozen_lake:FrozenLakeJudge",
 }
 
 
@@ -72,3 +74,17 @@ def draw_labels(rule: str, count: int, num_classes: int, seed: int) -> np.ndarra
         return np.arange(count, dtype=np.int32) % num_classes
     rng = np.random.default_rng([seed, int(Purpose.SAMPLING)])
     return rng.integers(0, num_classes, count, dtype=np.int32)
+
+
+def checked_images(images: np.ndarray, shape: tuple[int, int, int], what: str) -> np.ndarray:
+    """Generated images as float64 [N, *shape]. Raises UserError if any is not finite; what: their name."""
+    images = np.asarray(images, np.float64)
+    if images.ndim != 4 or images.shape[1:] != shape:
+        raise ValueError(f"images must be [N, *{shape}], not {images.shape}")
+    broken = ~np.isfinite(images).all((1, 2, 3))
+    if broken.any():
+        raise UserError(
+            f"{broken.sum()} of {len(images)} generated {what} are not finite (the first is number {broken.argmax()}): "
+            "the model or the sampler diverged, evaluate an earlier checkpoint"
+        )
+    return images

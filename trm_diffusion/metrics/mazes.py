@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from trm_diffusion.analysis.grids import stacked
-from trm_diffusion.data.mazes import MazeSource, canonical, rooms_of
-from trm_diffusion.errors import UserError
-from trm_diffusion.metrics.judges import Evaluation, Judge, Picture
+from trm_diffusion.data.layouts import canonical
+from trm_diffusion.data.mazes import MazeSource, rooms_of
+from trm_diffusion.metrics.intervals import share_with_interval
+from trm_diffusion.metrics.judges import Evaluation, Judge, Picture, checked_images
 
 ROWS_SHOWN = 6
 UNDECIDED = 0.5  # a cell nearer to 0 than this, of -1 and 1, is called undecided
@@ -66,15 +67,7 @@ def evaluate_mazes(images: np.ndarray, source: MazeSource) -> dict:
     Raises:
       UserError: images that are not finite.
     """
-    images = np.asarray(images, np.float64)
-    if images.ndim != 4 or images.shape[1:] != source.sample_shape:
-        raise ValueError(f"images must be [N, *{source.sample_shape}], not {images.shape}")
-    broken = ~np.isfinite(images).all((1, 2, 3))
-    if broken.any():
-        raise UserError(
-            f"{broken.sum()} of {len(images)} generated mazes are not finite (the first is number {broken.argmax()}): "
-            "the model or the sampler diverged, evaluate an earlier checkpoint"
-        )
+    images = checked_images(images, source.sample_shape, "mazes")
     mazes = [source.maze(index) for index in range(len(images))]
     paths = np.stack([np.where(maze.path, 1, -1) for maze in mazes])[..., None]
     walls = ~np.stack([maze.open for maze in mazes])[..., None]
@@ -84,9 +77,12 @@ def evaluate_mazes(images: np.ndarray, source: MazeSource) -> dict:
         "num_images": len(images),
         "rooms": source.rooms,
         "split": source.split,
-        **_share(solved),
+        **share_with_interval("solved", solved),
         "by_length": {
-            _length_name(group): {"mazes": int((groups == group).sum()), **_share(solved[groups == group])}
+            _length_name(group): {
+                "mazes": int((groups == group).sum()),
+                **share_with_interval("solved", solved[groups == group]),
+            }
             for group in np.unique(groups)
         },
         "cells_right": float(1 - wrong.sum() / images.size),
@@ -99,13 +95,6 @@ def evaluate_mazes(images: np.ndarray, source: MazeSource) -> dict:
 
 def _length_name(group: int) -> str:
     return f"{LENGTHS_APART * group + 2 if group else 1}-{LENGTHS_APART * (group + 1) + 1}"
-
-
-def _share(solved: np.ndarray) -> dict:
-    from scipy.stats import binomtest
-
-    interval = binomtest(int(solved.sum()), len(solved)).proportion_ci(confidence_level=0.95)
-    return {"solved": float(solved.mean()), "solved_95": [float(interval.low), float(interval.high)]}
 
 
 def prove_judge(mazes: dict[int, int] | None = None) -> dict:

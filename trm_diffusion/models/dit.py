@@ -8,7 +8,14 @@ from trm_diffusion.models.embed import LabelEmbedder, TimestepEmbedder, patchify
 from trm_diffusion.models.layers import linear, modulated_norm
 from trm_diffusion.models.recursion import Conditioning, RoutingReport, recursive_blocks
 from trm_diffusion.models.stack import BlockStack
-from trm_diffusion.models.transformer import FinalLayer, Stream, TransformerConfig, recursion_of
+from trm_diffusion.models.transformer import (
+    FinalLayer,
+    Stream,
+    TransformerConfig,
+    loop_of,
+    recursion_of,
+    with_decoded_states,
+)
 
 SIZES = {  # name: depth, width, heads (DiT, table 1)
     "S": (12, 384, 6),
@@ -32,21 +39,24 @@ def dit_size(name: str) -> dict[str, int]:
     return dict(depth=depth, width=width, heads=heads, patch=int(patch))
 
 
-def block_kinds(config: TransformerConfig) -> list[bool]:
-    """Whether each block recurses."""
-    recursive = recursive_blocks(config.recursion.blocks, config.depth)
-    return [index in recursive for index in range(config.depth)]
+def block_kinds(config: TransformerConfig) -> list[str]:
+    """Of each block: "plain", "recursive" or "looped"."""
+    chosen, other = (
+        recursive_blocks(config.recursion.blocks, config.depth),
+        "looped" if config.recursion.looped else "recursive",
+    )
+    return [other if index in chosen else "plain" for index in range(config.depth)]
 
 
 class DiTBlock(Stream):
     """One adaLN-Zero block: x + g1 Attn(Mod(LN(x))), then x + g2 MLP(Mod(LN(x))), with recursion in the attention."""
 
-    def __init__(self, config: TransformerConfig, recursive: bool, *, rngs: nnx.Rngs):
+    def __init__(self, config: TransformerConfig, kind: str, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         # Built last, so that the base weights are the same with and without it.
-        self.recursion = recursion_of(config, rngs=rngs) if recursive else None
+        self.recursion = recursion_of(config, rngs=rngs) if kind == "recursive" else None
 
-    def __call__(self, x_bnd, *, conditioning: Conditioning, latent_steps=None, key=None):
+    def __call__(self, x_bnd, *, conditioning: Conditioning, latent_steps=None, key=None, observe=False):
         """[B, N, D] -> [B, N, D] and the block's `RoutingReport` (None without recursion)."""
         shift, scale, *rest = self.modulations(conditioning.vector)
         modulated = modulated_norm(x_bnd, shift, scale)
@@ -61,6 +71,7 @@ class DiTBlock(Stream):
                 attention=self.attention,
                 latent_steps=latent_steps,
                 key=key,
+                observe=observe,
             )
         return self.finish(x_bnd, self.attention.attend(qkv), *rest), report
 
@@ -89,11 +100,12 @@ class DiT(nnx.Module):
         self.timestep_embed = TimestepEmbedder(width, frequency_shift=config.frequency_shift, dtype=dtype, rngs=rngs)
         self.label_embed = LabelEmbedder(num_classes, width, dtype=dtype, rngs=rngs)
         self.stack = BlockStack(
-            lambda recursive, key: DiTBlock(config, recursive, rngs=nnx.Rngs(key)),
+            lambda kind, key: DiTBlock(config, kind, rngs=nnx.Rngs(key)),
             block_kinds(config),
             scan=config.scan_blocks,
             remat=config.remat,
             rngs=rngs,
+            **loop_of(config),
         )
         self.final = FinalLayer(config, out_channels, rngs=rngs)
         self._grid = grid
@@ -106,15 +118,23 @@ class DiT(nnx.Module):
         *,
         latent_steps: int | jax.Array | None = None,
         key: jax.Array | None = None,
+        observe: bool = False,
     ) -> tuple[jax.Array, RoutingReport | None]:
         """[B, H, W, C], times [B] in 0..1000, labels [B] -> float32 [B, H, W, out_channels], reports [R, T, ...].
 
-        R is the number of recursive blocks. `key` is passed only in training; it draws the gates' noise.
+        R is the number of recursive blocks. `key` is passed only in training; it draws the gates' noise. observe: the
+        reports also tell what each latent step does (recursion/observe.py).
         """
         config, size = self.config, self.image_size
         x_bnd = self.patch_embed(patchify(images_bhwc.astype(config.dtype), config.patch))
         x_bnd = x_bnd + sincos_positions(config.width, self._grid, self._grid).astype(config.dtype)[None]
         conditioning = Conditioning(self.timestep_embed(times_b), self.label_embed(labels_b))
-        x_bnd, reports = self.stack(x_bnd, key=key, conditioning=conditioning, latent_steps=latent_steps)
-        patches = self.final(x_bnd, conditioning.vector).astype(jnp.float32)
-        return unpatchify(patches, config.patch, size, size), reports
+        x_bnd, reports = self.stack(
+            x_bnd, key=key, conditioning=conditioning, latent_steps=latent_steps, observe=observe
+        )
+
+        def decode(x_bnd):
+            patches = self.final(x_bnd, conditioning.vector).astype(jnp.float32)
+            return unpatchify(patches, config.patch, size, size)
+
+        return decode(x_bnd), with_decoded_states(reports, decode) if observe else reports

@@ -26,7 +26,15 @@ from trm_diffusion.models.recursion import Conditioning, RoutingReport, recursiv
 from trm_diffusion.models.settings import Settings, setting
 from trm_diffusion.models.stack import BlockStack
 from trm_diffusion.models.text import Text
-from trm_diffusion.models.transformer import FinalLayer, Stream, TransformerConfig, attention_of, recursion_of
+from trm_diffusion.models.transformer import (
+    FinalLayer,
+    Stream,
+    TransformerConfig,
+    attention_of,
+    loop_of,
+    recursion_of,
+    with_decoded_states,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +62,18 @@ class BlockKind(NamedTuple):
     recursive: bool
     dual: bool  # a second attention, over visual tokens only
     last: bool  # the text stream ends here: it is attended to, and not updated
+    looped: bool = False  # in the loop (models/recursion/looped.py)
 
 
 def block_kinds(config: MMDiTConfig) -> list[BlockKind]:
-    recursive = recursive_blocks(config.recursion.blocks, config.depth)
+    chosen, looped = recursive_blocks(config.recursion.blocks, config.depth), config.recursion.looped
     return [
-        BlockKind(index in recursive, index < config.mmdit.dual_attention_blocks, index == config.depth - 1)
+        BlockKind(
+            recursive=index in chosen and not looped,
+            dual=index < config.mmdit.dual_attention_blocks,
+            last=index == config.depth - 1,
+            looped=index in chosen and looped,
+        )
         for index in range(config.depth)
     ]
 
@@ -78,7 +92,9 @@ class MMDiTBlock(nnx.Module):
         # Built last, so that the base weights are the same with and without it.
         self.recursion = recursion_of(config, rngs=rngs) if kind.recursive else None
 
-    def __call__(self, tokens, *, conditioning: Conditioning, text_mask=None, latent_steps=None, key=None):
+    def __call__(
+        self, tokens, *, conditioning: Conditioning, text_mask=None, latent_steps=None, key=None, observe=False
+    ):
         """(visual [B, N, D], text [B, L, D]) -> the same, and the block's `RoutingReport` (None without recursion)."""
         x_bnd, text_bld = tokens
         shift, scale, *rest = self.visual.modulations(conditioning.vector)
@@ -101,6 +117,7 @@ class MMDiTBlock(nnx.Module):
                 context=context,
                 latent_steps=latent_steps,
                 key=key,
+                observe=observe,
             )
         attended = attention.attend(qkv, context, queries=None if self.kind.last else text_queries)
         attended, text_attended = jnp.split(attended, [x_bnd.shape[1]], axis=1)
@@ -144,6 +161,7 @@ class MMDiT(nnx.Module):
             scan=config.scan_blocks,
             remat=config.remat,
             rngs=rngs,
+            **loop_of(config),
         )
         self.final = FinalLayer(config, out_channels, rngs=rngs)
 
@@ -155,10 +173,12 @@ class MMDiT(nnx.Module):
         *,
         latent_steps: int | jax.Array | None = None,
         key: jax.Array | None = None,
+        observe: bool = False,
     ) -> tuple[jax.Array, RoutingReport | None]:
         """[B, H, W, C], times [B] in 0..1000, text -> float32 [B, H, W, out_channels], reports [R, T, ...].
 
-        R is the number of recursive blocks. `key` is passed only in training; it draws the gates' noise.
+        R is the number of recursive blocks. `key` is passed only in training; it draws the gates' noise. observe: the
+        reports also tell what each latent step does (recursion/observe.py).
         """
         config, size = self.config, self.image_size
         x_bnd = self.patch_embed(patchify(images_bhwc.astype(config.dtype), config.patch))
@@ -171,9 +191,14 @@ class MMDiT(nnx.Module):
             conditioning=conditioning,
             text_mask=text.mask if config.mmdit.mask_padding else None,
             latent_steps=latent_steps,
+            observe=observe,
         )
-        patches = self.final(x_bnd, conditioning.vector).astype(jnp.float32)
-        return unpatchify(patches, config.patch, size, size), reports
+
+        def decode(x_bnd):
+            patches = self.final(x_bnd, conditioning.vector).astype(jnp.float32)
+            return unpatchify(patches, config.patch, size, size)
+
+        return decode(x_bnd), with_decoded_states(reports, decode) if observe else reports
 
     def positions(self):
         """The fixed position table for this image size, [N, D] float32."""

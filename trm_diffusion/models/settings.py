@@ -77,11 +77,15 @@ def setting(
     choices: Iterable = (),
     some_of: Iterable[str] = (),
     also: Iterable = (),
+    path: bool = False,
     **bounds: float,
 ) -> Any:
-    """A `Settings` field with its default and, as metadata, the values it accepts; for the keywords see `Allowed`."""
+    """A `Settings` field with its default and, as metadata, the values it accepts; for the keywords see `Allowed`.
+
+    path: it holds a path, whose `~` is expanded when a config is resolved.
+    """
     allowed = Allowed(tuple(choices), tuple(some_of), tuple(also), **bounds)
-    return dataclasses.field(default=default, metadata={"allowed": allowed})
+    return dataclasses.field(default=default, metadata={"path": True} if path else {"allowed": allowed})
 
 
 class Settings:

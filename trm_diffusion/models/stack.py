@@ -48,8 +48,12 @@ class BlockStack(nnx.Module):
         scan: bool,
         remat: str,
         rngs: nnx.Rngs,
+        loop: tuple[int, int] = (0, 0),
+        repeat: Callable | None = None,
     ):
-        self.remat = remat
+        """loop: first and end of the blocks that run as repeat(run, x, latent_steps), where run(x) runs each once; they
+        are of other kinds than the rest, and give no reports."""
+        self.remat, self.loop, self.repeat = remat, loop, repeat
         key = rngs.params()
         segments = []
         for first, length in segment_lengths(kinds, scan):
@@ -65,25 +69,39 @@ class BlockStack(nnx.Module):
         no block recurses. Each block's key is `key` folded with its index.
         """
         reports = []
-        for segment in self.segments:
-            graphdef, parameters = nnx.split(segment.blocks)
 
-            def body(x, layer, graphdef=graphdef):
-                parameters, index = layer
-                block_key = None if key is None else jax.random.fold_in(key, index)
-                x = jax.tree.map(lambda tokens: lay(tokens, "batch"), x)
-                return nnx.merge(graphdef, parameters)(x, key=block_key, **inputs)
+        def run(segments, x):
+            for segment in segments:
+                x, report = self._run_segment(segment, x, key, inputs)
+                if report is not None:
+                    reports.append(report)
+            return x
 
-            body = rematerialized(body, self.remat, in_loop=segment.stacked)
-            if segment.stacked:
-                layers = (parameters, jnp.arange(segment.first, segment.first + segment.length))
-                x, report = jax.lax.scan(body, x, layers)
-            else:
-                x, report = body(x, (parameters, jnp.asarray(segment.first)))
-                report = jax.tree.map(lambda leaf: leaf[None], report)
-            if report is not None:
-                reports.append(report)
+        first, end = self.loop
+        inside = [segment for segment in self.segments if first <= segment.first < end]
+        if not inside:
+            x = run(self.segments, x)
+        else:
+            x = run([segment for segment in self.segments if segment.first < first], x)
+            x = self.repeat(lambda x: run(inside, x), x, inputs["latent_steps"])
+            x = run([segment for segment in self.segments if segment.first >= end], x)
         return x, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *reports) if reports else None
+
+    def _run_segment(self, segment: Segment, x, key: jax.Array | None, inputs: dict):
+        """x after the segment's blocks, and their reports, stacked, or None."""
+        graphdef, parameters = nnx.split(segment.blocks)
+
+        def body(x, layer):
+            parameters, index = layer
+            block_key = None if key is None else jax.random.fold_in(key, index)
+            x = jax.tree.map(lambda tokens: lay(tokens, "batch"), x)
+            return nnx.merge(graphdef, parameters)(x, key=block_key, **inputs)
+
+        body = rematerialized(body, self.remat, in_loop=segment.stacked)
+        if segment.stacked:
+            return jax.lax.scan(body, x, (parameters, jnp.arange(segment.first, segment.first + segment.length)))
+        x, report = body(x, (parameters, jnp.asarray(segment.first)))
+        return x, jax.tree.map(lambda leaf: leaf[None], report)
 
 
 def segment_lengths(kinds: Sequence[Hashable], scan: bool) -> list[tuple[int, int]]:

@@ -37,7 +37,8 @@ class TextConfig(Settings):
     vocabulary: int = setting(256, least=4)  # learned: embedding rows, for the data's words and 3 special words
     # encoded: by one pretrained encoder, or sd3 (CLIP, CLIP and T5, put together as in SD3)
     recipe: str = setting("single", choices=("single", "sd3"))
-    pretrained: str = ""  # encoded: local path or hub id (transformers) of the encoder; sd3: of a pipeline
+    # encoded: local path or hub id (transformers) of the encoder; sd3: of a pipeline
+    pretrained: str = setting("", path=True)
     revision: str = ""  # encoded: branch, tag or commit of the hub id; "" is its default
     # encoded: dtype of the encoders' computation
     pretrained_dtype: str = setting("float32", choices=("float32", "float16", "bfloat16"))

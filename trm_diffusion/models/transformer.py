@@ -1,7 +1,8 @@
 """What the diffusion transformers share: settings, one token stream of a block, the final layer."""
 
 import dataclasses
-from collections.abc import Hashable, Sequence
+import functools
+from collections.abc import Callable, Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ from flax import nnx
 
 from trm_diffusion.models.attention import IMPLEMENTATIONS, Attention
 from trm_diffusion.models.layers import ZEROS, Mlp, linear, modulated_norm
-from trm_diffusion.models.recursion import Recursion, RecursionConfig, recursive_blocks
+from trm_diffusion.models.recursion import Recursion, RecursionConfig, RoutingReport, recursive_blocks
+from trm_diffusion.models.recursion.looped import looped_blocks, repeated
 from trm_diffusion.models.remat import POLICIES, kept
 from trm_diffusion.models.settings import Settings, setting
 from trm_diffusion.models.stack import StackLayout, segment_lengths
@@ -48,6 +50,15 @@ def attention_of(config: TransformerConfig, *, output: bool = True, rngs: nnx.Rn
 def recursion_of(config: TransformerConfig, *, rngs: nnx.Rngs) -> Recursion:
     """The recursion of one block, as configured."""
     return Recursion(config.width, config.heads, config.recursion, dtype=jnp.dtype(config.dtype), rngs=rngs)
+
+
+def loop_of(config: TransformerConfig) -> dict:
+    """The arguments of `BlockStack` for the config's loop."""
+    recursion = config.recursion
+    return {
+        "loop": looped_blocks(recursion, config.depth),
+        "repeat": functools.partial(repeated, config=recursion) if recursion.looped else None,
+    }
 
 
 def layout_of(config: TransformerConfig, kinds: Sequence[Hashable]) -> StackLayout:
@@ -94,3 +105,15 @@ class FinalLayer(nnx.Module):
     def __call__(self, x_bnd, conditioning_bd):
         shift, scale = jnp.split(self.modulation(jax.nn.silu(conditioning_bd)), 2, axis=-1)
         return self.out(modulated_norm(x_bnd, shift, scale))
+
+
+def with_decoded_states(reports: RoutingReport | None, decode: Callable) -> RoutingReport | None:
+    """Adds `trace.decoded` to observed reports [R, T, ...]; decode: tokens [B, N, D] -> images [B, H, W, C'].
+
+    A state is not what the final layer was trained to read, so this shows only what it already holds of the output.
+    """
+    if reports is None:
+        return None
+    trace = reports.observed.trace
+    trace = trace._replace(decoded=jax.vmap(jax.vmap(decode))(trace.state))  # [R, T, B, H, W, C']
+    return reports._replace(observed=reports.observed._replace(trace=trace))

@@ -4,7 +4,6 @@ A run that trains on latents saves their `LatentSpec` in its workdir; resuming a
 """
 
 import dataclasses
-import json
 from collections.abc import Callable
 
 import jax
@@ -21,6 +20,8 @@ from trm_diffusion.experiment import Experiment
 from trm_diffusion.files import write_json
 from trm_diffusion.models.latent import LatentSpec
 from trm_diffusion.models.vae import VAE, decode_tiled
+from trm_diffusion.readers.paths import any_path
+from trm_diffusion.readers.records import build, read_json
 from trm_diffusion.runtime.processes import is_main_process
 from trm_diffusion.runtime.sharding import BATCH_AXES, batch_shards, distribute
 from trm_diffusion.weights.store import holds_weights, load_vae, load_weights
@@ -85,7 +86,7 @@ def load_decoder(experiment: Experiment, workdir: epath.Path, mesh: Mesh | None 
         return None
     vae, spec = config_vae(config)
     for run in filter(None, (workdir, config.init.workdir)):
-        kept = kept_spec(epath.Path(run))
+        kept = kept_spec(any_path(run))
         if kept not in (None, spec):
             raise UserError(
                 f"config.data.vae {config.data.vae} has latents of {difference(spec, kept)} of the run in {run}; "
@@ -116,7 +117,7 @@ def check_latents(config: Config, source: Source, workdir: epath.Path) -> None:
         )
     if spec is None:
         return
-    others = {f"the run in {run}": kept_spec(epath.Path(run)) for run in (workdir, config.init.workdir) if run}
+    others = {f"the run in {run}": kept_spec(any_path(run)) for run in (workdir, config.init.workdir) if run}
     if config.data.vae:
         others[f"config.data.vae {config.data.vae}"] = config_vae(config)[1]
     for other, wanted in others.items():
@@ -137,10 +138,9 @@ def kept_spec(workdir: epath.Path) -> LatentSpec | None:
     """The latents that a run, or a directory of weights, was trained on; None for pixels or if not recorded."""
     path = workdir / SPEC_FILE
     if path.exists():
-        fields = json.loads(path.read_text())
-    else:
-        fields = load_weights(workdir).record.get("latent") if holds_weights(workdir) else None
-    return LatentSpec(**fields) if fields else None
+        return build(LatentSpec, read_json(path), str(path))
+    fields = load_weights(workdir).record.get("latent") if holds_weights(workdir) else None
+    return build(LatentSpec, fields, f"{workdir}: latent of the manifest") if fields else None
 
 
 def difference(spec: LatentSpec, other: LatentSpec) -> str:

@@ -1,7 +1,8 @@
 """The state of a run: restored from a checkpoint, or initialised as the config says.
 
 A run starts from, in this order:
-    1. the latest checkpoint in its own workdir: resumes bit-exactly, including the data iterator;
+    1. the latest checkpoint in its own workdir, or that of `config.init.step`: resumes bit-exactly, including the data
+       iterator;
     2. `config.init.workdir`, another run (its first EMA) or a directory of weights (weights/store.py), plus the gates
        and experts of `config.init.adapter` if given: loads parameters only, with a fresh optimiser state;
     3. scratch.
@@ -23,6 +24,7 @@ from trm_diffusion.errors import UserError
 from trm_diffusion.experiment import Experiment, build
 from trm_diffusion.models.architecture import stack_layout
 from trm_diffusion.models.stack import from_per_layer, per_layer
+from trm_diffusion.readers.paths import any_path
 from trm_diffusion.run.workdir import changed_fields, load_config, save_config
 from trm_diffusion.runtime.checkpoints import Checkpoints
 from trm_diffusion.runtime.logging import say
@@ -37,22 +39,44 @@ FIXED = {"depth", "width", "heads", "patch", "mlp_ratio", "qk_norm", "in_channel
 
 
 def load_run(config: Config, workdir: epath.Path, reads: str = DATA) -> tuple[Experiment, TrainState]:
-    """Restores the latest checkpoint of the run in `workdir`; the config may sample and evaluate in another way.
+    """Restores the latest checkpoint of the run in `workdir`, or that of `config.init.step`.
 
+    The config may sample and evaluate in another way.
+
+    Writes and deletes nothing: the run may be training, and saving, at this moment.
     Without a run there, loads what `config.init` names. reads: where conditions come from, conditions.DATA or PROMPTS.
     """
     condition = make_condition(config, workdir, reads)
     if config.init.workdir and not (workdir / "checkpoints").exists():
         experiment = build(config, condition=condition)
         return experiment, state_from_pretrained(experiment)
-    changed_fields(workdir, config)  # raises if the model differs
+    changes = changed_fields(workdir, config)  # raises if the model differs
     experiment = build(config, condition=condition)
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        latest = checkpoints.latest_step()
-        if latest is None:
+    if not (workdir / "checkpoints").exists():  # opening them would make the directory
+        raise UserError(f"{workdir} holds no checkpoint yet; train first")
+    with Checkpoints(workdir / "checkpoints", config.checkpoint, writes=False) as checkpoints:
+        step = _step_to_restore(config, checkpoints, changes)
+        if step is None:
             raise UserError(f"{workdir} holds no checkpoint yet; train first")
-        state, _ = checkpoints.restore(latest, experiment.abstract_state)
+        state, _ = checkpoints.restore(step, experiment.abstract_state)
     return experiment, state
+
+
+def _step_to_restore(config: Config, checkpoints: Checkpoints, changes: list[str]) -> int | None:
+    """The latest checkpoint, or the one of `config.init.step`; None if there is none.
+
+    changes: the fields that differ from the run's saved config. With none, the same command was started again, as a
+    scheduler does after a stop; it must not go back a second time.
+    """
+    step, steps = config.init.step, checkpoints.steps()
+    if step is None or not steps or not changes:
+        return checkpoints.latest_step()
+    if step not in steps:
+        raise UserError(
+            f"config.init.step is {step}, but {checkpoints.directory} has the checkpoints "
+            f"{', '.join(map(str, steps))}; give one of them, or leave init.step out for the newest"
+        )
+    return step
 
 
 def sampling_parameters(experiment: Experiment, state: TrainState) -> Parameters:
@@ -78,11 +102,16 @@ def restore_or_init(
     Restores the position of the iterator, and saves the config to the workdir.
     """
     config = experiment.config
-    latest = checkpoints.latest_step()
-    if latest is not None:
+    if checkpoints.latest_step() is not None:
         changes = changed_fields(workdir, config)
-        state, loop = checkpoints.restore(latest, experiment.abstract_state, iterator)
-        say(f"resuming {workdir} at update {latest}" + (f" with {'; '.join(changes)}" if changes else ""))
+        step = _step_to_restore(config, checkpoints, changes)
+        state, loop = checkpoints.restore(step, experiment.abstract_state, iterator)
+        aside = checkpoints.set_aside_newer(step)
+        say(f"resuming {workdir} at update {step}" + (f" with {'; '.join(changes)}" if changes else ""))
+        if aside:
+            say(f"newer checkpoints are set aside, and may be deleted: {', '.join(map(str, aside))}")
+    elif config.init.step is not None:
+        raise UserError(f"config.init.step is {config.init.step}, but {workdir} holds no checkpoint; leave it out")
     elif config.init.workdir:
         state, loop = state_from_pretrained(experiment), {}
         added = f" with {config.init.adapter}" if config.init.adapter else ""
@@ -103,7 +132,7 @@ def state_from_pretrained(experiment: Experiment) -> TrainState:
     config, model = experiment.config, experiment.model
     layout = stack_layout(config.model)
     adapter = config.init.adapter
-    layers = _pretrained_layers(epath.Path(config.init.workdir), config)
+    layers = _pretrained_layers(any_path(config.init.workdir, "config.init.workdir"), config)
     if adapter:
         added = load_weights(adapter)
         check_adapter(added, model_of(config), adapter)

@@ -4,15 +4,15 @@ config.json        the resolved config, with the format and the package version
 latent.json        the latent spec, for a model of latents
 text.json          how texts were encoded, for a model of encoded text
 words.json         the vocabulary and the captions of grids, for a model of words
-checkpoints/       Orbax checkpoints, by update number
+checkpoints/       Orbax checkpoints, by update number, each with its checksums.json
+checkpoints_set_aside/   newer checkpoints, after a resume from an older one
 metrics.jsonl      one line of metrics every `log.every` updates
 tensorboard/       the same metrics as event files
 samples/           grids drawn during training and by --mode=sample
 evaluation.json    metrics, with their evaluation settings
 analysis.json      routing and halting by diffusion step, from --mode=analyze
+.claim             while it trains: who does (run/claim.py)
 """
-
-import json
 
 import ml_collections
 from etils import epath
@@ -21,6 +21,7 @@ import trm_diffusion
 from trm_diffusion.config import Config, resolve, to_dict
 from trm_diffusion.errors import UserError
 from trm_diffusion.files import write_json
+from trm_diffusion.readers.records import read_json
 
 FORMAT = 1  # version of the directory's and the checkpoints' format
 # Config fields that must not change when a run resumes; changes of other fields are reported.
@@ -62,12 +63,15 @@ def load_config(workdir: epath.Path) -> Config:
     path = workdir / "config.json"
     if not path.exists():
         raise UserError(f"{workdir} holds no run (no config.json); train first, or give the right --workdir")
-    record = json.loads(path.read_text())
+    record = read_json(path, {"format": int, "config": dict})
     if record["format"] > FORMAT:
         raise UserError(
             f"{path} has format {record['format']}; this version reads up to {FORMAT}: update trm_diffusion"
         )
-    return resolve(ml_collections.ConfigDict(record["config"]))
+    try:
+        return resolve(ml_collections.ConfigDict(record["config"]))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def changed_fields(workdir: epath.Path, config: Config) -> list[str]:

@@ -1,21 +1,24 @@
 """Logging of metrics to metrics.jsonl, TensorBoard, Weights & Biases (on request), and the terminal.
 
 metrics.jsonl is the authoritative record. A resumed run first drops the lines past its checkpoint, so that the file
-equals that of an uninterrupted run, except for the wall-clock fields.
+equals that of an uninterrupted run, except for the wall-clock fields. It also drops damaged lines, and says so.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import json
+import re
 import sys
 
 import tqdm
 from etils import epath
 
 from trm_diffusion.errors import UserError
-from trm_diffusion.files import write_text
+from trm_diffusion.files import replacing, writing
 from trm_diffusion.models.settings import Settings, setting
 
+_LINE = re.compile(rb'\{"step": (\d{1,18})(?:, [ -z|~]*)?\}\n?')  # a whole line as `MetricsFile` writes it
 WALL_CLOCK_FIELDS = ("images_per_second", "data_wait_share", "seconds")
 
 
@@ -24,6 +27,8 @@ class LogConfig(Settings):
     every: int = setting(50, least=1)  # updates per line of metrics, whose values are means over them
     tensorboard: bool = True  # write TensorBoard event files into the workdir
     wandb: bool = False  # also log to Weights & Biases (package wandb, project trm_diffusion)
+    # updates between measurements of what latent steps do (jobs/liveness.py), also after the last update; 0 is never
+    liveness_every: int = setting(1000, least=0)
     samples_every: int = setting(1000, least=0)  # updates between sample grids; 0 draws none
 
 
@@ -33,17 +38,17 @@ class MetricsFile:
     def __init__(self, path: epath.Path, resume_step: int):
         self._path = path
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
-            write_text(path, "".join(line + "\n" for line in kept))
+            _keep_lines(path, resume_step)
 
     def write(self, line: dict) -> None:
         text = json.dumps(line) + "\n"
-        if str(self._path).startswith("gs://"):  # object stores cannot append
-            before = self._path.read_text() if self._path.exists() else ""
-            self._path.write_text(before + text)
-        else:
-            with open(self._path, "a") as file:
-                file.write(text)
+        with writing(self._path):
+            if str(self._path).startswith("gs://"):  # object stores cannot append
+                before = self._path.read_text() if self._path.exists() else ""
+                self._path.write_text(before + text)
+            else:
+                with open(self._path, "a") as file:
+                    file.write(text)
 
 
 class RunLogger:
@@ -56,7 +61,8 @@ class RunLogger:
         if config.tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+            # max_queue=0: a bounded queue blocks this process for ever once the writer's thread has failed
+            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1, max_queue=0)
         if config.wandb:
             self._wandb = start_wandb(workdir, name)
         self._bar = None
@@ -67,6 +73,9 @@ class RunLogger:
         """Writes one line. Lists (load per expert) are written whole to the file and entry by entry elsewhere."""
         self._file.write({"step": step, **scalars})
         flat = dict(_flatten(scalars))
+        if self._tensorboard and not self._tensorboard.file_writer.event_writer._worker.is_alive():
+            self._tensorboard = None
+            say("TensorBoard's event files cannot be written any more; metrics.jsonl goes on")
         if self._tensorboard:
             for key, value in flat.items():
                 self._tensorboard.add_scalar(key, value, step)
@@ -91,7 +100,8 @@ class RunLogger:
         if self._bar is not None:
             self._bar.close()
         if self._tensorboard:
-            self._tensorboard.close()
+            with contextlib.suppress(OSError):  # they are a copy of metrics.jsonl
+                self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
 
@@ -119,9 +129,27 @@ def _flatten(scalars: dict):
             yield key, value
 
 
-def _step_of(line: str) -> float:
-    """The update number of a line; infinity for a line that a crash cut off, so that it is dropped."""
+def _keep_lines(path: epath.Path, most: int) -> None:
+    """Rewrites a file of metrics, line by line, without those past the update `most` and without damaged ones."""
+    damaged = []
+    with path.open("rb") as lines, replacing(path) as partial, partial.open("wb") as kept:
+        for number, line in enumerate(lines, 1):
+            step = _step_of(line)
+            if step is None:
+                damaged.append(number)
+            elif step <= most:
+                kept.write(line.removesuffix(b"\n") + b"\n")
+    if damaged:
+        lines = f"{len(damaged):,} damaged lines" if damaged[1:] else "a damaged line"
+        say(f"{path}: dropped {lines}{', the first' if damaged[1:] else ''} at line {damaged[0]:,}")
+
+
+def _step_of(line: bytes) -> int | None:
+    """The update number of a line; None for a damaged one, such as the last line before a crash."""
+    if match := _LINE.fullmatch(line):  # several times faster than parsing, for files of a million lines
+        return int(match[1])
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        return None
+    return step if type(step) is int else None

@@ -1,6 +1,8 @@
 """The optimiser, its learning-rate schedule, and exponential moving averages (EMA) of the parameters."""
 
 import dataclasses
+import fnmatch
+import math
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +72,8 @@ class OptimConfig(Settings):
     # muon: orthogonalised momentum for the blocks' matrices, AdamW for the rest
     optimizer: str = setting("adamw", choices=OPTIMIZERS)
     lr: float = setting(1e-4, least=0)  # peak learning rate of AdamW
+    # learning rates by parameter, PATTERN=FACTOR,..., such as "*/experts/up=16" (LoRA+); the first that matches counts
+    lr_multipliers: str = ""
     muon_lr_ratio: float = setting(5.0, least=0)  # muon: learning rate of its matrices / that of the rest
     # after the warm-up: constant, cosine (to lr_end) or linear (to lr_end)
     schedule: str = setting("constant", choices=SCHEDULES)
@@ -83,6 +87,38 @@ class OptimConfig(Settings):
     # one float32 EMA of the parameters for each decay; samples are drawn from the first
     ema_decays: tuple = setting((0.9999,), least=0, below=1)
     ema_warmup: bool = True  # decay min(d, (1 + n) / (10 + n)) at update n, so short runs forget the initial values
+
+    def __post_init__(self):
+        super().__post_init__()
+        multipliers(self)
+
+
+def multipliers(config: OptimConfig) -> dict[str, float]:
+    """The factors of `lr_multipliers` by pattern. Raises ValueError, in one line, for any other text."""
+    factors = {}
+    for part in filter(None, config.lr_multipliers.split(",")):
+        pattern, _, factor = part.rpartition("=")
+        try:
+            factors[pattern] = float(factor)
+        except ValueError:
+            factors[pattern] = -1.0
+        if not pattern or not 0 <= factors[pattern] < math.inf:
+            raise ValueError(f'lr_multipliers has {part!r}; give PATTERN=FACTOR,... such as "*/experts/up=16"')
+    return factors
+
+
+def multiplied(optimizer: optax.GradientTransformation, factors: dict[str, float]) -> optax.GradientTransformation:
+    """The optimiser, with each update times the factor of the first pattern that its path matches; else 1."""
+
+    def factor(name: str) -> float | None:
+        return next((factor for pattern, factor in factors.items() if fnmatch.fnmatch(name, pattern)), None)
+
+    def update(gradients, state, parameters=None):
+        updates, state = optimizer.update(gradients, state, parameters)
+        factor_of = {name: factor(name) for name in updates}
+        return {n: u if factor_of[n] is None else factor_of[n] * u for n, u in updates.items()}, state
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 def learning_rate(config: OptimConfig, total_steps: int) -> optax.Schedule:
@@ -98,6 +134,8 @@ def learning_rate(config: OptimConfig, total_steps: int) -> optax.Schedule:
 def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTransformation:
     """AdamW or Muon on a flat dictionary of parameters, after optional clipping by global norm."""
     optimizer = OPTIMIZERS[config.optimizer](config, learning_rate(config, total_steps))
+    if config.lr_multipliers:
+        optimizer = multiplied(optimizer, multipliers(config))
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(clip, optimizer)
 

@@ -9,7 +9,11 @@ import math
 from collections.abc import Callable
 
 import jax
+import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
+
+from trm_diffusion.files import sha256_of_arrays
 
 Parameters = dict[str, jax.Array]
 
@@ -89,3 +93,19 @@ def device_bytes(arrays) -> int:
 def count(parameters) -> int:
     """Number of scalars in a dictionary of arrays or shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(parameters))
+
+
+def parameters_sha256(parameters: Parameters) -> str:
+    """A hash of names, dtypes, shapes and values. Every process of the run takes part.
+
+    It fetches one parameter after another to the host: seconds per GB.
+    """
+
+    def fetched(leaf) -> np.ndarray:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return np.asarray(leaf)
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+    return sha256_of_arrays(
+        (f"{name} {leaf.dtype} {leaf.shape}", fetched(leaf)) for name, leaf in sorted(parameters.items())
+    )

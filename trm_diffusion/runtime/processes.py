@@ -5,6 +5,7 @@ coordinator's address. Once all processes have connected, JAX takes over the sam
 """
 
 import contextlib
+import itertools
 import json
 import os
 import selectors
@@ -12,8 +13,10 @@ import socket
 import sys
 import time
 import warnings
+from collections.abc import Callable
 
 import jax
+import numpy as np
 from jax._src.clusters import ClusterEnv  # JAX has no public API for cluster detection
 from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
@@ -24,7 +27,10 @@ RETRY_SECONDS = 0.2  # between attempts to reach process 0
 VERDICT_SECONDS = 1  # past the deadline: connected processes wait to learn who is missing, and to be counted
 HELLO_BYTES = 1024  # maximum size of the first message from a process
 LAST_WORD_SECONDS = 10  # how long a process with an error waits for the others to have one too
-END_SECONDS = 7 * 24 * 3600  # how long finished processes wait for the others; JAX's heartbeats detect dead ones
+MESSAGE_BYTES = 2048  # of an error of process 0, for the others
+END_SECONDS = 7 * 24 * 3600  # how long processes wait for the others; JAX's heartbeats detect dead ones
+
+_barriers = itertools.count()  # makes the name of every barrier unique
 
 
 def join(coordinator: str, count: int | None, index: int | None, *, detect: bool, timeout: int) -> None:
@@ -184,13 +190,76 @@ def is_main_process() -> bool:
 
 
 def barrier(what: str) -> None:
-    """Returns when all processes have reached it.
-
-    On CPUs the first barrier fails after 30 s (Gloo's limit for connecting); later ones wait as long as it takes. So a
-    job begins with one, before compilation or its share of the work can delay a process.
-    """
+    """Returns when all processes have reached it, however long that takes."""
     if is_distributed():
-        multihost_utils.sync_global_devices(what)
+        _wait_for_all(what)
+        multihost_utils.sync_global_devices(what)  # connects the devices now, while all processes are here
+
+
+def _wait_for_all(what: str) -> None:
+    """A barrier of the coordination service, without any device: all must call it in the same order."""
+    global_state.client.wait_at_barrier(f"{what} {next(_barriers)}", END_SECONDS * 1000)
+
+
+def compiled_together(jitted: Callable) -> Callable:
+    """The jitted function; with several processes, its first call starts once all have compiled it.
+
+    On CPUs, processes whose collectives start more than 30 s apart fail: Gloo's limit for connecting a new group of
+    devices, and for each reduce-scatter. Compilation takes that long on a slow machine, and not equally long.
+    """
+    if not is_distributed():
+        return jitted
+    compiled = False
+
+    def call(*arguments):
+        nonlocal compiled
+        if not compiled:
+            jitted.lower(*arguments).compile()  # the call below finds it in JAX's cache
+            _wait_for_all("compiled")
+            compiled = True
+        return jitted(*arguments)
+
+    return call
+
+
+def from_main_process(text: str) -> str:
+    """The `text` that process 0 has. All processes must call it."""
+    if not is_distributed():
+        return text
+    data = np.frombuffer(text.encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
+    data = data if data.size == size else np.zeros(size, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(data)).tobytes().decode()
+
+
+def first_of_all(text: str) -> str:
+    """The text of the first process whose text is not empty; "" if all are. All processes must call it."""
+    if not is_distributed():
+        return text
+    lengths = np.ravel(multihost_utils.process_allgather(np.int32(len(text.encode()))))
+    padded = np.zeros(max(1, int(lengths.max())), np.uint8)
+    padded[: len(text.encode())] = np.frombuffer(text.encode(), np.uint8)
+    texts = np.reshape(multihost_utils.process_allgather(padded), (len(lengths), -1))
+    return next((one[:length].tobytes().decode() for one, length in zip(texts, lengths, strict=True) if length), "")
+
+
+def in_process_0(act: Callable[[], None]) -> None:
+    """Runs `act` in process 0. Every process raises the UserError or Interrupted that it raises there."""
+    kinds = (UserError, Interrupted)
+    error = None
+    if is_main_process():
+        try:
+            act()
+        except kinds as caught:
+            error = caught
+    if is_distributed():
+        text = b"" if error is None else f"{kinds.index(type(error))}{error}".encode()
+        sent = np.frombuffer(text[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0"), np.uint8)
+        received = np.asarray(multihost_utils.broadcast_one_to_all(sent), np.uint8).tobytes()
+        message = received.rstrip(b"\0").decode(errors="replace")
+        error = kinds[int(message[0])](message[1:]) if message else None
+    if error is not None:
+        raise error
 
 
 def end_after_error(code: int) -> int:

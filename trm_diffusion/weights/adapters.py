@@ -13,16 +13,20 @@ import numpy as np
 
 from trm_diffusion.errors import UserError
 from trm_diffusion.files import sha256_of_arrays
+from trm_diffusion.models.recursion.config import RecursionConfig
 from trm_diffusion.weights.convert import Weights
 
-# Fields that determine what gates and experts compute at inference. The others affect training, or only how they do it.
-FUNCTION = (
-    "blocks", "latent_steps", "experts", "experts_per_token", "rank", "temperature", "gate_inputs", "forward_weight",
-    "base_input", "normalization", "modulation", "residual", "pool", "routing_scope", "base_every_step", "halting",
-)  # fmt: skip
+# Fields that affect only training, how something is computed, or when tokens stop. All others determine what gates and
+# experts compute, and must be those that an adapter was trained with.
+FREE = {
+    "capacity_factor", "routing_group", "switch_loss_weight", "z_loss_weight", "balance_bias_rate",
+    "truncated_latent_steps", "dispatch", "remat", "scan_latent_steps",
+    "init_down", "init_up", "halting_epsilon", "halting_patience", "halting_prior", "halting_weight",
+}  # fmt: skip
+FUNCTION = tuple(field.name for field in dataclasses.fields(RecursionConfig) if field.name not in FREE)
 MERGEABLE = {
     "latent_steps": 1, "experts": 1, "normalization": False, "modulation": False, "residual": "before_norm",
-    "base_input": "modulated",
+    "base_input": "modulated", "step_embedding": False, "looped": False, "alpha": None,
 }  # fmt: skip
 
 
@@ -44,11 +48,17 @@ def check_adapter(adapter: Weights, model: dict, where: str) -> None:
     """Raises UserError if an adapter was trained with a recursion that differs from that of `model`."""
     if adapter.kind != "adapter":
         raise UserError(f"config.init.adapter {where} holds a {adapter.kind}, not gates and experts")
-    theirs, ours = adapter.model["recursion"], model.get("recursion", {"blocks": "none"})
+    theirs, ours = recursion_of(adapter), model.get("recursion", {"blocks": "none"})
     for name in FUNCTION:
         if theirs[name] != ours.get(name):
             field = f"config.model.recursion.{name}"
             raise UserError(f"config.init.adapter {where} has {field} {theirs[name]!r}, not {ours.get(name)!r}")
+
+
+def recursion_of(weights: Weights) -> dict | None:
+    """The fields of `RecursionConfig` in a manifest; those newer than the manifest have their default."""
+    recorded = weights.model.get("recursion")
+    return None if recorded is None else dataclasses.asdict(RecursionConfig()) | recorded
 
 
 def base_sha256(layers: Mapping[str, np.ndarray]) -> str:
@@ -59,11 +69,12 @@ def base_sha256(layers: Mapping[str, np.ndarray]) -> str:
 
 def merged(weights: Weights, where: str) -> Weights:
     """A base model that computes the same without adapter, up to rounding. Raises UserError if there is none."""
-    recursion = weights.model.get("recursion")
+    recursion = recursion_of(weights)
     if recursion is None:
         raise UserError(f"{where} has no gates and experts to merge")
     ups = [name for name in weights.specs if name.endswith("/recursion/pool/experts/up")]
-    untrained = recursion["base_input"] == "modulated" and not any(weights.read(name).any() for name in ups)
+    without_experts = recursion["base_input"] == "modulated" and not recursion["looped"]  # it is the base
+    untrained = without_experts and not any(weights.read(name).any() for name in ups)
     unlike = [f"{name} {recursion[name]!r}" for name, value in MERGEABLE.items() if recursion[name] != value]
     if unlike and not untrained:
         raise UserError(

@@ -180,6 +180,8 @@ def to_theirs(
     problems += [
         f"{parameter} has no place in the layout {name}" for parameter in weights.specs if parameter not in placed
     ]
+    if (weights.model.get("recursion") or {}).get("looped"):
+        problems.append(f"the loop of config.model.recursion.looped has no place in the layout {name}")
     refuse(where, sorted(problems))
     constants = layout.constants(weights.model) if layout.written else {}
     dtype = max({spec.dtype for spec in weights.specs.values()}, key=lambda dtype: dtype.itemsize)

@@ -1,12 +1,11 @@
 """Weights of the FID Inception network: as pytorch-fid and torch-fidelity publish them, or converted."""
 
-import json
-
 import numpy as np
 
 from trm_diffusion.errors import UserError
 from trm_diffusion.files import sha256_of_file
 from trm_diffusion.models.inception import BATCH_NORM, Weights, fold_batch_norms, layer_shapes, state_shapes
+from trm_diffusion.readers.records import read_json
 from trm_diffusion.weights.forms import CONV, SAME, Rule, affine
 from trm_diffusion.weights.layout import Layout
 from trm_diffusion.weights.source import open_source
@@ -33,7 +32,7 @@ def load_inception(path: str) -> tuple[Weights, str]:
             if rule.ours in state
             for name, tensor in zip(rule.theirs, rule.form.theirs(state[rule.ours]), strict=True)
         }
-        digest = json.loads(manifest.read_text())["files"][0]["sha256"]
+        digest = read_json(manifest, {"files": [{"sha256": str}]})["files"][0]["sha256"]
     expected = state_shapes()
     wrong = [name for name, shape in expected.items() if name not in state or state[name].shape != shape]
     if wrong:

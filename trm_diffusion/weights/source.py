@@ -2,20 +2,22 @@
 
 import contextlib
 import dataclasses
-import json
 import re
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
 from trm_diffusion.errors import UserError
 from trm_diffusion.files import sha256_of_file
+from trm_diffusion.readers.folders import list_files
+from trm_diffusion.readers.paths import local_path
+from trm_diffusion.readers.records import read_json
 from trm_diffusion.weights.safetensors import read_safetensors
+from trm_diffusion.weights.torch_files import TORCH_SUFFIXES, read_torch
 
-TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 SINGLE_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
-NESTED = ("ema", "state_dict", "model")  # keys of the weights in training checkpoints, the preferred first
+WRAPPERS = ("module.", "_orig_mod.")  # prefixes of all names, by DistributedDataParallel and torch.compile
+INDEX = ".safetensors.index.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)*")
 
 
@@ -37,7 +39,7 @@ def open_source(name: str) -> PublishedWeights:
 
     A hub id is OWNER/NAME, optionally followed by a slash and a folder or file in it. Raises UserError in one line.
     """
-    path = Path(name).expanduser()
+    path = local_path(name)
     if not path.exists():
         if path.suffix or not HUB_ID.fullmatch(name):
             raise UserError(f"{name}: no such file or directory")
@@ -47,49 +49,37 @@ def open_source(name: str) -> PublishedWeights:
     for file in files:
         tensors |= read_torch(file) if file.suffix in TORCH_SUFFIXES else read_safetensors(file)
     beside = files[0].parent / "config.json"
-    return PublishedWeights(name, tuple(files), tensors, json.loads(beside.read_text()) if beside.exists() else {})
+    config = read_json(beside) if beside.exists() else {}
+    if not tensors:
+        raise UserError(f"{name} holds no tensors")
+    return PublishedWeights(name, tuple(files), without_wrappers(tensors), config)
+
+
+def without_wrappers(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Removes the prefixes that wrappers of a model put before every name; a prefix of only some names stays."""
+    while prefix := next((one for one in WRAPPERS if all(name.startswith(one) for name in tensors)), None):
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    indices = sorted(path.glob("*.safetensors.index.json"))
+    indices = list_files(path, [INDEX])
     if indices:
-        shards = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+        shards = sorted(set(read_json(path / indices[0], {"weight_map": {str: str}})["weight_map"].values()))
         for shard in shards:
+            if Path(shard).name != shard:
+                raise UserError(f"{path / indices[0]} lists {shard}, which is not the name of a file beside it")
             if not (path / shard).exists():
-                raise UserError(f"{path / shard} is missing, but {indices[0].name} lists it; fetch it again")
+                raise UserError(f"{path / shard} is missing, but {indices[0]} lists it; fetch it again")
         return [path / shard for shard in shards]
-    single = [path / name for name in SINGLE_FILES if (path / name).exists()] or sorted(path.glob("*.safetensors"))
+    names = list_files(path, [".safetensors"])
+    single = [path / name for name in SINGLE_FILES if name in names] or [path / name for name in names]
     if len(single) != 1:
         found = f"holds {', '.join(file.name for file in single)}" if single else "holds no .safetensors file"
         raise UserError(f"{path} {found}; name one file, or the folder of one model")
     return single
-
-
-def read_torch(path: Path) -> dict[str, np.ndarray]:
-    """Tensors of a PyTorch file by name, with the loader that executes no code. Raises UserError in one line."""
-    try:
-        import torch
-    except ImportError:
-        raise UserError(
-            f"{path} needs PyTorch to be read; pip install -r requirements-torch.txt, or give a .safetensors file"
-        ) from None
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # noqa: BLE001  zip, pickle and runtime errors all mean that the file cannot be used
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path} is truncated, or holds more than weights ({reason})") from None
-    for name in NESTED:
-        loaded = loaded[name] if isinstance(loaded.get(name), dict) else loaded
-    return {name: _to_numpy(torch, value) for name, value in loaded.items() if isinstance(value, torch.Tensor)}
-
-
-def _to_numpy(torch, tensor) -> np.ndarray:
-    tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:  # NumPy has no bfloat16 of its own
-        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
 
 
 def _download(name: str) -> Path:

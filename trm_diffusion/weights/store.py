@@ -5,7 +5,6 @@ A directory gets its name only when it is complete.
 """
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,15 +14,18 @@ from flax import nnx
 
 import trm_diffusion
 from trm_diffusion.errors import UserError
-from trm_diffusion.files import replacing, sha256_of_file, write_json
+from trm_diffusion.files import check_writable, clear_partial, replacing, sha256_of_file, write_json
 from trm_diffusion.models.latent import LatentSpec
 from trm_diffusion.models.vae import VAE
+from trm_diffusion.readers.paths import local_path
+from trm_diffusion.readers.records import read_json
 from trm_diffusion.weights import vae
 from trm_diffusion.weights.convert import Weights
 from trm_diffusion.weights.safetensors import TensorSpec, read_safetensors, write_safetensors
 
 FORMAT = 1
 OWN_FIELDS = ("format", "version", "kind", "model", "parameters")  # of a manifest; the others are the weights' record
+FORM = {"format": int, "kind": str, "model": dict, "files?": [{"file": str, "sha256": str}]}  # of a manifest
 MANIFEST, TENSORS = "manifest.json", "model.safetensors"
 
 
@@ -49,8 +51,8 @@ def holds_weights(directory) -> bool:
 
 def load_weights(directory: str | os.PathLike) -> Weights:
     """Opens what `save_weights` wrote, memory-mapped. Raises UserError if it is damaged or of a newer format."""
-    directory = Path(directory)
-    record = json.loads((directory / MANIFEST).read_text())
+    directory = local_path(directory)
+    record = read_json(directory / MANIFEST, FORM, "convert the weights again")
     if record["format"] > FORMAT:
         raise UserError(
             f"{directory} has format {record['format']}; this version reads up to {FORMAT}: update trm_diffusion"
@@ -66,7 +68,7 @@ def load_vae(directory: str | os.PathLike, latent_size: int) -> tuple[VAE, Laten
 
     Its id is the hash of the converted weights. Raises UserError if there is no autoencoder.
     """
-    directory = Path(directory)
+    directory = local_path(directory)
     if not holds_weights(directory):
         raise UserError(f"{directory} holds no converted autoencoder; --mode=convert --from=SOURCE --to=DIR writes one")
     weights = load_weights(directory)
@@ -80,12 +82,19 @@ def load_vae(directory: str | os.PathLike, latent_size: int) -> tuple[VAE, Laten
     return nnx.merge(graphdef, nnx.from_flat_state(flat)), spec
 
 
+def check_new(directory: str | os.PathLike) -> None:
+    """Raises UserError if the directory exists, or could not be made; leaves nothing."""
+    if Path(directory).exists():
+        raise UserError(f"{directory} exists already; choose another --to, or remove it")
+    check_writable(directory)
+
+
 @contextlib.contextmanager
 def new_directory(directory: str | os.PathLike) -> Iterator[Path]:
     """Yields a directory to fill, which gets its name at the end. After an error nothing of it is left."""
-    directory = Path(directory)
-    if directory.exists():
-        raise UserError(f"{directory} exists already; choose another --to, or remove it")
+    directory = local_path(directory, "--to")
+    check_new(directory)
+    clear_partial(directory.parent, directory.name, below=False)
     with replacing(directory) as partial:
         partial.mkdir()
-        yield Path(partial)
+        yield local_path(partial)

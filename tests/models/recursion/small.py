@@ -48,7 +48,7 @@ def inputs(seed=1, images=IMAGES):
     return x, shift, scale, conditioning, tuple(normal(TEXT, HEADS, WIDTH // HEADS) for _ in range(2))
 
 
-def run(graphdef, state, data, *, steps, joint=False, key=None):
+def run(graphdef, state, data, *, steps, joint=False, key=None, observe=False):
     """The q, k, v that the block's own attention would see, [B, N, 3, D], and the report."""
     attention, recursion = nnx.merge(graphdef, state)
     x, shift, scale, conditioning, context = data
@@ -61,6 +61,7 @@ def run(graphdef, state, data, *, steps, joint=False, key=None):
         context=Context(*context) if joint else None,
         latent_steps=steps,
         key=key,
+        observe=observe,
     )
     return out.qkv.reshape(*x.shape[:2], 3, WIDTH), out.report
 
@@ -86,21 +87,32 @@ def as_reference(graphdef, state, data, *, joint) -> dict:
     if config.halting == "learned":
         kernel, bias = float64(recursion.halting.head.kernel, recursion.halting.head.bias)
         head = [kernel[:, 0], bias[0]]
+
+    def parameters(module):
+        """{last name of the path: array}, float64."""
+        return {path[-1]: np.asarray(v, np.float64) for path, v in nnx.to_flat_state(nnx.as_pure(nnx.state(module)))}
+
+    forms = parameters(recursion.forms)
+    if config.expert_mlp:
+        forms["expert_mlp"] = parameters(recursion.expert_mlp)
     return dict(
         x=x, shift=shift, scale=scale, timestep=conditioning.timestep, condition=conditioning.condition, pools=pools,
         base=float64(attention.qkv.kernel, attention.qkv.bias), norms=norms, head=head,
-        context=context if joint else None,
+        context=context if joint else None, forms=forms,
     )  # fmt: skip
 
 
 def run_reference(arguments: dict, config: RecursionConfig, *, steps, key=None, fixed=None) -> reference.Result:
     """The plain reference, given the noise that `key` gives the gate."""
-    gumbel = None
+    gumbel = mlp_gumbel = None
     if key is not None:
         images, tokens, _ = arguments["x"].shape
         shape = (images, tokens, 3 if config.routing_scope == "per_projection" else 1, config.experts)
-        gumbel = [np.asarray(jax.random.gumbel(jax.random.fold_in(key, t), shape), np.float64) for t in range(steps)]
-    options = dict(steps=steps, gumbel=gumbel, fixed=fixed)
+        keys = [jax.random.fold_in(key, t) for t in range(steps)]
+        gumbel = [np.asarray(jax.random.gumbel(one, shape), np.float64) for one in keys]
+        shape, keys = (*shape[:2], 1, shape[3]), [jax.random.fold_in(one, 1) for one in keys]
+        mlp_gumbel = [np.asarray(jax.random.gumbel(one, shape), np.float64) for one in keys]
+    options = dict(steps=steps, gumbel=gumbel, mlp_gumbel=mlp_gumbel, fixed=fixed)
     return reference.recursion(**arguments, heads=HEADS, config=config, **options)
 
 

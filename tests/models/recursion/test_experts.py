@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import parameterized
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trm_diffusion.models.recursion.assignment import assign, expert_capacity, grouped
 from trm_diffusion.models.recursion.dispatch import IMPLEMENTATIONS, expert_updates
+from trm_diffusion.models.recursion.experts import LowRankExperts
 from trm_diffusion.models.recursion.gate import Routing
 
 TOKENS, WIDTH, RANK = 6, 8, 3
@@ -177,3 +179,17 @@ def test_permutations_of_experts_images_and_tokens(dispatch):
 
     found = updates(shuffled(h), down, up, jax.tree.map(shuffled, routing), ample)
     np.testing.assert_allclose(found, shuffled(updates(h, down, up, routing, ample)), rtol=1e-4, atol=1e-4)
+
+
+def test_what_the_experts_start_from():
+    """A as without the switches, B from zero or normal, both with the stated deviation; alpha / r scales the update."""
+
+    def experts(**options):
+        return LowRankExperts(64, 2, 16, dispatch="dense", dtype=jnp.float32, rngs=nnx.Rngs(0), **options)
+
+    plain, other = experts(), experts(init_down=0.5, init_up=0.1, alpha=32.0)
+    np.testing.assert_array_equal(plain.up[...], 0.0)
+    np.testing.assert_allclose(np.std(plain.down[...]), 64**-0.5, rtol=0.05)
+    np.testing.assert_allclose(other.down[...], 0.5 * plain.down[...], rtol=1e-6)
+    np.testing.assert_allclose(np.std(other.up[...]), 0.1 / 4, rtol=0.05)
+    np.testing.assert_allclose(other.weights()[1], 2.0 * other.up[...], rtol=1e-6)

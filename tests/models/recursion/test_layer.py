@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.models.recursion.small import (
+    HEADS,
     IMAGES,
     INTERPRETED,
     SMALL,
@@ -27,6 +28,8 @@ from tests.models.recursion.small import (
     run_reference,
     with_zero_up,
 )
+from trm_diffusion.models.attention import Attention
+from trm_diffusion.models.recursion import Recursion
 from trm_diffusion.models.recursion.config import GATE_INPUTS, recursive_blocks
 
 
@@ -61,7 +64,7 @@ def assert_equals_reference(config, *, joint, training, qk_norm=False, steps=Non
     base = (np.asarray(data[0]) @ kernel + bias).reshape(IMAGES, TOKENS, 3, WIDTH)
     if config.base_input == "modulated":
         np.testing.assert_allclose(qkv, base, rtol=1e-5, atol=1e-5)
-    elif config.residual == "before_norm":
+    elif config.residual == "before_norm" and config.base_input == "carry":
         assert np.abs(qkv - base).max() > 0.1
 
 
@@ -78,13 +81,21 @@ def test_equals_reference(latent_steps, experts, k, joint):
 
 SUBSETS = [",".join(c) for size in (1, 2, 3) for c in itertools.combinations(GATE_INPUTS, size)]
 FACTORS = {
-    "base_input": ("modulated", "carry"),
+    "alpha": (None, 6.0),
+    "base_input": ("modulated", "carry", "blend"),
+    "base_step_input": ("h", "blend"),
+    "base_projections": ("q,k,v", "q", "v,k"),
     "normalization": (True, False),
     "modulation": (True, False),
     "residual": ("before_norm", "after_norm"),
     "pool": ("shared", "per_latent_step"),
     "routing_scope": ("shared", "per_projection"),
     "forward_weight": ("straight_through", "soft"),
+    "state": ("restart", "accumulate", "gated"),
+    "attended_norm": (False, True),
+    "attention_qk_norm": (False, True),
+    "expert_mlp": (False, True),
+    "step_embedding": (False, True),
     "base_every_step": (False, True),
     "gate_inputs": tuple(SUBSETS),
     "dispatch": ("dense", "capacity", "one_hot"),
@@ -128,7 +139,13 @@ def test_every_switch_equals_reference(row):
     assert_equals_reference(dataclasses.replace(SWITCHED, **row), steps=3, **call)
 
 
-PLAIN_ALONE = ("normalization", "modulation", "residual", "dispatch")  # the kernels know only the paper's value
+PLAIN_ALONE = (
+    "normalization",
+    "modulation",
+    "residual",
+    "step_embedding",
+    "dispatch",
+)  # the kernels know only the paper's value
 FUSED_FACTORS = {name: values for name, values in FACTORS.items() if name not in PLAIN_ALONE} | {
     "gate_inputs": tuple(subset for subset in SUBSETS if "tokens" in subset)
 }
@@ -198,6 +215,30 @@ def test_both_forms_of_figure_1_together_leave_the_base_in_self_attention():
     qkv, _ = run(graphdef, with_zero_up(state), data, steps=2)
     attention, _ = nnx.merge(graphdef, state)
     np.testing.assert_array_equal(qkv, attention.project(data[0]).reshape(qkv.shape))
+
+
+STARTS_AS_BASE = {  # forms that leave the base model unchanged at the start
+    "step_embedding": dict(step_embedding=True),
+    "accumulate": dict(state="accumulate"),
+    "gated": dict(state="gated"),
+    "blend": dict(base_input="blend"),
+    "thinking": dict(base_input="blend", base_every_step=True),
+    "thinking_by_blends": dict(base_input="blend", base_every_step=True, base_step_input="blend", state="gated"),
+    "expert_mlp": dict(expert_mlp=True),
+    "norms": dict(attention_qk_norm=True, attended_norm=True, attended_gain=0.1),
+}
+
+
+@pytest.mark.parametrize("form", STARTS_AS_BASE)
+def test_a_form_starts_as_the_base(form):
+    """To the bit, with the initial parameters, at every T, also above the config's."""
+    config = dataclasses.replace(SMALL, latent_steps=3, **STARTS_AS_BASE[form])
+    data = inputs()
+    attention = Attention(WIDTH, HEADS, qk_norm=False, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split((attention, Recursion(WIDTH, HEADS, config, dtype=jnp.float32, rngs=nnx.Rngs(1))))
+    for steps in (1, 2, 4):
+        qkv, _ = run(graphdef, state, data, joint=True, steps=steps)
+        np.testing.assert_array_equal(qkv, attention.project(data[0]).reshape(qkv.shape))
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -158,6 +158,7 @@ class SceneSource(Source):
     captioned = True
     vocabulary = vocabulary()
     in_memory = True
+    held_out_split = "held_out"
 
     def __init__(self, image_size: int, split: str = "train", *, seed: int = 0, num_scenes: int = 2**20):
         if image_size not in SHAPES_BY_SIZE:

@@ -23,11 +23,14 @@ from trm_diffusion.models.recursion.report import RoutingReport, report_of
 
 KERNELS_HONOUR = frozenset({
     "blocks", "latent_steps", "pool", "base_input", "base_every_step",  # around the pool: recursion/layer.py
+    "state", "attended_gain", "attended_norm", "attention_qk_norm",  # the same: recursion/forms.py
+    "base_step_input", "base_projections", "expert_mlp",  # the same
     "scan_latent_steps", "truncated_latent_steps", "remat",  # recursion/depth.py
     "halting", "halting_epsilon", "halting_patience", "halting_prior", "halting_weight",  # a stopped token selects none
     "temperature", "forward_weight", "balance_bias_rate", "gate_inputs",  # `Gate.route`; tokens must be an input
     "routing_scope", "experts", "experts_per_token", "rank", "capacity_factor", "routing_group",  # the assignment
     "switch_loss_weight", "z_loss_weight",  # of the report
+    "alpha", "init_down", "init_up",  # in the experts' weights
 })  # fmt: skip
 
 
@@ -48,7 +51,15 @@ class Pool(nnx.Module):
             rngs=rngs,
         )
         self.experts = LowRankExperts(
-            width, config.experts, config.rank, dispatch=config.dispatch, dtype=dtype, rngs=rngs
+            width,
+            config.experts,
+            config.rank,
+            alpha=config.alpha,
+            init_down=config.init_down,
+            init_up=config.init_up,
+            dispatch=config.dispatch,
+            dtype=dtype,
+            rngs=rngs,
         )
 
     def __call__(

@@ -1,6 +1,6 @@
 """Statistics of the gates at each latent step, in a form that can be averaged."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ class RoutingReport(NamedTuple):
     ran: jax.Array  # [T] 1 where this latent step ran, 0 where fewer were asked for or all tokens had stopped
     running: jax.Array  # [T] share of the tokens that had not stopped; 1 in the last entry
     halting_divergence: jax.Array  # [T] mean KL(p || prior) of the learned halting, in the last entry
+    observed: Any = None  # what the latent steps do, if asked for: an `Observation` (recursion/observe.py)
 
 
 def report_of(routing: Routing, assignment: Assignment, asking: jax.Array | None) -> RoutingReport:
