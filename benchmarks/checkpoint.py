@@ -1,18 +1,23 @@
-"""How long does saving a checkpoint block training? At DiT-B size on a local disk, at most a tenth of a step.
+"""How long does saving a checkpoint block training, and what do checksums add to a restore?
+
+At DiT-B size on a local disk, at most a tenth of a step, and a tenth of a restore.
 
     python -m benchmarks.checkpoint [--directory DIR] [--save docs/results/benchmark_checkpoint.json]
 
 It uses the training job's own step and checkpoints: DiT-B/2 in float32, parameters, both moments and one EMA (2 GB), 8
-images a step, on the devices that JAX finds. The reference is a step while nothing is written. Two figures:
+images a step, on the devices that JAX finds. The reference is a step while nothing is written. The figures:
 
 blocked   the time until `save` returns and the next step can be dispatched; the target is for this one. The previous
           save has been written by then, as in training, where saves are further apart than they take.
 slowed    how much longer the steps take while the save is written in the background. If the CPU itself trains, as here,
-          the two share its cores; with an accelerator they do not.
+          the two share its cores; with an accelerator they do not. It includes the checksums.
+restore   seconds with and without verification, in turns; the files are in the page cache, so that reading them hides
+          nothing. Both times grow with the bytes: DiT-XL/2 has 10.8 GB.
 """
 
 import argparse
 import dataclasses
+import gc
 import statistics
 import tempfile
 import time
@@ -20,15 +25,17 @@ from pathlib import Path
 
 import jax
 
-from benchmarks.measure import progress, report, rounded
+from benchmarks.measure import median_ratio, progress, report, rounded
 from benchmarks.recursion import experiment
 from trm_diffusion.conditions import make_condition
 from trm_diffusion.data.pipeline import make_iterator
 from trm_diffusion.jobs.train_step import make_train_step
 from trm_diffusion.runtime.checkpoints import CheckpointConfig, Checkpoints
+from trm_diffusion.runtime.checksums import NAME
 from trm_diffusion.runtime.parameters import memory
 
 MOST_BLOCKED_SHARE = 0.10
+MOST_CHECKSUMS_SHARE = 0.10  # of a restore
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +47,7 @@ class Sizes:
     images: int = 8
     steps: int = 3  # timed while nothing is written
     saves: int = 3
+    restores: int = 5  # of each kind
 
 
 def measure(directory: str, sizes: Sizes) -> dict:
@@ -70,21 +78,45 @@ def measure(directory: str, sizes: Sizes) -> dict:
             update, started = int(state.step), time.perf_counter()
             checkpoints.save(update, state, iterator, {"updates": 0})
             blocked.append(time.perf_counter() - started)
-            beside = timed_steps(lambda seconds, saved=Path(directory) / str(update): saved.is_dir())
+            beside = timed_steps(lambda seconds, saved=Path(directory) / str(update) / NAME: saved.exists())
             slowed.append(sum(beside) - len(beside) * alone)
             progress(f"blocked {blocked[-1]:.3f} s, then {len(beside)} steps slowed by {slowed[-1]:.2f} s")
     share = statistics.median(blocked) / alone
+    gigabytes = memory(state) / 1e9
+    state = None  # a restored one takes its place
+    gc.collect()
+    restored = restore_seconds(directory, built.abstract_state, sizes.restores)
+    checksums = median_ratio(restored["verified"], restored["unverified"]) - 1
     return {
         "device": jax.devices()[0].device_kind,
         "setting": f"DiT-{sizes.model}, {sizes.depth} blocks, float32, {sizes.images} images a step",
-        "state_gigabytes": memory(state) / 1e9,
+        "state_gigabytes": gigabytes,
         "step_seconds": alone,
         "blocked_seconds": statistics.median(blocked),
         "blocked_seconds_of_each_save": blocked,
         "slowed_seconds": statistics.median(slowed),
         "blocked_over_step": share,
-        "pass": share <= MOST_BLOCKED_SHARE,
+        "restore_seconds": {name: statistics.median(seconds) for name, seconds in restored.items()},
+        "restore_seconds_of_each": restored,
+        "checksums_over_restore": checksums,
+        "pass": share <= MOST_BLOCKED_SHARE and checksums <= MOST_CHECKSUMS_SHARE,
     }
+
+
+def restore_seconds(directory: str, abstract_state, times: int) -> dict[str, list[float]]:
+    """Seconds of each restore of the only checkpoint, verified and unverified in turns, after one that counts not."""
+    seconds = {"verified": [], "unverified": []}
+    for turn in range(times + 1):
+        for name, found in seconds.items():
+            with Checkpoints(directory, CheckpointConfig(keep=1, verify=name == "verified")) as checkpoints:
+                started = time.perf_counter()
+                restored = checkpoints.restore(checkpoints.latest_step(), abstract_state)
+                jax.block_until_ready(restored)
+                if turn:
+                    found.append(time.perf_counter() - started)
+                del restored
+        progress(f"restores: {seconds}")
+    return seconds
 
 
 def main() -> None:

@@ -96,7 +96,10 @@ MALFORMED = [  # the flags after --config=configs/digits.py, and what the one li
     ("--config.data.num_classes=0", "needs labels"),
     ("--prompt=a", "--mode=sample"),
     ("--context=maze.png", "--context=maze.png goes with --mode=sample"),
-    ("--mode=sample --context=maze.png --num=1 --out=a", "--context=maze.png goes with --mode=sample, and not with"),
+    (
+        "--mode=sample --context=maze.png --num=1 --out=a",
+        "--context=maze.png goes with --mode=sample or --mode=trace, and not with",
+    ),
     (
         "--config.data.context_channels=3 --config.data.source=synthetic",
         "needs context images: config.data.source one of",

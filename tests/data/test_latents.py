@@ -111,7 +111,9 @@ def test_an_interrupted_writer_leaves_no_manifest_and_can_run_again(tmp_path):
 
 def test_writer_refusals(tmp_path):
     with ShardWriter(tmp_path, 0, SPEC, num_classes=3) as writer:
-        with pytest.raises(UserError, match="record 0: label 3"):
+        with pytest.raises(
+            UserError, match="latents-00000.array_record, record 0 has the label 3; labels go from 0 to 2"
+        ):
             writer.write(np.zeros(SHAPE), np.ones(SHAPE), 3)
         with pytest.raises(UserError, match="mean has shape"):
             writer.write(np.zeros((2, 4, 4)), np.ones(SHAPE), 0)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,6 +163,20 @@ def test_what_was_encoded_otherwise_is_refused(place, tmp_path, monkeypatch):
     assert contents(place / "texts") == before and not (tmp_path / "refused").exists()
 
 
+def test_captions_that_were_edited_are_noticed(place, tmp_path):
+    """When they are encoded again, and when a run reads the captions beside their encoding."""
+    shutil.copytree(place / "images", tmp_path / "images")
+    path = tmp_path / "images" / "captions.jsonl"
+    path.write_text(path.read_text().replace("birds", "gulls"))
+    edited = config_of(place, data__path=str(tmp_path / "images"))
+    with pytest.raises(UserError, match=r"holds texts made from other texts for 1 record \(3\.png\): remove it, or"):
+        encoded(place, place / "texts", edited)
+    fields = dict(data__text=str(place / "texts"), data__channels=3, data__vae="")
+    assert len(make_condition(config_of(place, **fields)).source()) == len(CAPTIONS)
+    with pytest.raises(UserError, match=r"other captions than config.data.path for 1 record \(3\.png\): run --mode"):
+        make_condition(config_of(place, **fields | dict(data__path=str(tmp_path / "images")))).source()
+
+
 def test_damage_is_named(place, tmp_path):
     for name, content in contents(place / "texts").items():
         (tmp_path / name).write_bytes(content)
@@ -205,7 +220,7 @@ def test_verify_reads_encoded_text_again(place, tmp_path, capsys, monkeypatch):
         assert says in capsys.readouterr().err.splitlines()[0]
     for number, content in enumerate(("3", '{"encoding": {}}', '{"format_version": 1, "encoding": 3}')):
         (directory := copy(f"manifest{number}")).joinpath("manifest.json").write_text(content)
-        with pytest.raises(UserError, match="cannot be read"):
+        with pytest.raises(UserError, match="manifest.json: "):
             verify(str(directory))
     assert not verify(str(place / "texts"), config_of(place, model__text__features=12))
     assert "features 8, not config.model.text.features 12" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from sklearn.datasets import load_digits
 from tests.data.written import write_latents
 from tests.full_disk import full_disk
 from tests.jobs.tiny import ROOT, command, finished, tiny_config, write_tiny_vae
+from trm_diffusion.data.images import ImageFolderSource
 from trm_diffusion.data.latents import LatentSource, ShardWriter, read_manifest
 from trm_diffusion.data.sources import make_source
 from trm_diffusion.errors import Interrupted, UserError
@@ -172,6 +174,46 @@ def test_what_was_made_otherwise_is_refused(place, whole, tmp_path):
         with pytest.raises(UserError, match=says):
             prepared(place, tmp_path / "refused", config_of(place, **changes))
     assert not (tmp_path / "refused").exists()
+
+
+def test_images_that_changed_under_their_names_are_noticed(place, tmp_path, monkeypatch):
+    """A touched image is hashed and found equal; a changed one is named, with the shards to remove."""
+    images, out = tmp_path / "images", tmp_path / "out"
+    shutil.copytree(place / "images", images)
+    config = config_of(place, data__path=str(images))
+    prepared(place, out, config)
+    before, names = contents(out), sorted(str(path.relative_to(images)) for path in images.glob("*/*.png"))
+    monkeypatch.setattr(ImageFolderSource, "content", None)  # would raise: nothing is hashed while nothing changes
+    prepared(place, out, config)
+    monkeypatch.undo()
+    os.utime(images / names[3], ns=(0, 1))
+    prepared(place, out, config)
+    assert contents(out) == before
+    changed = sorted((names[12], names[34], BAD))
+    for name in changed:
+        Image.new("L", (20, 16), 99).save(images / name)
+    with pytest.raises(UserError) as caught:
+        prepared(place, out, config)
+    stale = sorted({f"latents-{names.index(name) // PER_SHARD:05d}" for name in changed})
+    remedy = f"remove {' '.join(f'{name}.*' for name in stale)} there and run this again"
+    assert f"for 3 records ({', '.join(changed)}): {remedy}" in str(caught.value)
+    assert contents(out) == before
+    for name in stale:
+        for path in out.glob(f"{name}.*"):
+            path.unlink()
+    prepared(place, out, config)
+    assert verify(str(out)) and read_manifest(out)["records"] == 90 and read_manifest(out)["bad_images"] == []
+
+
+def test_latents_of_before_origins_were_kept_are_continued(place, whole, tmp_path):
+    copy = damaged(tmp_path, whole)
+    for path in copy.glob("latents-*.json"):
+        record = json.loads(path.read_text())
+        assert len(record.pop("origins")) == min(PER_SHARD, IMAGES - PER_SHARD * int(path.stem[-5:]))
+        path.write_text(json.dumps(record, indent=1) + "\n")
+    before = contents(copy)
+    prepared(place, copy)
+    assert contents(copy) == before and verify(str(copy))
 
 
 def damaged(tmp_path, whole):

@@ -38,6 +38,16 @@ def test_npz(tmp_path, save):
     np.testing.assert_array_equal(images.take(np.array([1, 4, 6])), IMAGES[[1, 4, 6]])
 
 
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [(np.arange(7) - 1, "not -1"), (np.ones(7), "not float64"), (np.array(list("abcdefg")), "not <U1")],
+)
+def test_labels_that_are_no_class_numbers_are_refused(tmp_path, labels, says):
+    np.savez(tmp_path / "a.npz", arr_0=IMAGES, arr_1=labels)
+    with pytest.raises(UserError, match=f"a.npz: arr_1 must be class numbers, integers from 0, {says}"):
+        open_images(str(tmp_path / "a.npz"))
+
+
 def test_folder(tmp_path):
     images = open_images(folder(tmp_path))
     assert len(images) == 7 and images.labels is None

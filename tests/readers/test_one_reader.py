@@ -15,13 +15,19 @@ FUNCTIONS = {
 }  # fmt: skip
 WRITING = ("'w'", "'wb'", "'a'", "'ab'")
 ALLOWED = {
-    "files.py": {"epath.Path", "pathlib.Path", "rglob", "open"},  # writes, and hashes what it or a reader has opened
+    "files.py": {"epath.Path", "pathlib.Path", "rglob", "glob", "open"},  # writes, hashes, clears what it left
+    "machine.py": {"pathlib.Path", "read_text"},  # of the operating system
+    "analysis/grids.py": {"epath.Path", "read_bytes", "Image.open"},  # marks of its own PNG files, to compare
+    "run/claim.py": {"epath.Path", "json.loads", "read_bytes", "iterdir", "glob", "os.open", "open"},  # its own claims
+    "runtime/checkpoints.py": {"epath.Path"},  # of the run, as Orbax writes it
+    "runtime/checksums.py": {"read_bytes", "iterdir", "json.loads", "open"},  # bytes of checkpoints, to compare
+    "metrics/geneval.py": {"read_bytes"},  # its own files, to compare
     "runtime/logging.py": {"read_text", "json.loads", "open"},  # metrics.jsonl, whose damaged lines are dropped
     "runtime/processes.py": {"json.loads"},  # messages between processes
     "runtime/libtpu.py": {"Path", "read_text", "json.loads"},  # its own files, and its child's answer
     "run/protocol.py": {"Path"},  # of the source code
     "jobs/compile_ahead.py": {"json.load"},  # standard input
-    "jobs/export_images.py": {"zipfile.ZipFile"},  # written
+    "jobs/export_images.py": {"zipfile.ZipFile", "read_bytes"},  # written; its own labels, to compare
     "weights/safetensors.py": {"np.memmap", "open"},  # after its header is checked; written
     "weights/torch_files.py": {"torch.load"},  # with weights_only
     "weights/source.py": {"Path"},  # of a download

@@ -47,7 +47,8 @@ def published(layout_name: str, dtype=np.float32) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_in_and_out_again_is_the_same_file(layout, tmp_path):
-    dtype = {"sit": np.float16, "single-file-vae": ml_dtypes.bfloat16}.get(layout, np.float32)
+    dtypes = {"sit": np.float16, "single-file-vae": ml_dtypes.bfloat16, "dit": ml_dtypes.float8_e4m3fn}
+    dtype = dtypes.get(layout, np.float32)
     tensors = published(layout, dtype)
     config = LAYOUTS[layout.replace("single-file", "diffusers")].config
     if config:

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +11,7 @@ from trm_diffusion.data.registry import SOURCES
 from trm_diffusion.errors import UserError
 from trm_diffusion.models.latent import LatentSpec
 from trm_diffusion.models.settings import Settings, setting
+from trm_diffusion.readers.opening import read_bytes
 
 if TYPE_CHECKING:
     from trm_diffusion.data.encodings import Encodings
@@ -84,6 +86,19 @@ class Source(abc.ABC):
         """The pixel (row, column) of a context image [H, W, C'] whose attention is traced; by default the middle."""
         return context.shape[0] // 2, context.shape[1] // 2
 
+    def files(self, index: int) -> list[str]:
+        """Paths of the files that hold record `index`; none for records that are computed, or in shards."""
+        del index
+        return []
+
+    def content(self, index: int) -> bytes:
+        """Record `index` as it is stored in `files`, not decoded."""
+        return b"".join(read_bytes(file) for file in self.files(index))
+
+    def shard_hashes(self) -> dict[str, str]:
+        """Hash of each shard by its file name, as the manifest states it, for records in shards."""
+        return {}
+
     @abc.abstractmethod
     def __len__(self) -> int:
         """The number of records in one epoch."""
@@ -123,6 +138,20 @@ def make_captioned_element(image: np.ndarray, caption: str, index: int) -> Eleme
 def make_context_element(image: np.ndarray, context: np.ndarray, label: int, index: int) -> Element:
     """Builds the element of a record with a context image, with the dtypes of the contract."""
     return make_element(image, label, index) | {"context": np.asarray(context, np.float32)}
+
+
+def check_labels(labels, num_classes: int, name: Callable[[int], str]) -> None:
+    """Raises UserError for a label that is not one of 0 .. num_classes - 1, or not 0 if there are no classes.
+
+    labels: integers [N]; name(i): of the record with label i, for the error. Everything that reads labels calls this.
+    """
+    labels = np.asarray(labels)
+    wrong = np.flatnonzero((labels < 0) | (labels >= max(1, num_classes)))
+    if len(wrong):
+        raise UserError(
+            f"{name(int(wrong[0]))} has the label {labels[wrong[0]]}; labels go from 0 to {max(1, num_classes) - 1}: "
+            "repair the labels, or set config.data.num_classes and config.data.split to those of the data"
+        )
 
 
 def check_matches_config(source: Source, config: DataConfig) -> None:

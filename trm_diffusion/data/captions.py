@@ -73,6 +73,9 @@ class CaptionFolderSource(_CaptionedSource):
     def name(self, index: int) -> str:
         return self._records[index][0]
 
+    def files(self, index: int) -> list[str]:
+        return [str(self._root / self._records[index][0])]
+
     def captions(self, index: int) -> list[str]:
         return self._records[index][1]
 

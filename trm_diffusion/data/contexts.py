@@ -97,6 +97,9 @@ class ImagePairSource(Source):
     def name(self, index: int) -> str:
         return self._pairs[index][1].name
 
+    def files(self, index: int) -> list[str]:
+        return [*map(str, self._pairs[index])]
+
     def __getitem__(self, index: int) -> Element:
         context, target = self._pairs[index]
         image = read_training_image(target, self._size, self.sample_shape[-1])

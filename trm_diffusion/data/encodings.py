@@ -127,6 +127,7 @@ class Encodings:
       encoding: what determines the encoded values; see `PretrainedEncoder`.
       preparation: which texts these are, and where the encoders came from.
       names: names of the items, without the first, which is the empty text.
+      shard_hashes: hash of each shard by its file name, as the manifest states it.
 
     Raises:
       UserError: the directory, the manifest or a shard is missing or damaged, or the format version differs.
@@ -137,6 +138,7 @@ class Encodings:
         path = local_path(directory, "config.data.text") / MANIFEST_NAME
         shards, self.encoding, self.preparation = (manifest[name] for name in ("shards", "encoding", "preparation"))
         self._records = ShardReader(path.parent, shards, _REMEDY)
+        self.shard_hashes = {shard["file"]: shard.get("sha256", "") for shard in shards}
         items = [Item(*item) for index in range(len(shards)) for item in _items(path.parent, index)]
         self.names = [item.name for item in items[1:]]
         self._captions = [caption for item in items for caption in item.captions]  # of each record

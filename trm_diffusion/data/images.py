@@ -99,6 +99,9 @@ class ImageFolderSource(Source):
     def name(self, index: int) -> str:
         return self._files[index]
 
+    def files(self, index: int) -> list[str]:
+        return [f"{self._root}/{self._files[index]}"]
+
     def __getitem__(self, index: int) -> Element:
         size, _, channels = self.sample_shape
         pixels = read_training_image(f"{self._root}/{self._files[index]}", size, channels)

@@ -15,7 +15,7 @@ import pathlib
 
 import numpy as np
 
-from trm_diffusion.data.base import DataConfig, Element, Source, make_element
+from trm_diffusion.data.base import DataConfig, Element, Source, check_labels, make_element
 from trm_diffusion.data.shards import LISTED_FIELDS, MANIFEST_NAME, SHARD_FORM, ShardFile, ShardReader, read_about
 from trm_diffusion.errors import UserError
 from trm_diffusion.models.latent import LatentSpec
@@ -57,6 +57,7 @@ class ShardWriter(ShardFile):
         self._spec, self._num_classes = spec, num_classes
         self._preparation = preparation
         self._class_counts, self.bad_images = collections.Counter(), []
+        self._origins: list[str] = []
 
     def write(self, mean: np.ndarray, std: np.ndarray, label: int) -> None:
         """Appends one record: posterior mean and standard deviation [size, size, channels], unscaled.
@@ -68,6 +69,10 @@ class ShardWriter(ShardFile):
         if self._num_classes:
             self._class_counts[int(label)] += 1
 
+    def note_origin(self, origin: str) -> None:
+        """Keeps what the next image is made from; see data/origins.py."""
+        self._origins.append(origin)
+
     def note_bad_image(self, name: str, reason: str) -> None:
         """Lists an image that has no record because it cannot be read."""
         self.bad_images.append({"name": name, "reason": reason})
@@ -75,8 +80,7 @@ class ShardWriter(ShardFile):
     def _encode(self, mean: np.ndarray, std: np.ndarray, label: int) -> bytes:
         where = f"{self.path.name}, record {self.records}"
         shape = (self._spec.size, self._spec.size, self._spec.channels)
-        if not 0 <= label < max(1, self._num_classes):
-            raise UserError(f"{where}: label {label} is not one of the {self._num_classes} classes")
+        check_labels([label], self._num_classes, lambda _: where)
         parts = [np.array(label, "<i4").tobytes()]
         for name, values in (("mean", mean), ("std", std)):
             if np.shape(values) != shape:
@@ -95,6 +99,7 @@ class ShardWriter(ShardFile):
             "num_classes": self._num_classes,
             "latent": dataclasses.asdict(self._spec),
             "preparation": self._preparation,
+            **({"origins": self._origins} if any(self._origins) else {}),
         }
 
 
@@ -148,6 +153,7 @@ class LatentSource(Source):
         self.bad_images: list[str] = [image["name"] for image in manifest["bad_images"]]
         self.sample_shape = (self.spec.size, self.spec.size, self.spec.channels)
         self._records = ShardReader(directory, manifest["shards"], "prepare the latents again")
+        self._shard_hashes = {shard["file"]: shard.get("sha256", "") for shard in manifest["shards"]}
 
     @classmethod
     def from_config(cls, config: DataConfig) -> "LatentSource":
@@ -160,6 +166,12 @@ class LatentSource(Source):
 
     def __len__(self) -> int:
         return len(self._records)
+
+    def name(self, index: int) -> str:
+        return self._records.where(index)
+
+    def shard_hashes(self) -> dict[str, str]:
+        return self._shard_hashes
 
     def __getitem__(self, index: int) -> Element:
         mean, _, label = self._moments(index)

@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from trm_diffusion.data.base import DataConfig, Source
+from trm_diffusion.data.base import DataConfig, Source, check_labels
 from trm_diffusion.errors import UserError
 from trm_diffusion.readers.folders import list_files
 from trm_diffusion.readers.records import read_json
@@ -88,7 +88,13 @@ class _LocalBatches:
     def __getitem__(self, batch_index: int) -> Batch:
         first = self.start + batch_index * self._batch_size
         elements = [self._read(first + row) for row in self._rows]
-        return {name: np.stack([element[name] for element in elements]) for name in elements[0]}
+        batch = {name: np.stack([element[name] for element in elements]) for name in elements[0]}
+        if "label" in batch:
+            check_labels(batch["label"], self._source.num_classes, lambda row: self.name(batch["index"][row]))
+        return batch
+
+    def name(self, record: int) -> str:
+        return self._source.name(int(record))
 
     def _read(self, position: int) -> dict[str, np.ndarray]:
         epoch, place = divmod(position, len(self._source))
@@ -139,6 +145,14 @@ class BatchIterator(grain.DatasetIterator):
             # Worker processes must end before the interpreter shuts down, even if nobody calls `close`.
             self._stop_stream = weakref.finalize(self, self._stream.close)
             self._stream.start_prefetch()
+
+    def nonfinite_records(self, batch: Batch) -> list[str]:
+        """Names of the records in a batch that hold NaN or an infinity."""
+        bad = np.zeros(len(batch["index"]), bool)
+        for values in batch.values():
+            if values.dtype.kind == "f":
+                bad |= ~np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
+        return [self._batches.name(record) for record in batch["index"][bad]]
 
     def get_state(self) -> dict[str, int]:
         return dict(self._state)
@@ -201,7 +215,7 @@ def make_iterator(
       A grain iterator over NumPy batches {"image": float32 [R, H, W, C], "label": int32 [R], "index": int32 [R]}.
 
     Raises:
-      UserError: an empty batch, a negative seed, or no records.
+      UserError: an empty batch, a negative seed, or no records; on reading, a label that is none of the classes.
     """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1")

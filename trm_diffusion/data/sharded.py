@@ -14,6 +14,7 @@ import jax
 import tqdm
 
 import trm_diffusion
+from trm_diffusion.data.origins import first_few
 from trm_diffusion.data.shards import holds_all_records, write_manifest
 from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.runtime.logging import say
@@ -72,6 +73,15 @@ class ShardedJob(abc.ABC):
     def made_with_of(self, record: dict) -> dict[str, Any]:
         """The `made_with` of a shard on disk, from its JSON record."""
 
+    def changed_items(self, index: int, record: dict) -> list[str]:
+        """Names of what the items of a shard on disk were made from and that has changed since; may be slow."""
+        del index, record
+        return []
+
+    def difference(self, field: str, before: Any) -> str:
+        """How a shard on disk, with `before` in a field of `made_with`, was made otherwise."""
+        return f"made with {field} = {before!r}, not {self.made_with[field]!r}"
+
     @abc.abstractmethod
     def write_shard(self, index: int, advance: Callable[[int], None]) -> str:
         """Writes shard `index` and returns a short summary for the log.
@@ -95,13 +105,14 @@ def make_shards(job: ShardedJob, share: Share, stop: StopRequest) -> dict | None
       The manifest, or None if shards of other processes are still missing.
 
     Raises:
-      UserError: the directory holds shards that were made with other settings.
+      UserError: the directory holds shards that were made with other settings, or from what has changed since.
       Interrupted: the job was asked to stop; complete shards are kept.
     """
     job.directory.mkdir(parents=True, exist_ok=True)
     count = len(job.sizes)
     mine = share.of(count)
     done = {index for index in range(count) if is_done(job, index)}
+    _refuse_changes(job, [index for index in mine if index in done])
     total = sum(job.sizes[index] for index in mine)
     initial = sum(job.sizes[index] for index in mine if index in done)
     with tqdm.tqdm(total=total, initial=initial, unit=job.unit, mininterval=1, disable=None) as bar:
@@ -138,9 +149,22 @@ def is_done(job: ShardedJob, index: int) -> bool:
     before = job.made_with_of(record)
     changed = [field for field, value in job.made_with.items() if before.get(field) != value]
     if changed:
-        field = changed[0]
-        raise UserError(
-            f"{job.directory} holds {job.contents} made with {field} = {before.get(field)!r}, not "
-            f"{job.made_with[field]!r}: remove it, or give another --out"
-        )
+        difference = job.difference(changed[0], before.get(changed[0]))
+        raise UserError(f"{job.directory} holds {job.contents} {difference}: remove it, or give another --out")
     return True
+
+
+def _refuse_changes(job: ShardedJob, shards: Sequence[int]) -> None:
+    """Raises UserError if complete shards were made from what has changed since."""
+    changed, stale = [], []
+    for index in shards:
+        record = job.read_record(index)
+        if names := job.changed_items(index, record):
+            changed += names
+            stale.append(pathlib.PurePath(record["file"]).stem)
+    if changed:
+        remedy = " ".join(f"{name}.*" for name in stale[:10]) + (f" and {len(stale) - 10} more" * (len(stale) > 10))
+        raise UserError(
+            f"{job.directory} holds {job.contents} of other content than the data have now for {first_few(changed)}: "
+            f"remove {remedy} there and run this again, restore the data, or give another --out"
+        )

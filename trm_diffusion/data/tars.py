@@ -10,7 +10,7 @@ import pathlib
 
 import numpy as np
 
-from trm_diffusion.data.base import DataConfig, Element, Source, make_element
+from trm_diffusion.data.base import DataConfig, Element, Source, check_labels, make_element
 from trm_diffusion.data.images import pixel_format, read_training_image
 from trm_diffusion.errors import UserError
 from trm_diffusion.readers.folders import list_files
@@ -43,21 +43,17 @@ class ImageTarSource(Source):
                 raise UserError(f"{tar}: some image has no {LABEL_SUFFIX} file, or some {LABEL_SUFFIX} file no image")
             names += [name for name, *_ in images]
             places += [(number, offset, size) for _, offset, size in images]
-            labels += [classes.get(_key(name), -1) for name, *_ in images]
+            labels += [classes.get(_key(name)) for name, *_ in images]
         self._names, self._places = names, np.array(places, np.int64).reshape(-1, 3)
-        self._labels = np.array(labels, np.int32)
-        without = self._labels < 0
-        if without.any() and not without.all():
+        without = [label is None for label in labels]
+        if any(without) and not all(without):
             raise UserError(
                 f"config.data.path={directory!r} mixes tars with and without {LABEL_SUFFIX} files: use one kind"
             )
-        if without.all():  # the tars are the classes
-            self._labels, num_classes = self._places[:, 0].astype(np.int32), len(self._tars)
-        elif self._labels.max() >= num_classes:
-            raise UserError(
-                f"config.data.path={directory!r} has the label {self._labels.max()}: config.data.num_classes="
-                f"{num_classes} is too small"
-            )
+        if all(without):  # the tars are the classes
+            labels, num_classes = self._places[:, 0], len(self._tars)
+        check_labels(labels, num_classes, self.name)
+        self._labels = np.array(labels, np.int32)
         self.num_classes = num_classes
         self.sample_shape = (image_size, image_size, channels)
 
@@ -71,12 +67,17 @@ class ImageTarSource(Source):
     def name(self, index: int) -> str:
         return f"{self._tars[self._places[index, 0]].name}/{self._names[index]}"
 
-    def __getitem__(self, index: int) -> Element:
+    def files(self, index: int) -> list[str]:
+        return [str(self._tars[self._places[index, 0]])]
+
+    def content(self, index: int) -> bytes:
         tar, offset, length = self._places[index]
         with open_file(self._tars[tar]) as file:
-            content = os.pread(file.fileno(), int(length), int(offset))
+            return os.pread(file.fileno(), int(length), int(offset))
+
+    def __getitem__(self, index: int) -> Element:
         size, _, channels = self.sample_shape
-        pixels = read_training_image(io.BytesIO(content), size, channels, name=self.name(index))
+        pixels = read_training_image(io.BytesIO(self.content(index)), size, channels, name=self.name(index))
         return make_element(pixels, self._labels[index], index)
 
 

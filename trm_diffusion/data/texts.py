@@ -3,8 +3,10 @@
 import numpy as np
 
 from trm_diffusion.data.base import Element, Source
+from trm_diffusion.data.captions import CaptionFolderSource
 from trm_diffusion.data.encodings import Encodings
 from trm_diffusion.data.latents import LatentSource
+from trm_diffusion.data.origins import first_few
 from trm_diffusion.errors import UserError
 from trm_diffusion.files import sha256_of_names
 from trm_diffusion.models.tokenizer import Tokenizer
@@ -26,6 +28,18 @@ class ConditionedSource(Source):
 
     def __len__(self) -> int:
         return len(self._source)
+
+    def name(self, index: int) -> str:
+        return self._source.name(index)
+
+    def files(self, index: int) -> list[str]:
+        return self._source.files(index)
+
+    def content(self, index: int) -> bytes:
+        return self._source.content(index)
+
+    def shard_hashes(self) -> dict[str, str]:
+        return self._source.shard_hashes()
 
     def __getitem__(self, index: int) -> Element:
         return self._exchanged(self._source[index])
@@ -85,6 +99,9 @@ class EncodedTextSource(ConditionedSource):
         self.encodings = encodings
         self._items = _items_of(source, encodings)
 
+    def shard_hashes(self) -> dict[str, str]:
+        return super().shard_hashes() | self.encodings.shard_hashes
+
     def condition(self, element: Element, rng: np.random.Generator | None = None) -> Element:
         records = self.encodings.records_of(self._items[element["index"]])
         return self.encodings[records[rng.integers(len(records)) if rng else 0]]._asdict()
@@ -105,4 +122,20 @@ def _items_of(source: Source, encodings: Encodings) -> np.ndarray:
             "config.data.text holds the texts of other images than config.data.path: run --mode=encode on the data "
             "that --mode=prepare has read"
         )
+    if isinstance(source, CaptionFolderSource):
+        _check_captions(source, encodings)
     return items
+
+
+def _check_captions(source: CaptionFolderSource, encodings: Encodings) -> None:
+    """Raises UserError if captions were edited after they were encoded."""
+    edited = [
+        source.name(index)
+        for index in range(len(source))
+        if source.captions(index) != [encodings.caption(record) for record in encodings.records_of(index)]
+    ]
+    if edited:
+        raise UserError(
+            f"config.data.text holds other captions than config.data.path for {first_few(edited)}: run --mode=encode "
+            "into a new --out, or restore the captions"
+        )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from trm_diffusion.config import Config
 from trm_diffusion.data.encodings import NONE, EncodingWriter, Item, assemble_manifest, read_shard_record
+from trm_diffusion.data.origins import first_few
 from trm_diffusion.data.sharded import ShardedJob, consecutive_ranges, make_shards, process_share
 from trm_diffusion.data.sources import CAPTIONED_SOURCES, make_source
 from trm_diffusion.data.text_encoders import TEXTS_AT_ONCE, PretrainedEncoder
@@ -98,6 +99,15 @@ class TextJob(ShardedJob):
 
     def made_with_of(self, record: dict) -> dict:
         return record["encoding"] | record["preparation"]
+
+    def difference(self, field: str, before) -> str:
+        if field not in ("names_sha256", "captions_sha256"):
+            return super().difference(field, before)
+        edited = []
+        for index, items in enumerate(self._items):
+            kept = [Item(*item) for item in (self.read_record(index) or {}).get("items", items)]
+            edited += [now.name for was, now in zip(kept, items, strict=False) if was != now]
+        return f"made from other texts for {first_few(edited)}" if edited else super().difference(field, before)
 
     def write_shard(self, index: int, advance: Callable[[int], None]) -> str:
         items = self._items[index]

@@ -26,7 +26,7 @@ from trm_diffusion.files import clear_partial, sha256_of_json
 from trm_diffusion.jobs.export_images import require_images
 from trm_diffusion.jobs.sample import draw_all, make_sample_fn
 from trm_diffusion.metrics import dpg, geneval
-from trm_diffusion.readers.paths import local_path
+from trm_diffusion.readers.paths import any_path, local_path
 from trm_diffusion.run.claim import claimed
 from trm_diffusion.run.decoder import load_decoder
 from trm_diffusion.run.drawn_set import DrawnSet
@@ -165,7 +165,7 @@ def begin_set(folder: pathlib.Path, benchmark: str, suite: Benchmark, record: di
     """
     del record["label_rule"]
     record |= {"samples": IMAGES * len(suite.texts), benchmark: sha256_of_json(suite.texts)}
-    drawn = DrawnSet(epath.Path(folder), epath.Path(folder.with_name(f"{folder.name}.sampling.json")), record)
+    drawn = DrawnSet(any_path(folder), any_path(folder.with_name(f"{folder.name}.sampling.json")), record)
     if is_main_process():
         clear_partial(folder.parent, drawn.record_path.name, below=False)
     drawn.check()

@@ -17,9 +17,10 @@ import jax
 import numpy as np
 
 from trm_diffusion.config import Config
-from trm_diffusion.data.base import Element, Source
+from trm_diffusion.data.base import Element, Source, check_labels
 from trm_diffusion.data.images import CROP_RULE
 from trm_diffusion.data.latents import ShardWriter, assemble_manifest, read_shard_record
+from trm_diffusion.data.origins import changed, origin_of
 from trm_diffusion.data.sharded import ShardedJob, consecutive_ranges, make_shards, process_share
 from trm_diffusion.data.sources import IMAGE_FILE_SOURCES, make_source
 from trm_diffusion.errors import UserError
@@ -57,8 +58,8 @@ def prepare(
         own by default.
 
     Raises:
-      UserError: data without images, no autoencoder, `out` holds shards made with other settings or
-        is in use.
+      UserError: data without images, no autoencoder, or `out` is in use, or holds shards made with other settings or
+        from images that have changed since.
       Interrupted: asked to stop; complete shards are kept.
     """
     if not out:
@@ -127,17 +128,25 @@ class LatentJob(ShardedJob):
     def made_with_of(self, record: dict) -> dict:
         return (record["preparation"] or {}) | record["latent"]
 
+    def changed_items(self, index: int, record: dict) -> list[str]:
+        images = self._images[index]
+        origins = record.get("origins") or [""] * len(images)
+        return [self._source.name(image) for image in changed(self._source, images, origins)]
+
     def write_shard(self, index: int, advance: Callable[[int], None]) -> str:
         batch: list[Element] = []
         with (
             ShardWriter(self.directory, index, self._spec, self._source.num_classes, self._preparation) as writer,
             contextlib.closing(read_ahead(self._source, self._images[index], 2 * self._encode.batch_size)) as reads,
         ):
-            for image, read in reads:
+            for image, read, origin in reads:
                 advance(1)
+                writer.note_origin(origin)
                 if isinstance(read, UnreadableImage):
                     writer.note_bad_image(self._source.name(image), str(read))
                 else:
+                    label = [read.get("label", 0)]
+                    check_labels(label, self._source.num_classes, lambda _, image=image: self._source.name(image))
                     batch.append(read)
                 if len(batch) == self._encode.batch_size:
                     self._write_batch(writer, batch)
@@ -177,14 +186,15 @@ class LatentEncoder:
         return np.asarray(mean)[: len(images_bhwc)], np.asarray(std)[: len(images_bhwc)]
 
 
-def read_ahead(source: Source, indices: range, ahead: int) -> Iterator[tuple[int, Element | UnreadableImage]]:
-    """Yields the index and the element (or read error) of each image in order; threads read up to `ahead` more."""
+def read_ahead(source: Source, indices: range, ahead: int) -> Iterator[tuple[int, Element | UnreadableImage, str]]:
+    """Yields index, element (or read error) and origin of each image in order; threads read up to `ahead` more."""
 
-    def read(index: int) -> tuple[int, Element | UnreadableImage]:
+    def read(index: int) -> tuple[int, Element | UnreadableImage, str]:
+        origin = origin_of(source, index)
         try:
-            return index, source[index]
+            return index, source[index], origin
         except UnreadableImage as error:
-            return index, error
+            return index, error, origin
 
     pool = ThreadPoolExecutor(min(MAX_READERS, os.cpu_count() or 1))
     pending = collections.deque()

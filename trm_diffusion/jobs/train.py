@@ -11,13 +11,14 @@ from etils import epath
 
 from trm_diffusion.conditions import make_condition
 from trm_diffusion.config import Config
-from trm_diffusion.data.pipeline import make_iterator
+from trm_diffusion.data.pipeline import Batch, make_iterator
 from trm_diffusion.errors import Interrupted, UserError
 from trm_diffusion.experiment import Experiment, build
 from trm_diffusion.jobs.liveness import make_liveness, warn_if_dead
 from trm_diffusion.jobs.sample import make_sample_fn, save_grid
 from trm_diffusion.jobs.train_step import make_train_step
 from trm_diffusion.run.claim import claimed
+from trm_diffusion.run.data_record import check_data, keep_data
 from trm_diffusion.run.decoder import check_latents, keep_spec, load_decoder
 from trm_diffusion.run.restore import restore_or_init
 from trm_diffusion.runtime.checkpoints import Checkpoints
@@ -54,8 +55,11 @@ def _train(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
         rows=own_rows(batch_sharding(experiment.mesh), config.train.batch_size),
     )
     with Checkpoints(workdir / "checkpoints", config.checkpoint) as checkpoints:
+        if checkpoints.latest_step() is not None:
+            check_data(source, workdir)
         state, loop = restore_or_init(experiment, workdir, checkpoints, iterator)
         keep_spec(source, workdir)
+        keep_data(source, workdir)
         condition.keep(source)
         _describe(experiment, state)
         if int(state.step) < config.train.updates:
@@ -100,19 +104,26 @@ def _loop(experiment, workdir, stop, checkpoints, iterator, state, loop) -> None
         """In the first line at or after each multiple of `log.liveness_every`, and in the last."""
         return bool(measures) and line_is_due(step) and (step % measures < config.log.every or step == total)
 
-    def record(step: int, metrics: dict) -> None:
-        """Reads the metrics of update `step`, logs a line when due, and raises UserError at `train.nonfinite_limit`."""
+    def record(step: int, metrics: dict, rows: Batch) -> None:
+        """Reads the metrics of update `step`, logs a line when due, and raises UserError at `train.nonfinite_limit`.
+
+        rows: this process's part of the batch.
+        """
         window.add({name: np.asarray(value) for name, value in metrics.items()})
         begins = doubt.add(step, bool(window.skipped_in_a_row))
         checkpoints.protect(doubt.since)
         if window.skipped_in_a_row:
+            records = iterator.nonfinite_records(rows)
+            bad = _first_bad(metrics, state, records)
             kept = f"; {_kept(checkpoints, step)}" if begins else ""
-            say(f"update {step}: skipped, because {_first_bad(metrics, state)} is not finite{kept}")
+            say(f"update {step}: skipped, because {bad} is not finite{kept}")
         if window.skipped_in_a_row >= config.train.nonfinite_limit:
+            rate = float(metrics["learning_rate"])
+            remedy = f"lower config.optim.lr (here {rate:.3g}) or set config.optim.clip_norm"
+            remedy = "repair the data" if records else remedy
             raise UserError(
                 f"{window.skipped_in_a_row} updates in a row up to {step} were not finite, the last in "
-                f"{_first_bad(metrics, state)}. {_way_back(checkpoints, doubt.since)}lower config.optim.lr (here "
-                f"{float(metrics['learning_rate']):.3g}) or set config.optim.clip_norm"
+                f"{bad}. {_way_back(checkpoints, doubt.since)}{remedy}"
             )
         if line_is_due(step):
             line = window.line()
@@ -125,21 +136,21 @@ def _loop(experiment, workdir, stop, checkpoints, iterator, state, loop) -> None
     if config.log.samples_every:
         draw = make_sample_fn(experiment, load_decoder(experiment, workdir))
         request = experiment.condition.request()
-    unread = None  # the previous update and its metrics, read while the current update runs
+    unread = None  # the previous update, its metrics and batch, read while the current update runs
     try:
         for step in range(start + 1, total + 1):
             wait_start = time.perf_counter()
-            batch = next(iterator)
+            rows = next(iterator)
             window.data_wait_seconds += time.perf_counter() - wait_start
             batch = {
                 name: global_batch(sharding, value, config.train.batch_size)
-                for name, value in batch.items()
+                for name, value in rows.items()
                 if name != "index"
             }
             state, metrics = train_step(state, batch)
             if unread:
                 record(*unread)
-            unread = (step, metrics)
+            unread = (step, metrics, rows)
             sampling = config.log.samples_every and step % config.log.samples_every == 0
             stopping = stop.reached()
             saving = step % config.checkpoint.every == 0 or step == total or stopping
@@ -185,8 +196,13 @@ def _way_back(checkpoints: Checkpoints, skipped: int) -> str:
     )
 
 
-def _first_bad(metrics: dict, state: TrainState) -> str:
-    """What is not finite in a skipped update: the first parameter gradient with a non-finite norm, or the loss."""
+def _first_bad(metrics: dict, state: TrainState, records: list[str]) -> str:
+    """What is not finite in a skipped update: a record of the batch, a parameter's gradient by its norm, or the loss.
+
+    records: names of those that this process has read and that are not finite.
+    """
+    if records:
+        return f"the data ({records[0]}{f' and {len(records) - 1} more' if len(records) > 1 else ''})"
     flags = np.asarray(metrics["nonfinite_gradients"])
     names = [name for name, bad in zip(sorted(state.trainable), flags, strict=True) if bad]
     return f"the gradient of {names[0]} ({len(names)} of {len(flags)} gradients)" if names else "the loss"

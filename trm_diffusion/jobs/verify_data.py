@@ -17,7 +17,7 @@ from trm_diffusion.files import sha256_of_file
 from trm_diffusion.models.latent import LatentSpec
 from trm_diffusion.readers.folders import list_files
 from trm_diffusion.readers.paths import local_path
-from trm_diffusion.readers.records import read_json
+from trm_diffusion.readers.records import check, read_json
 from trm_diffusion.run.decoder import config_vae, difference
 from trm_diffusion.runtime.logging import say
 
@@ -179,6 +179,7 @@ def _image_count_findings(root: pathlib.Path, manifest: dict) -> Iterator[str]:
     """Checks that the manifest accounts for every image of the data."""
     preparation = manifest["preparation"]
     if preparation:
+        check(preparation, {"images": int, "flip": bool}, f"{root / MANIFEST_NAME}: preparation")
         views = 2 if preparation["flip"] else 1
         wanted = views * (preparation["images"] - len(manifest["bad_images"]))
         if manifest["records"] != wanted:

@@ -130,6 +130,8 @@ class NpzImages(ImageSet):
             raise UserError(f"{path}: {ARRAY} must be uint8 [N, H, W, 3], it is {dtype} {list(shape)} in {order} order")
         self._shape = shape
         self.labels = self._file.read(LABELS, shape[:1], kinds="iu") if LABELS in self._file.headers else None
+        if self.labels is not None and self.labels.min() < 0:
+            raise UserError(f"{path}: {LABELS} must be class numbers, integers from 0, not {self.labels.min()}")
 
     def __len__(self) -> int:
         return self._shape[0]

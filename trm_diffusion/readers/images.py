@@ -73,7 +73,7 @@ def to_channels(image, channels: int):
         image = image.convert("RGBA")
         if image.getextrema()[-1] != (255, 255):
             image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)
 
 
 def upright(image):

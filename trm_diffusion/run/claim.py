@@ -94,10 +94,10 @@ class Claim:
             self._made = not self.directory.exists()
             try:
                 self._replace_the_dead(stop)
+                self._heart.start()
                 self._refuse_other_shares(stop)
                 if not (self._shares or _in_bucket(self._path)):
                     clear_partial(self.directory)
-                self._heart.start()
             except BaseException:
                 self.release()
                 raise

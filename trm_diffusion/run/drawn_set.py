@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from trm_diffusion.analysis.grids import mark_of_png, save_png
 from trm_diffusion.errors import UserError
 from trm_diffusion.files import sha256_of_json, sha256_of_text, write_json
+from trm_diffusion.readers.folders import list_files, list_folders
 from trm_diffusion.readers.records import read_json
 from trm_diffusion.runtime.logging import say
 from trm_diffusion.runtime.processes import is_main_process
@@ -84,8 +85,12 @@ def check_record(path: epath.Path, images: epath.Path, record: dict) -> None:
     if not path.exists():
         return
     remedy = "remove it, or give another --out"
-    unknown = f"so it is unknown how {images} was drawn: remove both, or give another --out"
-    before = _flat(read_json(path, dict, unknown))
+    try:
+        before = _flat(read_json(path))
+    except UserError:
+        raise UserError(
+            f"{path} is damaged, so it is unknown how {images} was drawn: remove both, or give another --out"
+        ) from None
     now = _flat(record)
     for field, value in now.items():
         if field not in before:
@@ -97,8 +102,8 @@ def check_record(path: epath.Path, images: epath.Path, record: dict) -> None:
 
 
 def visible(folder: epath.Path) -> list[str]:
-    """Names in a folder, if it exists, without hidden files such as the partial ones of a killed job."""
-    return sorted(entry.name for entry in folder.iterdir() if entry.name[0] != ".") if folder.exists() else []
+    """Names in a folder, if it exists, without hidden ones, such as what a killed job left."""
+    return sorted([*list_files(folder), *list_folders(folder)]) if folder.exists() else []
 
 
 def _flat(record: dict, prefix: str = "") -> dict:

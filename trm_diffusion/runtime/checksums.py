@@ -1,8 +1,8 @@
 """Checksums of the files of a checkpoint: written once a save is complete, compared when it is restored.
 
 `checksums.json` in a checkpoint's directory holds, for each of its other files, the size and the CRC-32 of every
-`CHUNK` bytes. Of the hashes in the standard library, CRC-32 is the fastest: 1.7 GB/s on one core, where SHA-256 takes
-0.8 and BLAKE2b 0.4. It finds damage, not forgery.
+`CHUNK` bytes. Of the hashes in the standard library, CRC-32 is the fastest: 4.2 GB in a second of CPU time, SHA-256
+1.8 and BLAKE2b 0.9. It finds damage, not forgery.
 """
 
 import json

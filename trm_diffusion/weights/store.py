@@ -84,7 +84,7 @@ def load_vae(directory: str | os.PathLike, latent_size: int) -> tuple[VAE, Laten
 
 def check_new(directory: str | os.PathLike) -> None:
     """Raises UserError if the directory exists, or could not be made; leaves nothing."""
-    if Path(directory).exists():
+    if local_path(directory, "--to").exists():
         raise UserError(f"{directory} exists already; choose another --to, or remove it")
     check_writable(directory)
 

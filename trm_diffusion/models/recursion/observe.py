@@ -49,6 +49,7 @@ def summarized(report: RoutingReport, x_bnd: jax.Array, attention: Any, context:
     """
     seen, ran = report.observed, report.ran
     before = jnp.concatenate([x_bnd[None], seen.state[:-1]])
+    before = before.at[-1].set(seen.state[-1])  # also if the latent steps before the last did not run
     weights = jnp.stack([attention.weights(qkv, context) for qkv in seen.qkv])
     trace = Trace(*(jnp.where(ran.reshape(-1, 1, 1, 1) > 0, leaf, 0) for leaf in (before, weights)))
     return report._replace(observed=Observation(_liveness(seen, before, ran, x_bnd, attention, context), trace))
