@@ -1,12 +1,14 @@
 """Commands in forks of this process, within limits of time and memory, and what came of them."""
 
+import contextlib
 import ctypes
 import importlib
 import os
 import resource
 import select
 import signal
-import tempfile
+import sys
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -56,28 +58,42 @@ def import_all() -> None:
 
 def run(module: str, *arguments: str, before: Callable[[], None] | None = None) -> Outcome:
     """Runs `python -m MODULE ARGUMENTS`; `before` is called in its process first."""
-    with tempfile.TemporaryFile() as output:
-        child = os.fork()
-        if not child:
-            os.setsid()
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it has a session of its own
-            os.dup2(output.fileno(), 1)
-            os.dup2(output.fileno(), 2)
-            resource.setrlimit(resource.RLIMIT_AS, (_address_space() + BYTES,) * 2)
-            if before:
-                before()
-            os._exit(exit_code(module, list(arguments)))
-        descriptor = os.pidfd_open(child)
-        in_time = select.select([descriptor], [], [], SECONDS)[0]
-        os.close(descriptor)
-        try:
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        os.setsid()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it has a session of its own
+        os.dup2(writer, 1)
+        os.dup2(writer, 2)
+        resource.setrlimit(resource.RLIMIT_AS, (_address_space() + BYTES,) * 2)
+        if before:
+            before()
+        code = exit_code(module, list(arguments))
+        sys.stdout.flush()
+        os._exit(code)
+    os.close(writer)
+    with os.fdopen(os.pidfd_open(child), "rb", buffering=0) as process, os.fdopen(reader, "rb", buffering=0) as pipe:
+        in_time, chunks = _read(pipe, process)
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)  # and whatever it has started
-        except ProcessLookupError:
-            pass
         _, status, usage = os.wait4(child, 0)
-        output.seek(0)
-        text = output.read().decode(errors="replace")
+        os.set_blocking(reader, False)
+        chunks.append(pipe.readall() or b"")
+    text = b"".join(chunks).decode(errors="replace")
     return Outcome(os.waitstatus_to_exitcode(status) if in_time else None, text, usage.ru_maxrss * 1024)
+
+
+def _read(pipe, process) -> tuple[bool, list[bytes]]:
+    """Whether the process ends in time, and what it writes until then."""
+    chunks, end = [], time.monotonic() + SECONDS
+    while ready := select.select([pipe, process], [], [], max(0.0, end - time.monotonic()))[0]:
+        chunk = pipe.read(2**16) if pipe in ready else b""
+        chunks.append(chunk)
+        if process in ready and not chunk:
+            return True, chunks
+        if not chunk:  # it has closed its output before its end
+            return bool(select.select([process], [], [], max(0.0, end - time.monotonic()))[0]), chunks
+    return False, chunks
 
 
 def succeed(module: str, *arguments: str, before: Callable[[], None] | None = None) -> str:

@@ -74,7 +74,7 @@ DAMAGED = (
     Damaged("a checkpoint, resumed", "run", (f"{NEWEST}/data/pr*", f"{NEWEST}/loop/_*", f"{NEWEST}/loop/d/*"),
             _resumed(), _run, says=("6", "4")),
     Damaged("a checkpoint, converted", "run",
-            (f"{NEWEST}/_*", f"{STATE}/[!c]*", f"{STATE}/array*/*", f"{STATE}/ocdbt*/*"),
+            (f"{NEWEST}/_*", f"{NEWEST}/checksums.json", f"{STATE}/[!c]*", f"{STATE}/array*/*", f"{STATE}/ocdbt*/*"),
             _converted, _weights, says=("6", "4")),
     Damaged("a checkpoint's arrays, converted", "run", (f"{STATE}/ocdbt*/d/*", f"{STATE}/d/*"), _converted, _weights,
             flips=8, says=("6", "4")),

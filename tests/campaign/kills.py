@@ -1,6 +1,8 @@
 """Jobs that are killed at counted points and started again."""
 
 import random
+import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -10,8 +12,6 @@ from tests.campaign.place import MAIN, Jobs, fake_encoder
 from tests.campaign.points import Point, watch
 from tests.campaign.results import debris, difference, of_folder, of_run, reason
 
-SIZES = 200_000  # bytes; no file of these jobs is larger
-
 
 class Killed(NamedTuple):
     name: str
@@ -19,23 +19,25 @@ class Killed(NamedTuple):
     result: Callable[[Path], dict]
     kills: int
     cuts: int
+    full: int
     before: Callable[[], None] = lambda: None
 
 
 KILLED = (
-    Killed("training", lambda jobs, out: jobs.train(out), of_run, 12, 4),
+    Killed("training", lambda jobs, out: jobs.train(out), of_run, 12, 4, 4),
     Killed(
         "training without compiled programs",
         lambda jobs, out: jobs.train(out, "labels", f"--compilation_cache={out / 'cache'}"),
         of_run,
         2,
         1,
+        0,
     ),
-    Killed("prepare", lambda jobs, out: jobs.prepare(out), of_folder, 6, 2),
-    Killed("encode", lambda jobs, out: jobs.encode(out), of_folder, 5, 2, fake_encoder),
-    Killed("images", lambda jobs, out: jobs.images(jobs.root / "run", out), of_folder, 5, 1),
-    Killed("geneval", lambda jobs, out: jobs.export(jobs.root / "words_run", out, "geneval"), of_folder, 4, 1),
-    Killed("dpg", lambda jobs, out: jobs.export(jobs.root / "words_run", out, "dpg"), of_folder, 4, 1),
+    Killed("prepare", lambda jobs, out: jobs.prepare(out), of_folder, 6, 2, 2),
+    Killed("encode", lambda jobs, out: jobs.encode(out), of_folder, 5, 2, 2, fake_encoder),
+    Killed("images", lambda jobs, out: jobs.images(jobs.root / "run", out), of_folder, 5, 1, 2),
+    Killed("geneval", lambda jobs, out: jobs.export(jobs.root / "words_run", out, "geneval"), of_folder, 4, 1, 1),
+    Killed("dpg", lambda jobs, out: jobs.export(jobs.root / "words_run", out, "dpg"), of_folder, 4, 1, 1),
 )
 
 
@@ -48,7 +50,7 @@ def cases(jobs: Jobs, seed: int, names: tuple[str, ...] = (), most: int = 100) -
         if names and job.name not in names:
             continue
         place = jobs.root / "kills" / job.name.replace(" ", "_")
-        place.mkdir(parents=True)
+        shutil.rmtree(place, ignore_errors=True)
         whole = place / "whole" / "out"
         before = _both(job.before, watch(whole, Point(0, "count")))
         outcome = run(MAIN, *job.arguments(jobs, whole), before=before)
@@ -57,24 +59,31 @@ def cases(jobs: Jobs, seed: int, names: tuple[str, ...] = (), most: int = 100) -
             yield f"{job.name}: left alone", outcome.fault((0,)) or difference(wanted, {})
             continue
         operations = outcome.output.count("operation: ")
-        for number, point in enumerate(_points(job, operations, random.Random(f"{seed} {job.name}"))[:most]):
+        largest = max(path.stat().st_size for path in whole.rglob("*") if path.is_file())
+        rng = random.Random(f"{seed} {job.name}")
+        for number, point in enumerate(_points(job, operations, largest, rng)[:most]):
             out = place / str(number) / "out"
-            yield f"{job.name}: {point} of {operations}", _fault(job, jobs, out, point, wanted) or "right"
+            yield f"{job.name} ({operations} operations): {point}", _end(job, jobs, out, point, wanted)
 
 
-def _points(job: Killed, operations: int, rng: random.Random) -> list[Point]:
-    """One point in each of equal parts of all operations, a third of them requests to stop; and cuts at small sizes."""
+def _points(job: Killed, operations: int, largest: int, rng: random.Random) -> list[Point]:
+    """One point in each of equal parts of all operations, a third of them requests to stop.
+
+    Then sizes below that of the largest file, evenly spread on a logarithmic scale.
+    """
     points = []
     for part in range(job.kills):
         number = 1 + int((part + rng.random()) * operations / job.kills)
         points.append(Point(number, "stop" if part % 3 == 1 else "kill"))
-    return points + [Point(int(2 ** rng.uniform(2, 15)), "cut") for _ in range(job.cuts)]
+    for how, count in (("cut", job.cuts), ("full", job.full)):
+        points += [Point(int(largest ** ((part + rng.random()) / count)), how) for part in range(count)]
+    return points
 
 
-def _fault(job: Killed, jobs: Jobs, out: Path, point: Point, wanted: dict) -> str:
+def _end(job: Killed, jobs: Jobs, out: Path, point: Point, wanted: dict) -> str:
     arguments = job.arguments(jobs, out)
     first = run(MAIN, *arguments, before=_both(job.before, watch(out, point)))
-    codes = {"kill": (-9, 0), "stop": (75, 0), "cut": (-25, 0)}[point.how]
+    codes = {"kill": (-signal.SIGKILL,), "stop": (75, 0), "cut": (-signal.SIGXFSZ,), "full": (2, 0)}[point.how]
     if first.code not in codes or first.fault(codes):
         return f"the job that was to end there: {first.fault(codes)}"
     second = run(MAIN, *arguments, before=job.before)
@@ -84,7 +93,7 @@ def _fault(job: Killed, jobs: Jobs, out: Path, point: Point, wanted: dict) -> st
     if found:
         return f"started again: {found}"
     left = debris(out.parent)
-    return f"started again, leaves {left}" if left else ""
+    return f"started again, leaves {left}" if left else "right"
 
 
 def _both(one: Callable[[], None], other: Callable[[], None]) -> Callable[[], None]:

@@ -127,6 +127,7 @@ def make(root: Path, *, whole: bool = True) -> Jobs:
     succeed(MAIN, *jobs.train(root / "run"))
     succeed(MAIN, *jobs.prepare(root / "latents"))
     succeed(MAIN, *jobs.images(root / "run", root / "images"))
+    succeed(MAIN, "--mode=convert", f"--from={root / 'dit.safetensors'}", f"--to={root / 'dit'}")
     if whole:
         succeed(MAIN, *jobs.prepare(root / "captioned_latents", "encode"))
         succeed(MAIN, *jobs.encode(root / "texts"), before=fake_encoder)
@@ -135,7 +136,6 @@ def make(root: Path, *, whole: bool = True) -> Jobs:
         succeed(MAIN, *jobs.train(root / "words_run", "words"))
         for benchmark in ("geneval", "dpg"):
             succeed(MAIN, *jobs.export(root / "words_run", root / benchmark, benchmark))
-        succeed(MAIN, "--mode=convert", f"--from={root / 'dit.safetensors'}", f"--to={root / 'dit'}")
     (root / "made").touch()
     return jobs
 

@@ -18,10 +18,13 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 class Point(NamedTuple):
     number: int  # of the operation, from 1; or the largest size of a file in bytes
-    how: str  # "kill" and "stop" (SIGKILL and SIGTERM) just before the operation; "cut", at the size; "count" nothing
+    # "kill", "stop": SIGKILL, SIGTERM just before the operation. "cut", "full": a file that would grow beyond the size
+    # ends the process, or its writes fail as on a full disk. "count": nothing.
+    how: str
 
     def __str__(self) -> str:
-        return f"{self.how} at {self.number:,}{' bytes' if self.how == 'cut' else ''}"
+        unit = "byte" if self.how in ("cut", "full") else "operation"
+        return f"{self.how} at {unit} {self.number}"
 
 
 def watch(directory: Path, point: Point) -> Callable[[], None]:
@@ -30,8 +33,9 @@ def watch(directory: Path, point: Point) -> Callable[[], None]:
 
 
 def _watch(directory: str, point: Point) -> None:
-    if point.how == "cut":
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # ends the process, which Python would not
+    if point.how in ("cut", "full"):
+        # Ends the process if it is not ignored, which is Python's way.
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL if point.how == "cut" else signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (point.number,) * 2)
         return

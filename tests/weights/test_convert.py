@@ -284,6 +284,21 @@ def started(config, workdir):
     iterator.close()
 
 
+def test_converted_weights_that_have_changed_since_are_refused(tmp_path):
+    convert(write(tmp_path / "weights.safetensors", published("dit")), str(tmp_path / "ours"))
+    path, manifest = (tmp_path / "ours" / name for name in ("model.safetensors", "manifest.json"))
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="model.safetensors is damaged: it is not what manifest.json says") as error:
+        load_weights(tmp_path / "ours")
+    assert "\n" not in str(error.value)
+    record = json.loads(manifest.read_text())
+    del record["sha256"]  # as earlier versions wrote it
+    manifest.write_text(json.dumps(record))
+    assert load_weights(tmp_path / "ours").kind == "dit"
+
+
 def test_another_dtype_where_asked_and_where_it_holds_the_values(tmp_path):
     tensors = published("dit")
     path = write(tmp_path / "weights.safetensors", tensors)

@@ -1,10 +1,11 @@
 """Weights on disk in our own format: a `model.safetensors`, keyed by parameter path, and a `manifest.json`.
 
-The manifest says what the weights are (kind, model, parameter count) and where they came from (source, layout, sha256).
-A directory gets its name only when it is complete.
+The manifest says what the weights are (kind, model, parameter count, the sha256 of model.safetensors, which every load
+checks) and where they came from (source, layout, sha256). A directory gets its name only when it is complete.
 """
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +25,9 @@ from trm_diffusion.weights.convert import Weights
 from trm_diffusion.weights.safetensors import TensorSpec, read_safetensors, write_safetensors
 
 FORMAT = 1
-OWN_FIELDS = ("format", "version", "kind", "model", "parameters")  # of a manifest; the others are the weights' record
-FORM = {"format": int, "kind": str, "model": dict, "files?": [{"file": str, "sha256": str}]}  # of a manifest
+# Of a manifest: its own fields (the others are the weights' record), and the form of all.
+OWN_FIELDS = ("format", "version", "kind", "model", "parameters", "sha256")
+FORM = {"format": int, "kind": str, "model": dict, "sha256?": str, "files?": [{"file": str, "sha256": str}]}
 MANIFEST, TENSORS = "manifest.json", "model.safetensors"
 
 
@@ -39,6 +41,7 @@ def save_weights(directory: str | os.PathLike, weights: Weights) -> None:
             "kind": weights.kind,
             "model": weights.model,
             "parameters": weights.parameters,
+            "sha256": sha256_of_file(partial / TENSORS),
             **weights.record,
         }
         write_json(partial / MANIFEST, record)
@@ -58,6 +61,9 @@ def load_weights(directory: str | os.PathLike) -> Weights:
             f"{directory} has format {record['format']}; this version reads up to {FORMAT}: update trm_diffusion"
         )
     tensors = read_safetensors(directory / TENSORS)
+    wanted = record.get("sha256")  # absent from weights that an earlier version wrote
+    if wanted not in (None, _sha256(directory / TENSORS)):
+        raise UserError(f"{directory / TENSORS} is damaged: it is not what {MANIFEST} says; convert the weights again")
     specs = {name: TensorSpec(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     origin = {name: value for name, value in record.items() if name not in OWN_FIELDS}
     return Weights(record["kind"], record["model"], specs, tensors.__getitem__, origin)
@@ -77,7 +83,7 @@ def load_vae(directory: str | os.PathLike, latent_size: int) -> tuple[VAE, Laten
     config = vae.config_of(weights.model)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: VAE(config, rngs=nnx.Rngs(0))))
     flat = {path: np.asarray(weights.read("/".join(map(str, path)))) for path, _ in nnx.to_flat_state(state)}
-    vae_id = f"sha256:{sha256_of_file(directory / TENSORS)}"
+    vae_id = f"sha256:{_sha256(directory / TENSORS)}"
     spec = config.latent_spec(vae_id, latent_size * config.factor)
     return nnx.merge(graphdef, nnx.from_flat_state(flat)), spec
 
@@ -87,6 +93,18 @@ def check_new(directory: str | os.PathLike) -> None:
     if local_path(directory, "--to").exists():
         raise UserError(f"{directory} exists already; choose another --to, or remove it")
     check_writable(directory)
+
+
+def _sha256(path: Path) -> str:
+    """The hash of a file, which is read again only if it has changed: a job opens its weights several times."""
+    status = path.stat()
+    return _sha256_of(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache
+def _sha256_of(path: Path, size: int, changed: int) -> str:
+    del size, changed
+    return sha256_of_file(path)
 
 
 @contextlib.contextmanager
