@@ -11,6 +11,7 @@ from tests.weights.published import write
 from trm_diffusion import main
 from trm_diffusion.errors import UserError
 from trm_diffusion.jobs.compare import compare
+from trm_diffusion.jobs.convert_weights import convert
 from trm_diffusion.jobs.evaluate_images import evaluate_images, make_reference
 from trm_diffusion.metrics import adm
 from trm_diffusion.metrics.image_sets import open_images
@@ -60,6 +61,19 @@ def test_weights_come_back_from_their_file(inception):
     weights, sha256 = load_inception(inception)
     jax.tree.map(np.testing.assert_array_equal, weights, fold_batch_norms(random_state(0)))
     assert len(sha256) == 64
+
+
+def test_converted_weights_are_read_unless_they_have_changed(inception, tmp_path):
+    convert(inception, str(tmp_path / "ours"))
+    weights, sha256 = load_inception(str(tmp_path / "ours"))
+    jax.tree.map(np.testing.assert_array_equal, weights, load_inception(inception)[0])
+    assert sha256 == load_inception(inception)[1]
+    tensors = tmp_path / "ours" / "model.safetensors"
+    content = bytearray(tensors.read_bytes())
+    content[-5] ^= 1
+    tensors.write_bytes(content)
+    with pytest.raises(UserError, match="model.safetensors is damaged; convert the weights again"):
+        load_inception(str(tmp_path / "ours"))
 
 
 def test_other_weights_are_refused(tmp_path):
@@ -159,8 +173,9 @@ def test_a_comparison_is_one_page(files, inception):
 )
 def test_other_protocols_are_not_compared(tmp_path, part, field, value):
     figures = dict.fromkeys(("fid", "sfid", "inception_score", "precision", "recall"), 0.5)
-    report = figures | {"num_images": 70, "fid_name": "", "intervals_95": {}, "images": "a.npz"}
-    report |= {"protocol": {"reference_sha256": "1"}, "sampling": {"diffusion_steps": 250}}
+    report = figures | {"num_images": 70, "fid_name": "", "intervals_95": dict.fromkeys(figures, [0.4, 0.6])}
+    report |= {"images": "a.npz", "protocol": {"reference_sha256": "1", "image_size_cropped_to": None}}
+    report["sampling"] = {"diffusion_steps": 250}
     (tmp_path / "a.json").write_text(json.dumps(report))
     (report[part] if part else report)[field] = value
     (tmp_path / "b.json").write_text(json.dumps(report))

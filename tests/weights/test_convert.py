@@ -294,7 +294,11 @@ def test_converted_weights_that_have_changed_since_are_refused(tmp_path):
         load_weights(tmp_path / "ours")
     assert "\n" not in str(error.value)
     record = json.loads(manifest.read_text())
-    del record["sha256"]  # as earlier versions wrote it
+    for change in ({"width": None}, {"image_size": 4}):
+        manifest.write_text(json.dumps({**record, "model": {**record["model"], **change}}))
+        with pytest.raises(UserError, match="manifest.json is damaged: it names another model"):
+            load_weights(tmp_path / "ours")
+    del record["sha256"], record["model_sha256"]  # as earlier versions wrote it
     manifest.write_text(json.dumps(record))
     assert load_weights(tmp_path / "ours").kind == "dit"
 

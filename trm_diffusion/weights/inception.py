@@ -32,7 +32,10 @@ def load_inception(path: str) -> tuple[Weights, str]:
             if rule.ours in state
             for name, tensor in zip(rule.theirs, rule.form.theirs(state[rule.ours]), strict=True)
         }
-        digest = read_json(manifest, {"files": [{"sha256": str}]})["files"][0]["sha256"]
+        record = read_json(manifest, {"files": [{"sha256": str}], "sha256?": str})
+        if record.get("sha256", digest) != digest:
+            raise UserError(f"--inception={path}: {source.files[0]} is damaged; convert the weights again")
+        digest = record["files"][0]["sha256"]
     expected = state_shapes()
     wrong = [name for name, shape in expected.items() if name not in state or state[name].shape != shape]
     if wrong:

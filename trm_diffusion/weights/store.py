@@ -15,7 +15,7 @@ from flax import nnx
 
 import trm_diffusion
 from trm_diffusion.errors import UserError
-from trm_diffusion.files import check_writable, clear_partial, replacing, sha256_of_file, write_json
+from trm_diffusion.files import check_writable, clear_partial, replacing, sha256_of_file, sha256_of_json, write_json
 from trm_diffusion.models.latent import LatentSpec
 from trm_diffusion.models.vae import VAE
 from trm_diffusion.readers.paths import local_path
@@ -26,8 +26,11 @@ from trm_diffusion.weights.safetensors import TensorSpec, read_safetensors, writ
 
 FORMAT = 1
 # Of a manifest: its own fields (the others are the weights' record), and the form of all.
-OWN_FIELDS = ("format", "version", "kind", "model", "parameters", "sha256")
-FORM = {"format": int, "kind": str, "model": dict, "sha256?": str, "files?": [{"file": str, "sha256": str}]}
+OWN_FIELDS = ("format", "version", "kind", "model", "parameters", "sha256", "model_sha256")
+FORM = {
+    "format": int, "kind": str, "model": dict, "sha256?": str, "model_sha256?": str,
+    "files?": [{"file": str, "sha256": str}],
+}  # fmt: skip
 MANIFEST, TENSORS = "manifest.json", "model.safetensors"
 
 
@@ -42,6 +45,7 @@ def save_weights(directory: str | os.PathLike, weights: Weights) -> None:
             "model": weights.model,
             "parameters": weights.parameters,
             "sha256": sha256_of_file(partial / TENSORS),
+            "model_sha256": sha256_of_json([weights.kind, weights.model]),
             **weights.record,
         }
         write_json(partial / MANIFEST, record)
@@ -60,6 +64,9 @@ def load_weights(directory: str | os.PathLike) -> Weights:
         raise UserError(
             f"{directory} has format {record['format']}; this version reads up to {FORMAT}: update trm_diffusion"
         )
+    model = [record["kind"], record["model"]]
+    if record.get("model_sha256") not in (None, sha256_of_json(model)):
+        raise UserError(f"{directory / MANIFEST} is damaged: it names another model; convert the weights again")
     tensors = read_safetensors(directory / TENSORS)
     wanted = record.get("sha256")  # absent from weights that an earlier version wrote
     if wanted not in (None, _sha256(directory / TENSORS)):
