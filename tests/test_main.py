@@ -98,7 +98,7 @@ def test_a_mistake_is_one_line(flags, tmp_path):
     train = f"python -m trm_diffusion.main {flags} --workdir={tmp_path}/run"
     mistakes = {
         f"{train} --config.seed=5": "belongs to seed=0, this run has seed=5",
-        f"{train} --config.data.source=synthetic": "belongs to records=1438, this run has records=",
+        f"{train} --config.data.source=synthetic": "the data have 4096 records, and 1438 when the run in",
         f"{train} --config.model.width=32": "holds a run with config.model.width = 16, not 32",
         f"{train} --workdir={tmp_path}/file": f"{tmp_path}/file cannot be written",
         f"{train} --workdir={tmp_path}/file/run": f"{tmp_path}/file/run cannot be written",

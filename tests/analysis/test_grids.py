@@ -94,7 +94,7 @@ def test_png_round_trip_and_a_failure_leaves_the_old_file(tmp_path, monkeypatch)
         raise OSError("disk full")
 
     monkeypatch.setattr(Image.Image, "save", fail_half_way)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="grid.png cannot be written .disk full."):
         save_png(path, 255 - pixels)
     np.testing.assert_array_equal(np.asarray(Image.open(path)), pixels)
     assert [file.name for file in path.parent.iterdir()] == ["grid.png"]

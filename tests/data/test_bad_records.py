@@ -117,5 +117,5 @@ def test_training_names_the_record_that_is_not_finite(tmp_path, monkeypatch, cap
     with pytest.raises(UserError) as caught:
         train(config, tmp_path / "run", StopRequest())
     record = re.escape(f"{path / 'latents-00000.array_record'}: record 2")
-    assert re.search(rf"the last in the data \({record}\); repair the data", str(caught.value))
+    assert re.search(rf"the last in the data \({record}\)\. .* and repair the data$", str(caught.value))
     assert re.search(rf"update 1: skipped, because the data \({record}\) is not finite", capsys.readouterr().err)

@@ -192,9 +192,9 @@ def test_what_is_wrong_is_one_line(place, whole, tmp_path):
     assert json.loads(record.read_text())["text"].keys() == {"words_sha256"}
     assert contents(place / "whole") == whole
     for benchmark, line, says in (
-        ("geneval", '{"tag": "counting", "prompt": "a"}', "line 1: no 'include'"),
+        ("geneval", '{"tag": "counting", "prompt": "a"}', "line 1: include is missing"),
         ("geneval", '{"tag": "colours", "include": [], "prompt": "a"}', "tag 'colours' is none of"),
-        ("geneval", '{"tag": "counting", "include": [], "prompt": ["a"]}', "is not text"),
+        ("geneval", '{"tag": "counting", "include": [], "prompt": ["a"]}', "not text"),
         ("geneval", '{"tag": "counting", "include"', "line 1: not JSON"),
         ("dpg", '{"item_id": "../a", "prompt": "a"}', "cannot name a file"),
         ("dpg", '{"item_id": "a", "prompt": ""}', "of item a is not text"),

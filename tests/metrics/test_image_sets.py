@@ -40,11 +40,15 @@ def test_npz(tmp_path, save):
 
 @pytest.mark.parametrize(
     ("labels", "says"),
-    [(np.arange(7) - 1, "not -1"), (np.ones(7), "not float64"), (np.array(list("abcdefg")), "not <U1")],
+    [
+        (np.arange(7) - 1, "must be class numbers, integers from 0, not -1"),
+        (np.ones(7), r"is float64 \[7\]; it must be whole numbers \[7\]"),
+        (np.array(list("abcdefg")), r"is <U1 \[7\]; it must be whole numbers \[7\]"),
+    ],
 )
 def test_labels_that_are_no_class_numbers_are_refused(tmp_path, labels, says):
     np.savez(tmp_path / "a.npz", arr_0=IMAGES, arr_1=labels)
-    with pytest.raises(UserError, match=f"a.npz: arr_1 must be class numbers, integers from 0, {says}"):
+    with pytest.raises(UserError, match=f"a.npz: arr_1 {says}"):
         open_images(str(tmp_path / "a.npz"))
 
 

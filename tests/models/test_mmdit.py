@@ -135,7 +135,7 @@ def reference_block(weights, kind, config, x, text, conditioning):
             modulated(x, *visual_vectors[:2])[None], *(vector[None] for vector in visual_vectors[:2]),
             conditioning[0][None], conditioning[1][None], [pool], base, HEADS, config.recursion,
             steps=config.recursion.latent_steps, gumbel=None, norms=norms("visual/attention"),
-            context=(text_k[None], text_v[None]), head=None,
+            context=(text_k[None], text_v[None]), head=None, forms={},
         ).qkv[0]  # fmt: skip
         q, k, v = np.moveaxis(qkv.reshape(len(x), 3, HEADS, -1), 1, 0)
         for part, own in ((q, 0), (k, 1)) if config.qk_norm else ():

@@ -171,6 +171,7 @@ def test_a_save_to_a_full_disk_is_one_line_and_leaves_the_earlier_checkpoints(di
         with pytest.raises(UserError) as error, Checkpoints(directory) as checkpoints:
             checkpoints.save(1, SMALL, iterator, LOOP)
             checkpoints._checkpointer.wait()
+            checkpoints._finish_checksums()
             with full_disk(bytes_left):
                 large = {"w": jnp.asarray(np.random.default_rng(0).random(1000))}
                 checkpoints.save(2, SMALL | large, iterator, LOOP)

@@ -84,7 +84,7 @@ def _programs(experiment: Experiment) -> tuple[Callable, Callable]:
         noisy = objective.perturb(image, noise, times)
         network = experiment.network(parameters)
         output, reports = network(noisy, objective.network_times(times), condition, **options)
-        alive = None if reports is None else reports.observed.liveness
+        alive = None if reports is None or reports.observed is None else reports.observed.liveness
         return output, jnp.mean(objective.loss(output, image, noise, noisy, times)), alive
 
     def at_depth(parameters: Parameters, batch: dict, latent_steps: int, observe: bool):

@@ -22,6 +22,7 @@ from trm_diffusion.run.claim import claimed
 from trm_diffusion.run.data_record import check_data, keep_data
 from trm_diffusion.run.decoder import check_latents, keep_spec, load_decoder
 from trm_diffusion.run.restore import restore_or_init
+from trm_diffusion.run.workdir import changed_fields
 from trm_diffusion.runtime.checkpoints import Checkpoints
 from trm_diffusion.runtime.doubt import Doubt
 from trm_diffusion.runtime.logging import RunLogger, say
@@ -57,6 +58,7 @@ def _train(config: Config, workdir: epath.Path, stop: StopRequest) -> None:
     )
     with Checkpoints(workdir / "checkpoints", config.checkpoint) as checkpoints:
         if checkpoints.latest_step() is not None:
+            changed_fields(workdir, config)  # raises if the model differs, which explains more than other data do
             check_data(source, workdir)
         state, loop = restore_or_init(experiment, workdir, checkpoints, iterator)
         keep_spec(source, workdir)
