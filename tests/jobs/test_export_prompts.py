@@ -197,7 +197,7 @@ def test_what_is_wrong_is_one_line(place, whole, tmp_path):
         ("geneval", '{"tag": "counting", "include": [], "prompt": ["a"]}', "not text"),
         ("geneval", '{"tag": "counting", "include"', "line 1: not JSON"),
         ("dpg", '{"item_id": "../a", "prompt": "a"}', "cannot name a file"),
-        ("dpg", '{"item_id": "a", "prompt": ""}', "of item a is not text"),
+        ("dpg", '{"item_id": "a", "prompt": ""}', "of item a is empty"),
         ("dpg", '{"item_id": 1, "prompt": "a"}\n{"item_id": "1", "prompt": "b"}', "1 of its item ids appear twice"),
     ):
         (tmp_path / "prompts.jsonl").write_text(line)
