@@ -1,16 +1,16 @@
 """Checksums of the files of a checkpoint: written once a save is complete, compared when it is restored.
 
-`checksums.json` in a checkpoint's directory holds, for each of its other files, the size and the CRC-32 of every
-`CHUNK` bytes. Of the hashes in the standard library, CRC-32 is the fastest: 4.2 GB in a second of CPU time, SHA-256
-1.8 and BLAKE2b 0.9. It finds damage, not forgery.
+`checksums.json` in a checkpoint's directory holds, for each of its other files, the size and the XXH3 hash of every
+`CHUNK` bytes. XXH3 takes 17 GB in a second of CPU time, and CRC-32, the fastest of the standard library, 4. It finds
+damage, not forgery.
 """
 
 import json
 import os
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import xxhash
 from etils import epath
 
 from trm_diffusion.files import write_json
@@ -18,7 +18,7 @@ from trm_diffusion.files import write_json
 NAME = "checksums.json"
 CHUNK = 64 << 20  # bytes; the unit that threads and processes share
 BLOCK = 1 << 20  # bytes read at a time
-THREADS = min(16, os.cpu_count() or 1)  # zlib releases the interpreter while it computes
+THREADS = min(16, os.cpu_count() or 1)  # xxhash releases the interpreter while it computes
 
 
 def write_checksums(checkpoint: epath.Path) -> None:
@@ -27,7 +27,7 @@ def write_checksums(checkpoint: epath.Path) -> None:
     record = {
         path.relative_to(checkpoint).as_posix(): {
             "bytes": size,
-            "crc32": [_crc32(path, start, CHUNK) for start in range(0, size, CHUNK)],
+            "xxh3_64": [_xxh3_64(path, start, CHUNK) for start in range(0, size, CHUNK)],
         }
         for path, size in sizes.items()
     }
@@ -54,22 +54,23 @@ def find_damage(
         record = json.loads(checksums)
         chunk, files = record["chunk_bytes"], record["files"]
         parts = [
-            (name, entry["bytes"], start * chunk, crc)
+            (name, entry["bytes"], start * chunk, digest)
             for name, entry in files.items()
-            for start, crc in enumerate(entry["crc32"] or [None])
-            if large is None or large == (len(entry["crc32"]) > 1)
+            for start, digest in enumerate(entry["xxh3_64"] or [None])
+            if large is None or large == (len(entry["xxh3_64"]) > 1)
         ]
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{NAME} cannot be read"
 
     def compare(part: tuple) -> str:
-        name, size, start, crc = part
+        name, size, start, digest = part
         path = checkpoint / name
         try:
             found = path.stat().length
             if found != size:
                 return f"{name} has {found:,} bytes instead of {size:,}"
-            return "" if crc is None or _crc32(path, start, chunk) == crc else f"{name} differs from its checksum"
+            same = digest is None or _xxh3_64(path, start, chunk) == digest
+            return "" if same else f"{name} differs from its checksum"
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as error:
@@ -84,12 +85,12 @@ def _files(directory: epath.Path) -> Iterator[epath.Path]:
         yield from _files(path) if path.is_dir() else (path,)
 
 
-def _crc32(path: epath.Path, start: int, length: int) -> int:
-    """The CRC-32 of `length` bytes from `start`, or of those up to the end of the file."""
-    crc, block = 0, memoryview(bytearray(BLOCK))
+def _xxh3_64(path: epath.Path, start: int, length: int) -> str:
+    """The XXH3 hash, 64 bits, of `length` bytes from `start`, or of those up to the end of the file."""
+    digest, block = xxhash.xxh3_64(), memoryview(bytearray(BLOCK))
     with path.open("rb") as file:
         file.seek(start)
         while length and (count := file.readinto(block[: min(BLOCK, length)])):
-            crc = zlib.crc32(block[:count], crc)
+            digest.update(block[:count])
             length -= count
-    return crc
+    return digest.hexdigest()
