@@ -10,7 +10,7 @@ if [ "${1:-}" = --parity ]; then
     shift
     venv=.venv-parity
     setup_venv requirements.txt requirements-test.txt requirements-parity.txt requirements-torch.txt
-    exec "$venv/bin/python" -m pytest tests/parity "$@"
+    exec "$venv/bin/python" -m pytest tests/parity --numprocesses=auto --maxprocesses=2 --dist=loadfile "$@"
 fi
 setup_venv requirements.txt requirements-test.txt requirements-emoji.txt requirements-frozen-lake.txt \
     requirements-plots.txt
