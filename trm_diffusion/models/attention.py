@@ -188,30 +188,27 @@ class Attention(nnx.Module):
 
     def weights(self, qkv: jax.Array, context: Context | None = None) -> jax.Array:
         """The softmax of `attend`, averaged over heads: float32 [B, N, N + L], the context's L keys last."""
-        q, k, _ = self.normalized_heads(qkv)
-        mask = None
-        if context is not None:
-            k = jnp.concatenate([k, context.keys], axis=1)
-            if context.mask is not None:
-                mask = jnp.concatenate([jnp.ones(q.shape[:2], bool), context.mask], axis=1)[:, None, None, :]
-        logits = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32) * self.head_dim**-0.5
-        return jnp.mean(jax.nn.softmax(logits, axis=-1, where=mask), axis=1)
+        return jnp.mean(self._softmax(qkv, context)[0], axis=1)
 
     def entropy(self, qkv: jax.Array, context: Context | None = None) -> jax.Array:
-        """Mean entropy of the attention over the logarithm of its length, float32 []: 1 is uniform, and 0 one key.
+        """Mean entropy of the attention over the logarithm of its length, float32 []: 1 is uniform, and 0 one key."""
+        p, mask_bm = self._softmax(qkv, context)
+        entropies = -jnp.sum(jax.scipy.special.xlogy(p, p), axis=-1)  # [B, H, N]
+        lengths = jnp.log(jnp.maximum(jnp.sum(mask_bm, axis=1), 2).astype(jnp.float32))
+        return jnp.mean(entropies / lengths[:, None, None])
+
+    def _softmax(self, qkv: jax.Array, context: Context | None) -> tuple[jax.Array, jax.Array]:
+        """The softmax of `attend`, float32 [B, H, N, M], and which keys are attended to, bool [B, M].
 
         Arguments as of `attend`. It writes the logits to memory.
         """
         q, k, _ = self.normalized_heads(qkv)
         mask = jnp.ones(k.shape[:2], bool)
         if context is not None:
-            masked = jnp.ones(context.keys.shape[:2], bool) if context.mask is None else context.mask
-            k, mask = jnp.concatenate([k, context.keys], axis=1), jnp.concatenate([mask, masked], axis=1)
+            of_context = jnp.ones(context.keys.shape[:2], bool) if context.mask is None else context.mask
+            k, mask = jnp.concatenate([k, context.keys], axis=1), jnp.concatenate([mask, of_context], axis=1)
         logits = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32) * self.head_dim**-0.5
-        log_p = jax.nn.log_softmax(jnp.where(mask[:, None, None, :], logits, MASKED), axis=-1)
-        entropies = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)  # [B, H, N]
-        lengths = jnp.log(jnp.maximum(jnp.sum(mask, axis=1), 2).astype(jnp.float32))
-        return jnp.mean(entropies / lengths[:, None, None])
+        return jax.nn.softmax(logits, axis=-1, where=mask[:, None, None, :]), mask
 
 
 def _unstacked(qkv: jax.Array) -> list[jax.Array]:
